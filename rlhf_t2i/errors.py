@@ -1,0 +1,9 @@
+"""The errors a user meets; the CLI maps them to exit codes."""
+
+
+class UsageError(Exception):
+    """The user's input is wrong (recipe, option, file): one sentence naming the place and the fix; exit code 2."""
+
+
+class RunError(Exception):
+    """The run failed while running: one sentence; exit code 1."""

@@ -1,0 +1,1 @@
+"""Diffusers pipelines: loading, conditioning, denoising, one-step sampling and export."""

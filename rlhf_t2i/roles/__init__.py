@@ -1,0 +1,1 @@
+"""What each role does on its device; nothing here knows Ray."""
