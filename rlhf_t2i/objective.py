@@ -70,18 +70,17 @@ def divergence_loss_from_predictions(
     Without: the KL surrogate ``w sg[D_psi - D_ref]^T x_0`` (section 3.1).
 
     Raises:
-        RuntimeError: The divergence needs vector-Jacobian products but a prediction carries no graph. Training on it
-            would silently optimise something else (algorithm.md 1.4, fact 3).
+        RuntimeError: The divergence needs vector-Jacobian products but no prediction depends on x_t. Training on that
+            would silently optimise KL, or the reward alone (algorithm.md 1.4, fact 3).
     """
     delta = d_assistant - d_reference
     w = weight(divergence, weighting, x0, t, d_reference, schedule)
     if not divergence.needs_vjp:
         return (w * divergence.derivative(delta).detach() * x0).flatten(1).sum(1)
-    if x0.requires_grad and not (d_assistant.requires_grad and d_reference.requires_grad):
-        detached = "assistant" if not d_assistant.requires_grad else "reference"
+    if x0.requires_grad and not (d_assistant.requires_grad or d_reference.requires_grad):
         raise RuntimeError(
-            f"the {detached}'s prediction has no graph back to x_t: equation (3.4) differentiates through both "
-            "denoisers, so neither may run under no_grad or on a detached x_t"
+            "neither prediction has a graph back to x_t: equation (3.4) differentiates through both denoisers, "
+            "so they must not run under no_grad or on a detached x_t"
         )
     return -(w * divergence.derivative(delta) * (d_assistant - x0)).flatten(1).sum(1)
 

@@ -8,7 +8,7 @@ recipe is refused before anything starts, with the plugin's and the key's name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -103,7 +103,7 @@ class LatentContext(Protocol):
         """``(a_t, g_t)``, broadcastable over ``like``."""
 
     def reference(self, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The frozen reference's x0-predictions with and without the prompt; no gradient flows."""
+        """Give the reference's x0-predictions with and without the prompt; no gradient flows."""
 
 
 class LatentReward(Reward):
@@ -140,7 +140,7 @@ class Divergence:
         raise NotImplementedError(f"{type(self).__name__} must define derivative(delta)")
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared(loader: Callable[..., Any], *args: Any) -> Any:
     """Load a model once a process: two rewards that call ``shared(load, path)`` get the same object."""
     return loader(*args)
