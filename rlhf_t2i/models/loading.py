@@ -1,0 +1,194 @@
+"""Load the networks of a run from diffusers folders, hub ids or a DMD2 ``.bin``; each once a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_t2i.diffusion import NoiseSchedule
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import sources
+from rlhf_t2i.models.conditioning import Conditioner
+from rlhf_t2i.models.networks import DTYPES, LatentDecoder
+from rlhf_t2i.models.sources import ModelSource
+from rlhf_t2i.recipe import Models
+
+
+class ModelStore:
+    """The networks of a recipe, loaded on first use and shared by the roles of one process.
+
+    Args:
+        models: The recipe's ``models`` section.
+        device: Where they live.
+        precision: ``fp32`` or ``bf16``: the dtype of frozen networks. Trained ones are loaded in float32.
+    """
+
+    def __init__(self, models: Models, device: torch.device, precision: str = "fp32") -> None:
+        self.models, self.device, self.dtype = models, device, DTYPES[precision]
+        self._reference = sources.parse(models.reference)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The reference's model_index.json."""
+        return sources.read_json(self._reference, "model_index.json")
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule of the reference."""
+        from types import SimpleNamespace
+
+        config = sources.read_json(self._reference, "scheduler/scheduler_config.json")
+        return NoiseSchedule.from_scheduler(SimpleNamespace(config=config))
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        """The configuration of the reference's UNet; the generator and assistant share it."""
+        return sources.read_json(self._reference, "unet/config.json")
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The configuration of the decoding VAE."""
+        if self.models.vae:
+            return sources.read_json(sources.parse(self.models.vae), "config.json")
+        return sources.read_json(self._reference, "vae/config.json")
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one sample's latents."""
+        channels = int(self.unet_config["in_channels"])
+        levels = self.vae_config.get("block_out_channels") or self.vae_config["decoder_block_out_channels"]
+        factor = 2 ** (len(levels) - 1)
+        if self.models.resolution % factor:
+            raise UsageError(f"models.resolution: {self.models.resolution} is not a multiple of the VAE's {factor}")
+        size = self.models.resolution // factor
+        return channels, size, size
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Tokenizers and frozen text encoders of the reference."""
+        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+        is_sdxl = "text_encoder_2" in self.index and self.index["text_encoder_2"][0] is not None
+        names = [("tokenizer", "text_encoder", CLIPTextModel)]
+        if is_sdxl:
+            names.append(("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection))
+        tokenizers, encoders = [], []
+        for tokenizer_name, encoder_name, cls in names:
+            encoder = self._part(encoder_name, cls.from_pretrained, dtype=self.dtype)
+            tokenizer = self._part(tokenizer_name, AutoTokenizer.from_pretrained)
+            # Without its files transformers builds a tokenizer of a handful of tokens and says nothing.
+            if not 16 <= len(tokenizer) <= encoder.config.vocab_size:
+                raise UsageError(
+                    f"{self._reference.location}/{tokenizer_name} has {len(tokenizer)} tokens but the text encoder "
+                    f"knows {encoder.config.vocab_size}: the tokenizer's files are missing or foreign"
+                )
+            tokenizers.append(tokenizer)
+            encoders.append(encoder)
+        zero = is_sdxl and bool(self.index.get("force_zeros_for_empty_prompt", True))
+        return Conditioner(tokenizers, encoders, self.models.resolution, zero).to(self.device)
+
+    @cached_property
+    def decoder(self) -> LatentDecoder:
+        """The VAE, in float32: the SDXL VAE overflows half precision."""
+        from diffusers import AutoencoderKL, AutoencoderTiny
+
+        cls = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}.get(
+            self.vae_config.get("_class_name", "AutoencoderKL")
+        )
+        if cls is None:
+            raise UsageError(
+                f"models.vae: {self.vae_config['_class_name']} is not supported: use AutoencoderKL or Tiny"
+            )
+        if self.models.vae:
+            vae = _load(sources.parse(self.models.vae), None, cls.from_pretrained)
+        else:
+            vae = self._part("vae", cls.from_pretrained)
+        return LatentDecoder(vae.float()).to(self.device)
+
+    def reference_unet(self) -> nn.Module:
+        """A frozen copy of the reference UNet, in the compute dtype."""
+        unet = self._unet(self._reference).to(self.device, self.dtype)
+        return unet.eval().requires_grad_(False)
+
+    def assistant_unet(self) -> nn.Module:
+        """The assistant's UNet in float32, to be trained."""
+        source = self._reference if self.models.assistant is None else sources.parse(self.models.assistant)
+        return self._unet(source).float().to(self.device)
+
+    def generator_unet(self) -> nn.Module:
+        """The generator's UNet in float32, to be trained or sampled."""
+        return self._unet(sources.parse(self.models.generator)).float().to(self.device)
+
+    def _unet(self, source: ModelSource) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        if source.location.endswith((".bin", ".safetensors")) and source.is_local:
+            return self._unet_from_state(Path(source.location))
+        subfolder = "unet" if not source.is_local or (Path(source.location) / "model_index.json").is_file() else None
+        unet = _load(source, subfolder, UNet2DConditionModel.from_pretrained)
+        for key in ("in_channels", "cross_attention_dim", "addition_embed_type"):
+            if unet.config.get(key) != self.unet_config.get(key):
+                raise UsageError(
+                    f"{source.location}: its UNet has {key} {unet.config.get(key)}, the reference's has "
+                    f"{self.unet_config.get(key)}: they are not of one family"
+                )
+        return unet
+
+    def _unet_from_state(self, path: Path) -> Any:
+        """A bare state dict (DMD2's published file) in the reference's architecture; every key must match."""
+        from diffusers import UNet2DConditionModel
+        from safetensors.torch import load_file
+
+        try:
+            if path.suffix == ".safetensors":
+                state = load_file(path)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise UsageError(f"{path} is damaged or not a file of weights: {str(error).splitlines()[0]}") from None
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.unet_config)
+        try:
+            unet.load_state_dict(state, strict=True, assign=True)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"{path} does not fit the reference's UNet: {reason}") from None
+        return unet
+
+    def _part(self, name: str, loader: Callable[..., Any], **kwargs: Any) -> Any:
+        return _load(self._reference, name, loader, **kwargs)
+
+
+def _load(source: ModelSource, subfolder: str | None, loader: Callable[..., Any], **kwargs: Any) -> Any:
+    """Call a ``from_pretrained``; what goes wrong names the folder, not a traceback."""
+    where = f"{source.location}/{subfolder}" if subfolder else source.location
+    if source.is_local and not Path(where).is_dir():
+        raise UsageError(f"{where} is missing: {source.location} is not a complete model folder")
+    if subfolder:
+        kwargs["subfolder"] = subfolder
+    if source.is_local and _only_fp16_variant(Path(where)):
+        kwargs["variant"] = "fp16"
+    if "from_pretrained" in getattr(loader, "__qualname__", "") and _is_model(loader):
+        kwargs.setdefault("use_safetensors", True)
+    try:
+        return loader(source.location, **source.kwargs, **kwargs)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{where} cannot be loaded: {reason}") from error
+
+
+def _is_model(loader: Callable[..., Any]) -> bool:
+    """Whether the loader belongs to a network (which may be asked for safetensors), not to a tokenizer."""
+    owner = getattr(loader, "__self__", None)
+    return isinstance(owner, type) and issubclass(owner, nn.Module)
+
+
+def _only_fp16_variant(folder: Path) -> bool:
+    """Published folders sometimes hold ``*.fp16.safetensors`` alone."""
+    names = [p.name for p in folder.glob("*.safetensors")]
+    return bool(names) and all(".fp16" in name for name in names)

@@ -1,0 +1,74 @@
+"""Calling the networks: denoisers, the one-step generator and the latent decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.diffusion import NoiseSchedule
+from rlhf_t2i.models.conditioning import Conditioning
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def predict(network: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
+    """The raw output of a UNet [B, C, h, w] in float32.
+
+    Args:
+        network: A UNet2DConditionModel, or the training engine that wraps one.
+        x_t: Latents [B, C, h, w].
+        t: Integer timesteps [B].
+        cond: The conditioning of the batch.
+        dtype: The compute precision. float32 weights run under autocast, weights of that dtype as they are.
+    """
+    module = getattr(network, "module", network)
+    weights = next(module.parameters()).dtype
+    mixed = weights == torch.float32 and dtype != torch.float32
+    with torch.autocast(x_t.device.type, dtype) if mixed else nullcontext():
+        output = network(x_t.to(weights), t.to(x_t.device), return_dict=False, **cond.unet_kwargs(weights))
+    return output[0].float()
+
+
+def one_step(
+    network: Callable[..., Any],
+    z: Tensor,
+    cond: Conditioning,
+    timestep: int,
+    schedule: NoiseSchedule,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The one-step generator ``x_0 = (z - g_t e(z, t)) / a_t`` at a fixed t (algorithm.md section 5).
+
+    Equals diffusers' LCMScheduler with one step at that timestep and guidance 0; z has unit variance and is not
+    scaled.
+    """
+    t = torch.full((len(z),), timestep, device=z.device, dtype=torch.long)
+    return schedule.to_x0(predict(network, z, t, cond, dtype), z, t)
+
+
+class LatentDecoder(nn.Module):
+    """The VAE's decoder: latents [B, C, h, w] to images [B, 3, H, W] in [0, 1].
+
+    Clamped as DMD2 and ReFL do: a saturated pixel passes no gradient.
+
+    Args:
+        vae: An AutoencoderKL or AutoencoderTiny.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        config: Any = vae.config
+        self.scaling_factor = float(config.scaling_factor)
+        self.shift_factor = float(getattr(config, "shift_factor", None) or 0.0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1], float32; gradients flow."""
+        weights = next(self.vae.parameters()).dtype
+        scaled = latents.float() / self.scaling_factor + self.shift_factor
+        image = self.vae.decode(scaled.to(weights), return_dict=False)[0]  # type: ignore[operator]
+        return (image.float() / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,77 @@
+"""Where a model comes from: a local folder or a hub id, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A local path or a hub repository with an optional revision."""
+
+    location: str
+    revision: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the location is a path."""
+        return Path(self.location).is_absolute()
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained``; a local folder never reaches for the network."""
+        if self.is_local:
+            return {"local_files_only": True}
+        return {"revision": self.revision} if self.revision else {}
+
+
+def parse(text: str) -> ModelSource:
+    """Read a recipe's model: a path (``./``, ``../``, ``~``, ``/``, or an existing folder) or ``org/name@revision``.
+
+    Raises:
+        UsageError: The path does not exist, or the text is neither.
+    """
+    path = Path(text).expanduser()
+    if text.startswith(("/", "./", "../", "~")) or path.exists():
+        if not path.exists():
+            raise UsageError(f"no such model: {text}")
+        return ModelSource(str(path.resolve()))
+    name, _, revision = text.partition("@")
+    if name.count("/") != 1 or not all(name.split("/")) or any(c.isspace() for c in name):
+        raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name)")
+    return ModelSource(name, revision or None)
+
+
+def read_json(source: ModelSource, file: str) -> dict[str, Any]:
+    """A JSON file of a model, local or from the hub.
+
+    Raises:
+        UsageError: Missing or damaged.
+    """
+    path = Path(source.location) / file if source.is_local else Path(hub_file(source, file))
+    if not path.is_file():
+        raise UsageError(f"{source.location} has no {file}: it is not the folder of a diffusers model")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise UsageError(f"{path} is damaged: not valid JSON") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is damaged: not a JSON object")
+    return data
+
+
+def hub_file(source: ModelSource, file: str) -> str:
+    """Fetch one file of a hub repository (from the cache where it is there)."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(source.location, file, revision=source.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{source.location} cannot be read from the hub ({file}): {reason}") from None

@@ -1,0 +1,207 @@
+"""The schema of a recipe: every key, its default and its bounds. Reading the YAML is :mod:`rlhf_t2i.recipe_io`.
+
+Nothing here imports torch, so that a refused recipe answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ROLES = ("learner", "generator", "assistant", "reference", "reward")
+
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Source = Annotated[str, Field(min_length=1, max_length=4096)]
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of the recipe's sections: strict types, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Models(Section):
+    """Which networks; each a local folder (``./``, ``../``, ``~`` or ``/``) or a hub id, ``org/name@revision``."""
+
+    reference: Source = Field(
+        description="diffusers pipeline of the frozen reference; its text encoders and VAE are used"
+    )
+    generator: Source = Field(
+        description="the one-step UNet to align: a UNet folder, a pipeline folder, or a .bin file"
+    )
+    assistant: Source | None = Field(None, description="where the assistant starts; the reference when absent")
+    vae: Source | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
+    generator_timestep: int = Field(399, ge=0, le=999, description="the timestep of the one-step generator")
+    resolution: int = Field(1024, ge=8, le=8192, description="pixels; sets latent size and SDXL's time_ids")
+
+
+class Data(Section):
+    """Prompts: a text file one a line, jsonl, or csv."""
+
+    prompts: Source = Field(description="the prompts to train on")
+    column: Name = Field("prompt", description="the key of a jsonl object or the csv column that holds the prompt")
+    held_out: Source | None = Field(None, description="prompts no step trains on: previews and the before/after table")
+
+
+class PluginChoice(Section):
+    """A plugin by registered name or ``path/to/file.py:Class``, with its options."""
+
+    name: Name
+    options: dict[str, Any] = Field(default_factory=dict, description="the plugin's own options")
+
+
+class RewardChoice(PluginChoice):
+    """A reward, its weight in the objective and how its actor is called."""
+
+    scale: float = Field(1.0, allow_inf_nan=False, ge=-1e9, le=1e9, description="alpha_r of (3.3); rewards: only")
+    label: Name | None = Field(None, description="the name in metrics; the plugin's name when absent")
+    micro_batch: Count | None = Field(None, description="images a call of score(); the whole request when absent")
+    timeout_s: Positive = Field(600.0, description="a call that takes longer stops the run")
+
+    @property
+    def key(self) -> str:
+        """The name used in metrics and error messages."""
+        return self.label or self.name
+
+
+class Guidance(Section):
+    """Classifier-free guidance of the reference (algorithm.md 1.5)."""
+
+    mode: Literal["inner", "outer"] = Field(
+        "inner", description="Choice 2 (inner, DI*-In) or Choice 1 (outer, DI*-Out)"
+    )
+    scale: NonNegative = Field(7.5, description="alpha_cfg; 0 means no guidance")
+    convention: Literal["omega", "one_plus"] = Field("omega", description="omega = scale, or 1 + scale")
+
+
+class Timesteps(Section):
+    """Inclusive ranges from which training timesteps are drawn uniformly."""
+
+    generator: list[int] = Field([20, 979], min_length=2, max_length=2)
+    assistant: list[int] = Field([0, 999], min_length=2, max_length=2)
+
+    @field_validator("generator", "assistant")
+    @classmethod
+    def _ordered(cls, value: list[int]) -> list[int]:
+        if not 0 <= value[0] <= value[1]:
+            raise ValueError(f"must be [first, last] with 0 <= first <= last, not {value}")
+        return value
+
+
+class Algorithm(Section):
+    """The objective (3.3): rewards, divergence, guidance and the assistant's schedule."""
+
+    divergence: PluginChoice = PluginChoice(name="pseudo_huber")
+    weighting: Literal["unit_x0", "inv_mean_abs", "score", "eps"] = "unit_x0"
+    rewards: list[RewardChoice] = Field(default_factory=list, description="train; none makes SIM or Diff-Instruct")
+    eval_rewards: list[RewardChoice] = Field(default_factory=list, description="only measured, never trained on")
+    cfg: Guidance = Guidance()
+    assistant_steps: int = Field(1, ge=0, le=1000, description="K_TA: assistant updates for each generator update")
+    assistant_warmup: int = Field(0, ge=0, le=1_000_000, description="assistant updates before the first generator one")
+    timesteps: Timesteps = Timesteps()
+
+    @model_validator(mode="after")
+    def _unique_labels(self) -> Algorithm:
+        keys = [r.key for r in [*self.rewards, *self.eval_rewards]]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated:
+            raise ValueError(f"two rewards are called {repeated!r}: give one a label of its own")
+        return self
+
+
+class Optimiser(Section):
+    """AdamW with a linear warm-up to a constant rate, and clipping by global norm."""
+
+    lr: Positive = 1e-6
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.0, 0.999], min_length=2, max_length=2)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
+    max_grad_norm: Positive = 10.0
+
+
+class Ema(Section):
+    """Exponential moving average of the generator's weights, by half-life in thousands of images (SiD's rule)."""
+
+    half_life_kimg: Positive
+    rampup: Positive = Field(0.05, description="the half-life never exceeds this fraction of the images seen")
+
+
+class Optimisation(Section):
+    """Batches, precision and both optimisers."""
+
+    batch_size: Count = Field(128, description="images a generator update (and an assistant update), over all ranks")
+    micro_batch: Count | None = Field(None, description="images a rank handles at once; all of its share when absent")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of learner and assistant")
+    offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimiser states in host memory")
+    gradient_checkpointing: bool = False
+    generator: Optimiser = Optimiser()
+    assistant: Optimiser = Optimiser()
+    ema: Ema | None = None
+
+
+class Group(Section):
+    """A set of devices and the roles that share them: one process a device."""
+
+    devices: Count = 1
+    roles: list[Name] = Field(min_length=1, description=f"of {', '.join(ROLES)}, or reward:LABEL for one reward")
+    threads: Count | None = Field(None, description="CPU threads a process; a fair share of the machine when absent")
+
+
+class Placement(Section):
+    """Where the roles live: everything in one process, or Ray actors in named groups."""
+
+    mode: Literal["ray", "local"] = "ray"
+    groups: dict[Name, Group] = Field(default_factory=lambda: {"all": Group(roles=list(ROLES))})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
+
+
+class Logging(Section):
+    """What a run writes while it goes."""
+
+    samples_every: Count = Field(100, description="steps between pictures of the same prompts and noise")
+    sample_count: Annotated[int, Field(ge=1, le=256)] = 16
+    writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
+
+
+class Checkpoints(Section):
+    """When state is saved and how many are kept."""
+
+    every: Count = 100
+    keep: Count = 2
+
+
+class Evaluation(Section):
+    """The before/after table on held-out prompts."""
+
+    images: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
+        256, description="held-out images scored before and after"
+    )
+    images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = Field(
+        4, description="diversity is measured within a prompt"
+    )
+    batch_size: Count = 32
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0, le=2**62)
+    steps: Count = Field(description="generator updates")
+    models: Models
+    data: Data
+    algorithm: Algorithm = Algorithm()
+    optimisation: Optimisation = Optimisation()
+    placement: Placement = Placement()
+    logging: Logging = Logging()
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()

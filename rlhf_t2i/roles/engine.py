@@ -1,0 +1,185 @@
+"""Training engines: DeepSpeed ZeRO for distributed runs, plain PyTorch for one process.
+
+Both take the same steps: accumulate micro-batches, average over ranks, clip by global norm, AdamW. The plain engine is
+what distributed runs are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.recipe import Optimisation, Optimiser
+
+
+class Engine(Protocol):
+    """What a role needs to train a network."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward with training hooks."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of a micro-batch's mean loss."""
+
+    def step(self, learning_rate: float) -> float:
+        """Update after the last micro-batch; returns the gradient norm before clipping."""
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, whole, in float32 on the device; all ranks must iterate together."""
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of the state into an existing folder."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what :meth:`save` wrote, bit for bit."""
+
+
+def learning_rate(optimiser: Optimiser, step: int) -> float:
+    """Linear warm-up to a constant; ``step`` counts from 0."""
+    if optimiser.warmup_steps == 0:
+        return optimiser.lr
+    return optimiser.lr * min(1.0, (step + 1) / optimiser.warmup_steps)
+
+
+def adamw(parameters: Any, optimiser: Optimiser) -> torch.optim.Optimizer:
+    """The optimiser of both engines."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=optimiser.lr,
+        betas=(optimiser.betas[0], optimiser.betas[1]),
+        eps=optimiser.eps,
+        weight_decay=optimiser.weight_decay,
+    )
+
+
+class LocalEngine:
+    """One process, float32 weights, torch's own AdamW and clipping."""
+
+    def __init__(self, module: nn.Module, optimiser: Optimiser, accumulation: int) -> None:
+        self.module = module
+        self._settings, self._accumulation = optimiser, accumulation
+        self._optimizer = adamw(module.parameters(), optimiser)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate."""
+        (loss / self._accumulation).backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, clear."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters as they are."""
+        for name, parameter in self.module.named_parameters():
+            yield name, parameter.detach().float()
+
+    def save(self, folder: Path) -> None:
+        """Write ``local.pt``."""
+        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "local.pt")
+
+    def load(self, folder: Path) -> None:
+        """Read ``local.pt``."""
+        state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO 0 to 3 over the process's torch.distributed world."""
+
+    def __init__(
+        self, module: nn.Module, optimiser: Optimiser, accumulation: int, micro_batch: int, settings: Optimisation
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self._stage = settings.zero_stage
+        self._accumulation, self._micro_steps = accumulation, 0
+        config = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": optimiser.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": settings.precision == "bf16"},
+            "zero_optimization": {
+                "stage": settings.zero_stage,
+                **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload_optimizer else {}),
+            },
+            "steps_per_print": 2**62,
+        }
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(trainable, optimiser), config=config)
+        self.module: nn.Module = self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate; ranks are averaged at the boundary."""
+        self._engine.backward(loss)
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Reduce, clip, update."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The float32 master weights, gathered one at a time."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            yield name, (parameter.detach() if full is None else full).float()
+
+    def save(self, folder: Path) -> None:
+        """Write the ZeRO shards with DeepSpeed's own format."""
+        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read the ZeRO shards."""
+        with deepspeed_pickles_allowed():
+            path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        if path is None:
+            raise RuntimeError(f"no ZeRO checkpoint in {folder}")
+
+
+@contextmanager
+def deepspeed_pickles_allowed() -> Iterator[None]:
+    """DeepSpeed's shards hold its own classes; they are read from this run's own folder only."""
+    yield
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, and on a CPU without compiling its shared-memory kernels (31-74 s)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
