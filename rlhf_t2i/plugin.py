@@ -36,9 +36,9 @@ class Reward(nn.Module):
     Options: ClassVar[type[Options]] = Options
     differentiable: ClassVar[bool] = True
     """False: the reward can measure (``eval_rewards:``) but not train (``rewards:``)."""
-    unit: ClassVar[str] = ""
-    """What a value of 1 means, for tables and plots; e.g. ``cosine``."""
-    value_range: ClassVar[tuple[float, float]] = (float("-inf"), float("inf"))
+    unit: str = ""
+    """What a value of 1 means, for tables and plots; e.g. ``cosine``. An option may change it on the instance."""
+    value_range: tuple[float, float] = (float("-inf"), float("inf"))
     """The smallest and largest possible value."""
     higher_is_better: ClassVar[bool] = True
     license: ClassVar[str] = ""
@@ -75,7 +75,7 @@ class Reward(nn.Module):
         if missing:
             with torch.no_grad():
                 features = self.encode_text(missing)
-            if len(self._text_cache) + len(missing) > 65536:
+            if self._text_cache and len(self._text_cache) + len(missing) > 65536:
                 self._text_cache.clear()
                 return self.text_features(prompts)
             self._text_cache.update(zip(missing, features.unbind(0), strict=True))

@@ -1,0 +1,167 @@
+"""A CLIP model with differentiable preprocessing: the part that PickScore, CLIP, HPSv2 and Aesthetic share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i import plugin
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import sources
+from rlhf_t2i.models.sources import ModelSource
+from rlhf_t2i.preprocessing import Preprocess
+
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZERS = ("tokenizer.json", "vocab.json")
+
+
+class ClipScorer(nn.Module):
+    """A transformers CLIPModel, its tokenizer and its preprocessing.
+
+    Args:
+        model: The CLIPModel.
+        tokenizer: Of the same vocabulary.
+        preprocess: From images in [0, 1] to the model's pixels.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.preprocess = preprocess
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors [B, D] of images [B, 3, H, W] in [0, 1]; gradients flow."""
+        pixels = self.preprocess(images).to(self.model.visual_projection.weight.dtype)
+        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors [B, D] of prompts, cut to the model's context (77 tokens for published models)."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.model.text_projection.weight.device)
+        features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return _unit(features.pooler_output)
+
+    def logit_scale(self) -> Tensor:
+        """The learnt inverse temperature (about 100 in published models)."""
+        return self.model.logit_scale.exp()
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def load_clip(model: str, processor: str | None = None, fallback: str | None = None) -> ClipScorer:
+    """Load a CLIPModel with its processor; two rewards on one model share its weights.
+
+    Args:
+        model: Hub id or local folder in transformers' layout.
+        processor: Where tokenizer and image processor are; the model's own folder or repository when None.
+        fallback: The processor of a model that is published without one.
+
+    Raises:
+        UsageError: Missing, damaged or foreign files; weights that the architecture needs and the file lacks.
+    """
+    source = sources.parse(model)
+    network = plugin.shared(_clip_network, source)
+    where = sources.parse(processor) if processor else source
+    if processor is None and fallback is not None and not (source.is_local and has_processor(source)):
+        where = sources.parse(fallback)
+    return ClipScorer(network, load_tokenizer(where, network.config.text_config.vocab_size), read_preprocess(where))
+
+
+def _clip_network(source: ModelSource) -> Any:
+    from transformers import CLIPModel
+
+    return load_weights(CLIPModel, source)
+
+
+def has_processor(source: ModelSource) -> bool:
+    """Whether a local folder holds an image processor and a tokenizer."""
+    folder = Path(source.location)
+    return any((folder / f).is_file() for f in _PREPROCESSORS) and any((folder / f).is_file() for f in _TOKENIZERS)
+
+
+def load_weights(cls: Any, source: ModelSource) -> Any:
+    """``cls.from_pretrained`` in float32; a weight that the file lacks is an error, not a random number.
+
+    Raises:
+        UsageError: The files are missing, damaged or of another architecture.
+    """
+    noisy = logging.getLogger("transformers.modeling_utils")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        network, info = cls.from_pretrained(
+            source.location, dtype=torch.float32, output_loading_info=True, **source.kwargs
+        )
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{source.location} is not a readable {cls.__name__}: {first_line(error)}") from error
+    finally:
+        noisy.setLevel(level)
+    # Old checkpoints carry position_ids as a buffer; those are computed now.
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    if missing or info["mismatched_keys"]:
+        wrong = missing or sorted(str(key[0]) for key in info["mismatched_keys"])
+        raise UsageError(
+            f"{source.location} is not a {cls.__name__}: {len(wrong)} weights are missing, e.g. {wrong[0]}"
+        )
+    return network
+
+
+def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:
+    """A tokenizer, refused when it has almost no tokens or more than the model knows.
+
+    Raises:
+        UsageError: No tokenizer there. transformers itself builds one of 2 to 5 tokens and says nothing.
+    """
+    from transformers import AutoTokenizer
+
+    if source.is_local and not any((Path(source.location) / f).is_file() for f in (*_TOKENIZERS, "vocab.txt")):
+        raise UsageError(f"{source.location} holds no tokenizer: {', '.join(_TOKENIZERS)} or vocab.txt is needed")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.kwargs)
+    except Exception as error:
+        raise UsageError(f"the tokenizer of {source.location} cannot be read: {first_line(error)}") from error
+    if not 16 <= len(tokenizer) <= vocabulary:
+        raise UsageError(
+            f"the tokenizer of {source.location} has {len(tokenizer)} tokens but the model knows {vocabulary}: "
+            "its files are missing or belong to another model"
+        )
+    return tokenizer
+
+
+def read_preprocess(source: ModelSource) -> Preprocess:
+    """The preprocessing that a model's image processor describes.
+
+    Raises:
+        UsageError: No image processor there, or one that does what this project does not.
+    """
+    for file in _PREPROCESSORS:
+        if source.is_local and not (Path(source.location) / file).is_file():
+            continue
+        try:
+            return Preprocess.from_config(sources.read_json(source, file))
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"{source.location}/{file}: {error}") from error
+        except UsageError:
+            if source.is_local or file == _PREPROCESSORS[-1]:
+                raise
+    raise UsageError(f"{source.location} holds no image processor: {' or '.join(_PREPROCESSORS)} is needed")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: one sentence for the user."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,51 @@
+"""PickScore (Kirstain et al. 2023, arXiv:2305.01569): CLIP ViT-H/14 trained on people's choices between images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+from rlhf_t2i_plugins.rewards.clip_model import load_clip
+from torch import Tensor
+
+from rlhf_t2i import plugin
+
+_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class PickScoreOptions(plugin.Options):
+    """Where the model is and the unit of the score."""
+
+    model: str = Field("yuvalkirstain/PickScore_v1", description="hub id or local folder (transformers CLIPModel)")
+    processor: str | None = Field(None, description=f"tokenizer and image processor; {_PROCESSOR} when absent there")
+    unit: Literal["cosine", "logit"] = Field("cosine", description="logit multiplies by the learnt scale (about 100)")
+
+
+class PickScore(plugin.Reward):
+    """Cosine between image and prompt, about 0.18 to 0.26 for the published model; a logit is 100 times that.
+
+    Licence of PickScore_v1: MIT.
+    """
+
+    Options = PickScoreOptions
+    options: PickScoreOptions
+    unit = "cosine"
+    value_range = (-1.0, 1.0)
+    license = "MIT"
+
+    def __init__(self, options: PickScoreOptions | None = None) -> None:
+        super().__init__(options)
+        self.clip = load_clip(self.options.model, self.options.processor, _PROCESSOR)
+        if self.options.unit == "logit":
+            scale = float(self.clip.logit_scale())
+            self.unit, self.value_range = "logit", (-scale, scale)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit text vectors [B, D]."""
+        return self.clip.text_features(prompts)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine, or logit, of images [B, 3, H, W] in [0, 1] and their prompts [B]."""
+        cosine = (self.clip.image_features(images) * self.text_features(prompts)).sum(-1)
+        return cosine * self.clip.logit_scale() if self.options.unit == "logit" else cosine

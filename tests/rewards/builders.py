@@ -1,0 +1,101 @@
+"""Small models with random weights, written in the layouts in which the real ones are published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+IMAGE_SIZE = 32
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 printable stand-ins of byte-level BPE, in GPT-2's order."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with a vocabulary of single bytes."""
+    letters = byte_alphabet()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def clip_config(**vision: Any) -> CLIPConfig:
+    """A CLIP of 60k parameters, gelu like ViT-H-14."""
+    vocabulary = len(clip_tokenizer())
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu",
+        "eos_token_id": vocabulary - 1,
+        "bos_token_id": vocabulary - 2,
+        "pad_token_id": vocabulary - 1,
+    }
+    image = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_act": "gelu",
+    }
+    return CLIPConfig(text_config=text, vision_config=image | vision, projection_dim=16)
+
+
+def random_clip(seed: int = 0, **vision: Any) -> CLIPModel:
+    """A CLIPModel whose weights are large enough for its outputs to depend on its inputs."""
+    torch.manual_seed(seed)
+    model = CLIPModel(clip_config(**vision)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.05)
+    return model
+
+
+def write_processor(folder: Path, size: int = IMAGE_SIZE) -> None:
+    """tokenizer.json and preprocessor_config.json, as beside CLIP-ViT-H-14."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clip_tokenizer().save_pretrained(folder)
+    config = {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def write_clip(folder: Path, seed: int = 0, **vision: Any) -> Path:
+    """A CLIPModel folder with processor: the layout of PickScore and of OpenAI's CLIP."""
+    random_clip(seed, **vision).save_pretrained(folder)
+    write_processor(folder)
+    return folder
+
+
+def pictures(count: int = 3, size: int = 40, seed: int = 0) -> torch.Tensor:
+    """Smooth random images [B, 3, size, size] strictly inside (0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
+    return 0.1 + 0.8 * smooth
