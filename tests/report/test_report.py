@@ -1,0 +1,118 @@
+"""report.html: complete from whatever is there, self-contained, and fit to look at."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from rlhf_t2i.report import write_report
+from tests.report.fake_run import make_run
+from tests.report.headless import chromium
+
+
+def test_page_holds_table_pictures_recipe_and_cost(run_folder):
+    page = write_report(run_folder).read_text("utf-8")
+    for text in (
+        "improved by more than 3 standard errors",
+        "pseudo_huber",
+        "100 x pickscore",
+        "5 min 0 s",
+        "2.13.0+cpu",
+    ):
+        assert text in page
+    assert page.count("data:image/") == 2 * 24 + 4 * 6 + 4
+    assert "--out &lt;out&gt;" in page
+    assert "Infinity" not in page
+
+
+def test_page_is_the_same_twice(run_folder):
+    assert write_report(run_folder).read_bytes() == write_report(run_folder).read_bytes()
+
+
+def test_no_address_but_data_and_no_id_twice(run_folder):
+    page = write_report(run_folder).read_text("utf-8")
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_the_regulariser_loss_is_never_plotted(run_folder):
+    rows = [{"step": s, "images": s, "divergence_loss": 1.0, "loss/divergence": 1.0} for s in range(3)]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run_folder).read_text("utf-8")
+    assert "divergence_loss" not in page
+    assert "loss/divergence" not in page
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    page = write_report(make_run(tmp_path, finished=False)).read_text("utf-8")
+    assert "This run is not finished" in page
+    assert "Reward: pickscore" in page
+
+
+def test_an_empty_folder_gives_a_page(tmp_path):
+    assert "no evaluation of the start" in write_report(tmp_path).read_text("utf-8")
+
+
+def test_damaged_files_cost_their_part_only(run_folder):
+    (run_folder / "run.json").write_text("{")
+    (run_folder / "recipe.yaml").write_bytes(b"\xff\xfe: [")
+    (run_folder / "evaluation" / "after" / "00000.png").write_bytes(b"not a picture")
+    (run_folder / "samples" / "step_000000.png").unlink()
+    page = write_report(run_folder).read_text("utf-8")
+    assert "improved by more than 3 standard errors" in page
+
+
+def test_prompts_are_escaped(run_folder):
+    path = run_folder / "evaluation"
+    for name in ("before", "after"):
+        data = json.loads((path / f"{name}.json").read_text())
+        data["prompts"] = ["<script>alert(1)</script>" if p == data["prompts"][0] else p for p in data["prompts"]]
+        (path / f"{name}.json").write_text(json.dumps(data))
+    assert "<script>alert(1)" not in write_report(run_folder).read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_page_in_a_browser(run_folder):
+    check_in_browser(write_report(run_folder), pictures=76)
+
+
+def check_in_browser(page, pictures):
+    """No console error, no request, every picture drawn, nothing wider than the window; light and dark."""
+    with chromium() as browser:
+        backgrounds = set()
+        for width, scheme in ((390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")):
+            browser.open(page, width, scheme)
+            assert browser.errors() == []
+            assert browser.requests() == [page.resolve().as_uri()]
+            assert browser.script("return document.documentElement.scrollWidth") <= width
+            assert browser.script(OVERFLOWING) == []
+            drawn = browser.script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)")
+            assert drawn == [True] * pictures
+            backgrounds.add(browser.script("return getComputedStyle(document.body).backgroundColor"))
+        assert len(backgrounds) == 2
+
+
+# Elements whose text is cut off or sticks out of the window; drawings scale with their card.
+OVERFLOWING = """
+return [...document.querySelectorAll("main *:not(svg *, thead, thead *)")].filter(e => {
+  const box = e.getBoundingClientRect();
+  return box.right > innerWidth + 1 || (getComputedStyle(e).overflowX === "visible" && e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).display !== "inline" && e.clientWidth > 0);
+}).map(e => e.tagName + ": " + e.textContent.slice(0, 40))
+"""
+
+
+@pytest.mark.slow
+def test_slider_moves_the_cut(run_folder):
+    with chromium() as browser:
+        browser.open(write_report(run_folder), 1440, "light")
+        clip = "return getComputedStyle(document.querySelector('.pair img:last-of-type')).clipPath"
+        assert "50%" in browser.script(clip)
+        browser.script("const r = document.querySelector('input[type=range]'); r.value = 20;"
+                       "r.dispatchEvent(new Event('input'))")  # fmt: skip
+        assert "20%" in browser.script(clip)
+        browser.script("document.querySelector('[data-mode=side]').click()")
+        assert browser.script(clip) == "none"
