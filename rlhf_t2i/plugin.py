@@ -41,6 +41,8 @@ class Reward(nn.Module):
     value_range: tuple[float, float] = (float("-inf"), float("inf"))
     """The smallest and largest possible value."""
     higher_is_better: ClassVar[bool] = True
+    uses_prompt: ClassVar[bool] = True
+    """False: the prompt makes no difference (an aesthetic score), and ``rewards check`` expects that."""
     license: ClassVar[str] = ""
     """The licence of the published weights."""
     requires: ClassVar[tuple[str, ...]] = ()

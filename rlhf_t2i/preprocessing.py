@@ -32,6 +32,7 @@ class Preprocess:
         filter: ``bicubic`` or ``bilinear``, always antialiased.
         pad: Instead of cropping, shrink the longer side to ``resize`` and fill the border with black before
             normalising (open_clip's ResizeMaxSize, used by HPSv2).
+        clamp: Cut the bicubic filter's overshoot to [0, 1], as processors that work on uint8 do.
         crop_rounding: How half a pixel is rounded: ``floor`` (transformers) or ``nearest`` (torchvision).
     """
 
@@ -41,6 +42,7 @@ class Preprocess:
     std: tuple[float, ...] = CLIP_STD
     filter: Literal["bilinear", "bicubic"] = "bicubic"
     pad: bool = False
+    clamp: bool = True
     crop_rounding: Literal["floor", "nearest"] = "floor"
 
     @classmethod
@@ -87,18 +89,18 @@ class Preprocess:
     def _resized(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         if isinstance(self.resize, tuple):
-            return resize(images, self.resize, self.filter)
+            return resize(images, self.resize, self.filter, self.clamp)
         if self.pad:
             scale = self.resize / max(height, width)
             # Python's round, as open_clip.
-            return resize(images, (round(height * scale), round(width * scale)), self.filter)
+            return resize(images, (round(height * scale), round(width * scale)), self.filter, self.clamp)
         short = min(height, width)
         target = (
             (self.resize, int(self.resize * width / height))
             if height == short
             else (int(self.resize * height / width), self.resize)
         )
-        return resize(images, target, self.filter)
+        return resize(images, target, self.filter, self.clamp)
 
 
 def clip_preprocess(images: Tensor, size: int = 224) -> Tensor:
@@ -114,11 +116,14 @@ def clip_preprocess(images: Tensor, size: int = 224) -> Tensor:
     return Preprocess.square(size)(images)
 
 
-def resize(images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"] = "bicubic") -> Tensor:
-    """Antialiased resize of [B, C, H, W] in [0, 1]; the bicubic filter's overshoot is clamped, as uint8 would."""
+def resize(
+    images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"] = "bicubic", clamp: bool = True
+) -> Tensor:
+    """Antialiased resize of [B, C, H, W] in [0, 1]; ``clamp`` cuts the bicubic filter's overshoot."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return functional.interpolate(images, size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+    resized = functional.interpolate(images, size, mode=mode, antialias=True, align_corners=False)
+    return resized.clamp(0, 1) if clamp else resized
 
 
 def centre_crop(images: Tensor, size: tuple[int, int], rounding: Literal["floor", "nearest"] = "floor") -> Tensor:

@@ -17,7 +17,7 @@ from rlhf_t2i.models.sources import ModelSource
 from rlhf_t2i.preprocessing import Preprocess
 
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_TOKENIZERS = ("tokenizer.json", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 class ClipScorer(nn.Module):
@@ -38,7 +38,7 @@ class ClipScorer(nn.Module):
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors [B, D] of images [B, 3, H, W] in [0, 1]; gradients flow."""
         pixels = self.preprocess(images).to(self.model.visual_projection.weight.dtype)
-        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        return unit_rows(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors [B, D] of prompts, cut to the model's context (77 tokens for published models)."""
@@ -50,14 +50,15 @@ class ClipScorer(nn.Module):
             return_tensors="pt",
         ).to(self.model.text_projection.weight.device)
         features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        return _unit(features.pooler_output)
+        return unit_rows(features.pooler_output)
 
     def logit_scale(self) -> Tensor:
         """The learnt inverse temperature (about 100 in published models)."""
         return self.model.logit_scale.exp()
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit_rows(features: Tensor) -> Tensor:
+    """Rows of length 1."""
     return features / features.norm(dim=-1, keepdim=True)
 
 
@@ -88,8 +89,12 @@ def _clip_network(source: ModelSource) -> Any:
 
 def has_processor(source: ModelSource) -> bool:
     """Whether a local folder holds an image processor and a tokenizer."""
-    folder = Path(source.location)
-    return any((folder / f).is_file() for f in _PREPROCESSORS) and any((folder / f).is_file() for f in _TOKENIZERS)
+    return any((Path(source.location) / f).is_file() for f in _PREPROCESSORS) and has_tokenizer(source)
+
+
+def has_tokenizer(source: ModelSource) -> bool:
+    """Whether a local folder holds a tokenizer of CLIP or BERT."""
+    return source.is_local and any((Path(source.location) / f).is_file() for f in _TOKENIZERS)
 
 
 def load_weights(cls: Any, source: ModelSource) -> Any:
@@ -129,8 +134,8 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if source.is_local and not any((Path(source.location) / f).is_file() for f in (*_TOKENIZERS, "vocab.txt")):
-        raise UsageError(f"{source.location} holds no tokenizer: {', '.join(_TOKENIZERS)} or vocab.txt is needed")
+    if source.is_local and not has_tokenizer(source):
+        raise UsageError(f"{source.location} holds no tokenizer: one of {', '.join(_TOKENIZERS)} is needed")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.kwargs)
     except Exception as error:
