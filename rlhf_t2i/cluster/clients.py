@@ -1,0 +1,156 @@
+"""Clients of remote roles: calls on Ray actors that split a batch over the servers and join the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from rlhf_t2i import rng
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
+
+
+def partners(caller: int, callers: int, servers: int) -> list[int]:
+    """The servers of one caller; of the two numbers one divides the other.
+
+    More callers than servers: neighbours share one. More servers: each caller has a block of its own.
+    """
+    if callers >= servers:
+        return [caller * servers // callers]
+    block = servers // callers
+    return list(range(caller * block, (caller + 1) * block))
+
+
+def get(references: Any, timeout_s: float | None, role: str) -> Any:
+    """``ray.get`` that raises this project's own errors.
+
+    Raises:
+        RunError: The role failed, died or took longer than ``timeout_s``.
+    """
+    try:
+        return ray.get(references, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(f"the {role} did not answer within {timeout_s:g} s") from None
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException = error
+        while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+            cause = cause.cause
+        if isinstance(cause, RunError | UsageError):
+            raise cause from None
+        raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"a process of the {role} died: {reason}") from error
+
+
+@dataclass
+class RemotePending:
+    """An answer on its way from one or several servers."""
+
+    references: list[Any]
+    join: Callable[[list[Any]], Any]
+    timeout_s: float | None
+    role: str
+
+    def result(self) -> Any:
+        """Wait for all parts and join them."""
+        with stopwatch.span(WAIT):
+            return self.join(get(self.references, self.timeout_s, self.role))
+
+
+@dataclass
+class RemoteCalls:
+    """The client of a role that lives in other processes.
+
+    Attributes:
+        role: The role's name there.
+        servers: The actors this caller talks to.
+        timeout_s: How long one answer may take; None waits for ever.
+        device: Where answers are moved.
+    """
+
+    role: str
+    servers: list[Any]
+    timeout_s: float | None = None
+    device: torch.device | None = None
+
+    def start_forward(self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, graph: bool) -> Any:
+        """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
+        parts = [
+            (ticket, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))
+        ]
+        return self._start("forward", parts, self._join_predictions(branch))
+
+    def start_vjp(
+        self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, cotangent: Tensor
+    ) -> Any:
+        """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
+        # ``both`` is stacked [2, B, ...]: its batch is the second dimension.
+        parts = [
+            (ticket, x_t[s], t[s], list(prompts[s]), branch, cotangent[:, s] if branch == "both" else cotangent[s])
+            for s in self._slices(len(x_t))
+        ]
+        return self._start("vjp", parts, self._join_tensors)
+
+    def start_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Any:
+        """See :class:`rlhf_t2i.roles.generator.GeneratorClient`."""
+        parts = [(list(prompts[s]), list(keys[s]), weights) for s in self._slices(len(prompts))]
+        return self._start("sample", parts, self._join_tensors)
+
+    def start_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Any:
+        """See :class:`rlhf_t2i.roles.learner.RewardClient`."""
+        return self._start("value_and_grad", self._image_parts(latents, prompts), self._join_gradients)
+
+    def start_scores(self, latents: Tensor, prompts: Sequence[str]) -> Any:
+        """Every reward's value."""
+        return self._start("score", self._image_parts(latents, prompts), self._join_scores)
+
+    def start_decode(self, latents: Tensor) -> Any:
+        """Images in [0, 1]."""
+        return self._start("decode", [(latents[s],) for s in self._slices(len(latents))], self._join_tensors)
+
+    def _image_parts(self, latents: Tensor, prompts: Sequence[str]) -> list[tuple[Any, ...]]:
+        return [(latents[s], list(prompts[s])) for s in self._slices(len(latents))]
+
+    def _slices(self, batch: int) -> list[slice]:
+        """One contiguous share a server, the first ones larger by one where it does not divide."""
+        share, rest = divmod(batch, len(self.servers))
+        bounds = [i * share + min(i, rest) for i in range(len(self.servers) + 1)]
+        return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def _start(self, method: str, parts: list[tuple[Any, ...]], join: Callable[[list[Any]], Any]) -> RemotePending:
+        references = []
+        for server, part in zip(self.servers, parts, strict=True):
+            cpu = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in part)
+            if any(isinstance(a, Tensor | list) and len(a) == 0 for a in cpu):
+                continue  # fewer samples than servers
+            stopwatch.bytes_sent += sum(a.numel() * a.element_size() for a in cpu if isinstance(a, Tensor))
+            references.append(server.call.remote(self.role, method, *cpu))
+        return RemotePending(references, join, self.timeout_s, self.role)
+
+    def _received(self, tensor: Tensor) -> Tensor:
+        stopwatch.bytes_sent += tensor.numel() * tensor.element_size()
+        return tensor if self.device is None else tensor.to(self.device)
+
+    def _join_tensors(self, parts: list[Tensor]) -> Tensor:
+        return self._received(torch.cat(parts))
+
+    def _join_predictions(self, branch: str) -> Callable[[list[Any]], Tensor]:
+        return lambda parts: self._received(torch.cat(parts, dim=1 if branch == "both" else 0))
+
+    def _join_scores(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {label: self._join_tensors([part[label] for part in parts]) for label in parts[0]}
+
+    def _join_gradients(self, parts: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            label: (
+                self._join_tensors([part[label][0] for part in parts]),
+                self._join_tensors([part[label][1] for part in parts]),
+            )
+            for label in parts[0]
+        }

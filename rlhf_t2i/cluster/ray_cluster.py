@@ -1,0 +1,244 @@
+"""``placement: ray``: groups of actors on one placement group, connected to each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+
+from rlhf_t2i import geometry, rng
+from rlhf_t2i.cluster.actor import WorkerActor
+from rlhf_t2i.cluster.clients import RemoteCalls, get, partners
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
+
+_STATELESS = {"reference", "reward"}
+_START_TIMEOUT_S = 600.0
+
+
+class RayCluster:
+    """The roles of a run as Ray actors.
+
+    Args:
+        recipe: The recipe.
+        failures: Where failing samples are saved.
+        address: An existing cluster to join; None starts one on this machine, on loopback.
+    """
+
+    def __init__(self, recipe: Recipe, failures: Path | None = None, address: str | None = None) -> None:
+        self._recipe = recipe
+        self._roles = geometry.check_placement(recipe)
+        self._specs = _specs(recipe, self._roles, failures)
+        self._gpus = torch.cuda.is_available() if address is None else None
+        self._started_ray = False
+        self._group: Any = None
+        self._actors: dict[str, list[Any]] = {}
+        try:
+            self._connect_ray(address)
+            self._reserve()
+            self._create()
+            self._build()
+            self._introduce()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect_ray(self, address: str | None) -> None:
+        _ray_environment(loopback=address is None)
+        if address is None and ray.is_initialized():
+            pass
+        elif address is None:
+            # Processes may outnumber the cores: they share them, each with its own number of threads.
+            cpus = max(os.cpu_count() or 1, len(self._all_specs))
+            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            self._started_ray = True
+        else:
+            try:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+            self._started_ray = True
+        self._gpus = ray.cluster_resources().get("GPU", 0) > 0
+
+    @property
+    def _all_specs(self) -> list[WorkerSpec]:
+        return [spec for specs in self._specs.values() for spec in specs]
+
+    def _reserve(self) -> None:
+        """Reserve all devices at once, or say what is missing; nothing waits in silence."""
+        kind = "GPU" if self._gpus else "CPU"
+        available = ray.available_resources().get(kind, 0)
+        needed = len(self._all_specs)
+        if available < needed:
+            raise UsageError(
+                f"placement needs {needed} {kind}s ({', '.join(f'{g}: {len(s)}' for g, s in self._specs.items())}) "
+                f"but the cluster has {available:g} free: use fewer devices or let roles share a group"
+            )
+        self._group = placement_group([{kind: 1.0} for _ in self._all_specs], strategy="PACK")
+        if not self._group.wait(_START_TIMEOUT_S):
+            raise RunError(f"Ray could not place {needed} processes within {_START_TIMEOUT_S:g} s")
+
+    def _create(self) -> None:
+        bundle = 0
+        for group, specs in self._specs.items():
+            self._actors[group] = []
+            for spec in specs:
+                restarts = 0 if spec.trains or "generator" in spec.roles else -1
+                actor = ray.remote(WorkerActor).options(
+                    num_cpus=0 if self._gpus else 1,
+                    num_gpus=1 if self._gpus else 0,
+                    max_restarts=restarts,
+                    max_task_retries=restarts,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+                    runtime_env={"env_vars": _actor_environment(spec.threads)},
+                )
+                self._actors[group].append(actor.remote(spec))
+                bundle += 1
+
+    def _build(self) -> None:
+        masters = {
+            group: self._actors[group][0].rendezvous.remote() for group, specs in self._specs.items() if specs[0].trains
+        }
+        addresses = dict(zip(masters, get(list(masters.values()), _START_TIMEOUT_S, "first process"), strict=True))
+        building = {
+            group: [actor.build.remote(addresses.get(group)) for actor in actors]
+            for group, actors in self._actors.items()
+        }
+        for group, references in building.items():
+            get(references, _START_TIMEOUT_S, f"group {group!r}")
+
+    def _introduce(self) -> None:
+        """Give every trained role its clients."""
+        waiting = []
+        for group, specs in self._specs.items():
+            if not specs[0].trains:
+                continue
+            for spec, actor in zip(specs, self._actors[group], strict=True):
+                waiting.append(actor.connect.remote(self._clients(group, spec.rank, spec.world)))
+        get(waiting, _START_TIMEOUT_S, "connecting processes")
+
+    def _clients(self, group: str, rank: int, world: int) -> dict[str, Any]:
+        """The remote clients of one process: every role that does not live in its own group."""
+
+        def client(role: str, other: str, timeout_s: float | None = None) -> RemoteCalls:
+            servers = self._actors[other]
+            return RemoteCalls(role, [servers[i] for i in partners(rank, world, len(servers))], timeout_s)
+
+        clients: dict[str, Any] = {
+            role: client(role, self._roles[role][0])
+            for role in ("generator", "assistant", "reference")
+            if self._roles[role][0] != group
+        }
+        clients["rewards"] = [
+            client("reward", other, timeout)
+            for other, timeout in self._reward_groups(trained=True).items()
+            if other != group
+        ]
+        return clients
+
+    def _reward_groups(self, trained: bool) -> dict[str, float | None]:
+        """Groups that host rewards, and the longest timeout of theirs."""
+        keys = {r.key for r in self._recipe.algorithm.rewards}
+        found: dict[str, float | None] = {}
+        for group, specs in self._specs.items():
+            hosted = hosted_rewards(self._recipe, specs[0].roles)
+            wanted = [r for r in hosted if r.key in keys or not trained]
+            if wanted or (not trained and "reward" in specs[0].roles):
+                found[group] = max((r.timeout_s for r in wanted), default=None)
+        return found
+
+    def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
+        """Call a method on every rank of a role at once."""
+        # Large arguments (weights) are stored once for all ranks.
+        stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
+        actors = self._actors[self._roles[role][0]]
+        return get([actor.call.remote(role, method, *stored) for actor in actors], None, role)
+
+    def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
+        """Latents from the generator, spread over its replicas."""
+        servers = self._actors[self._roles["generator"][0]]
+        # Under ZeRO-3 every replica must take part: a short batch is filled up and trimmed.
+        missing = -len(prompts) % len(servers)
+        filled = [*prompts, *[prompts[-1]] * missing], [*keys, *[keys[-1]] * missing]
+        return RemoteCalls("generator", servers).start_sample(*filled, weights).result()[: len(prompts)]
+
+    def rewards(self, method: str, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Every reward's value [B]."""
+        groups = self._reward_groups(trained=False)
+        pending = [RemoteCalls("reward", self._actors[g], t).start_scores(latents, prompts) for g, t in groups.items()]
+        return {label: values for p in pending for label, values in p.result().items()}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1]."""
+        group = next(iter(self._reward_groups(trained=False)))
+        return RemoteCalls("reward", self._actors[group]).start_decode(latents).result()
+
+    def sync_generator(self) -> None:
+        """Send the learner's weights to a generator that lives elsewhere."""
+        if self._roles["generator"][0] != self._roles["learner"][0]:
+            weights = self.call_all("learner", "weights", "live")[0]
+            self.call_all("generator", "load", "live", weights)
+
+    def readings(self) -> dict[str, dict[str, Any]]:
+        """Timings and memory of every process."""
+        named = {f"{g}/{i}": a for g, actors in self._actors.items() for i, a in enumerate(actors)}
+        return dict(zip(named, get([a.readings.remote() for a in named.values()], None, "process"), strict=True))
+
+    def close(self) -> None:
+        """End the actors, free their devices, and stop Ray if this run started it."""
+        for actors in self._actors.values():
+            for actor in actors:
+                ray.kill(actor)
+        self._actors = {}
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._started_ray:
+            ray.shutdown()
+            self._started_ray = False
+
+
+def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | None) -> dict[str, list[WorkerSpec]]:
+    """One spec a process, by group."""
+    groups = recipe.placement.groups
+    total = sum(group.devices for group in groups.values())
+    fair = max(1, (os.cpu_count() or 1) // total)
+    specs: dict[str, list[WorkerSpec]] = {}
+    for name, group in groups.items():
+        held = list(group.roles)
+        if roles["generator"][0] == name and "generator" not in held:
+            held.append("generator")
+        specs[name] = [
+            WorkerSpec(
+                recipe, name, tuple(held), rank, group.devices, group.threads or fair, distributed=True,
+                failures=failures,
+            )
+            for rank in range(group.devices)
+        ]  # fmt: skip
+    return specs
+
+
+def _ray_environment(loopback: bool) -> None:
+    """Quiet, private Ray: no usage statistics, and on one machine nothing that listens beyond loopback."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if loopback:
+        # Oddly named, but it is what makes Ray bind 127.0.0.1.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def _actor_environment(threads: int | None) -> dict[str, str]:
+    """Environment of an actor's process, set before it imports torch."""
+    kept = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR") if name in os.environ}
+    if threads is not None:
+        kept["OMP_NUM_THREADS"] = str(threads)
+    return kept

@@ -1,0 +1,140 @@
+"""Prompt lists of the published benchmarks, from a path or the hub; none is copied into this repository."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i import prompts as prompt_files
+from rlhf_t2i.errors import UsageError
+
+HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
+COCO_IMAGES = 30_000
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Prompts in order, each with the group that a table reports beside the whole ("" for none)."""
+
+    prompts: list[str]
+    groups: list[str]
+
+    def first(self, count: int | None) -> PromptList:
+        """The first prompts only."""
+        return self if count is None else PromptList(self.prompts[:count], self.groups[:count])
+
+
+def load(name: str, column: str = "prompt") -> PromptList:
+    """Read a list of prompts.
+
+    Args:
+        name: ``parti``, ``hpsv2`` or ``coco`` (from the hub, coco excepted), ``parti:PATH`` and so on, a file, or the
+            name of a zoo's world, whose held-out prompts lie in ``zoo/NAME/prompts/held_out.txt``.
+        column: The key or column of a file.
+
+    Raises:
+        UsageError: No such list, or it is damaged.
+    """
+    benchmark, colon, path = name.partition(":")
+    if benchmark in _READERS and (colon or not Path(name).exists()):
+        return _READERS[benchmark](path)
+    world = _zoo(name)
+    return _plain(prompt_files.read(world or name, column))
+
+
+def _plain(found: list[str]) -> PromptList:
+    return PromptList(found, [""] * len(found))
+
+
+def _zoo(name: str) -> Path | None:
+    """The held-out prompts of a world of small models, below the working directory or the source tree."""
+    if not name.isidentifier() or Path(name).exists():
+        return None
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        found = root / "zoo" / name / "prompts" / "held_out.txt"
+        if found.is_file():
+            return found
+    return None
+
+
+def _parti(path: str) -> PromptList:
+    """PartiPrompts (P2): 1,632 prompts; the column Prompt, grouped by Category."""
+    text = _text(path or _hub("nateraw/parti-prompts", "PartiPrompts.tsv", "parti"))
+    rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
+    if not rows or "Prompt" not in rows[0]:
+        raise UsageError(f"--prompts parti: {path or 'PartiPrompts.tsv'} is no PartiPrompts TSV: no column 'Prompt'")
+    rows = [row for row in rows if (row["Prompt"] or "").strip()]
+    return PromptList([row["Prompt"].strip() for row in rows], [row.get("Category") or "" for row in rows])
+
+
+def _hpsv2(path: str) -> PromptList:
+    """HPSv2's benchmark: 800 prompts in each of four styles, one JSON list a style."""
+    prompts: list[str] = []
+    groups: list[str] = []
+    for style in HPSV2_STYLES:
+        file = Path(path) / f"{style}.json" if path else _hub("zhwang/HPDv2", f"benchmark/{style}.json", "hpsv2")
+        found = _json(file, "hpsv2")
+        if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+            raise UsageError(f"--prompts hpsv2: {file} is not a JSON list of prompts")
+        prompts += found
+        groups += [style] * len(found)
+    return PromptList(prompts, groups)
+
+
+def _coco(path: str) -> PromptList:
+    """COCO 2014 captions: the annotations' JSON (one caption an image), or a text file as it is.
+
+    Of each image the caption with the smallest id is taken, images in order of their id, 30,000 at most.
+    """
+    if not path:
+        raise UsageError(
+            "--prompts coco needs a file: coco:PATH with captions_val2014.json of the COCO 2014 annotations, or a "
+            "text file with one caption a line"
+        )
+    if not path.endswith(".json"):
+        return _plain(prompt_files.read(path))
+    data = _json(Path(path), "coco")
+    try:
+        captions: dict[int, tuple[int, str]] = {}
+        for row in data["annotations"]:
+            entry = (int(row["id"]), str(row["caption"]).strip())
+            captions[int(row["image_id"])] = min(entry, captions.get(int(row["image_id"]), entry))
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"--prompts coco: {path} is no COCO captions file") from None
+    return _plain([captions[image][1] for image in sorted(captions)][:COCO_IMAGES])
+
+
+_READERS = {"parti": _parti, "hpsv2": _hpsv2, "coco": _coco}
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"--prompts: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts: {path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _json(path: str | Path, benchmark: str) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError:
+        raise UsageError(f"--prompts {benchmark}: {path} is not valid JSON") from None
+
+
+def _hub(repository: str, file: str, benchmark: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, file, repo_type="dataset")
+    except Exception as error:  # the hub's client raises a dozen kinds; each means the list is not there
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"--prompts {benchmark}: {repository} cannot be read from the hub ({reason}); give a copy as "
+            f"{benchmark}:PATH"
+        ) from None

@@ -1,0 +1,102 @@
+"""What one evaluation measures. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rlhf_t2i import registry
+from rlhf_t2i.errors import UsageError
+
+DEFAULT_FEATURES = "openai/clip-vit-base-patch32"
+SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")
+"""Metrics of sets of images; every other name is a reward plugin."""
+
+
+class Settings(BaseModel):
+    """One evaluation: the images depend on everything up to ``precision``, the scores on the rest as well."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    base: str | None = Field(None, description="pipeline that lends text encoders and VAE when model is a UNet alone")
+    prompts: str = Field(description="a file, a benchmark (parti, hpsv2, coco) as name or name:path, or a zoo's name")
+    column: str = "prompt"
+    limit: int | None = Field(None, ge=1, description="only the first prompts")
+    images_per_prompt: int = Field(1, ge=1, le=10_000)
+    seed: int = Field(0, ge=0, le=2**62)
+    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps of a many-step model; 50 when absent")
+    guidance: float = Field(7.5, ge=0, le=1000, allow_inf_nan=False, description="of a many-step model")
+    timestep: int | None = Field(None, ge=0, le=999, description="makes it a one-step model, sampled there")
+    resolution: int | None = Field(None, ge=8, le=8192)
+    batch_size: int = Field(16, ge=1, le=4096)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    metrics: list[str] = Field(default_factory=lambda: ["clip"])
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="a metric's own options")
+    features: str = Field(DEFAULT_FEATURES, description="CLIP for diversity and frechet_clip, or 'vae'")
+    real: str | None = Field(None, description="folder of real images, for fid and frechet_clip")
+    inception: str | None = Field(None, description="Inception weights file, for fid")
+    classes: str | None = Field(None, description="labels 'a|b|c' or a probe's JSON, for class_entropy")
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """The part on which the images depend."""
+        names = list(Settings.model_fields)
+        return self.model_dump(include=set(names[: names.index("precision") + 1]))
+
+
+def check(settings: Settings) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        UsageError: An unknown metric, or one that lacks what it needs.
+    """
+    known = [*registry.registered(registry.REWARDS), *SPECIAL]
+    for name in settings.metrics:
+        if name not in known and ".py:" not in name:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise UsageError(f"--metrics: unknown metric {name!r}{hint}")
+    stray = next((name for name in settings.options if name not in settings.metrics), None)
+    if stray:
+        raise UsageError(f"--set {stray}.…: {stray!r} is not among the metrics {', '.join(settings.metrics)}")
+    for name in ("diversity", "class_entropy"):
+        if name in settings.metrics and settings.images_per_prompt < 2:
+            raise UsageError(f"--metrics {name} compares images of one prompt: give --images-per-prompt 2 or more")
+    for name in ("fid", "frechet_clip"):
+        if name not in settings.metrics:
+            continue
+        if settings.real is None:
+            raise UsageError(f"--metrics {name} compares with real images: give their folder with --real")
+        if not Path(settings.real).is_dir():
+            raise UsageError(f"--real: no such folder: {settings.real}")
+    if "frechet_clip" in settings.metrics and settings.features == "vae":
+        raise UsageError("--metrics frechet_clip needs the features of a CLIP: give --features a CLIP model")
+    if "class_entropy" in settings.metrics and not settings.classes:
+        raise UsageError("--metrics class_entropy needs --classes: labels written 'a|b|c', or a probe's JSON file")
+    if settings.timestep is not None and settings.steps not in (None, 1):
+        raise UsageError("--timestep samples in one step: give --timestep or --steps, not both")
+
+
+def build(values: dict[str, Any]) -> Settings:
+    """Validate values into settings.
+
+    Raises:
+        UsageError: One sentence naming the option.
+    """
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UsageError(f"evaluation: unknown key {name!r}{hint}") from None
+        raise UsageError(f"evaluation, {name}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    check(settings)
+    return settings

@@ -1,0 +1,77 @@
+"""Write the aligned generator as a diffusers pipeline folder that plain diffusers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_t2i import files
+from rlhf_t2i.models import sources
+from rlhf_t2i.recipe import Recipe
+
+ONE_STEP = "one_step.json"
+
+
+def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> None:
+    """Export ``StableDiffusionXLPipeline`` (or SD1.5's) with LCMScheduler; whole or absent.
+
+    Text encoders, tokenizers and VAE are the reference's own files. The UNet is float32 after a float32 run and
+    float16 after a bf16 one, which is what published one-step models use.
+
+    Args:
+        recipe: The run's recipe.
+        weights: The UNet's state dict in float32.
+        target: The folder.
+    """
+    from diffusers import LCMScheduler, UNet2DConditionModel
+
+    source = sources.parse(recipe.models.reference)
+    reference = Path(source.location) if source.is_local else _snapshot(source)
+    with files.whole_folder(target) as folder:
+        index = json.loads((reference / "model_index.json").read_text("utf-8"))
+        for name, entry in index.items():
+            if isinstance(entry, list) and entry[0] is not None and name not in ("unet", "scheduler"):
+                shutil.copytree(reference / name, folder / name)
+        if recipe.models.vae:
+            _replace_vae(recipe.models.vae, folder, index)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(reference / "unet"))
+        dtype = torch.float32 if recipe.optimisation.precision == "fp32" else torch.float16
+        unet.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, strict=True, assign=True)
+        unet.save_pretrained(folder / "unet")
+        scheduler = json.loads((reference / "scheduler/scheduler_config.json").read_text("utf-8"))
+        kept = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "trained_betas")
+        LCMScheduler(**{k: scheduler[k] for k in kept if scheduler.get(k) is not None}).save_pretrained(
+            folder / "scheduler"
+        )
+        index["scheduler"] = ["diffusers", "LCMScheduler"]
+        files.write_json(folder / "model_index.json", index)
+        files.write_json(
+            folder / ONE_STEP,
+            {"timestep": recipe.models.generator_timestep, "resolution": recipe.models.resolution},
+        )
+
+
+def _replace_vae(text: str, folder: Path, index: dict[str, Any]) -> None:
+    """The VAE the run decoded with takes the reference's place."""
+    source = sources.parse(text)
+    path = Path(source.location) if source.is_local else _snapshot(source)
+    shutil.rmtree(folder / "vae", ignore_errors=True)
+    shutil.copytree(path, folder / "vae")
+    index["vae"] = ["diffusers", json.loads((path / "config.json").read_text("utf-8"))["_class_name"]]
+
+
+def _snapshot(source: sources.ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # The networks are in the cache already, except for the UNet, which is not wanted here.
+    return Path(
+        snapshot_download(
+            source.location, revision=source.revision, ignore_patterns=["*.bin", "*.onnx*", "*.msgpack", "unet/*.safe*"]
+        )
+    )

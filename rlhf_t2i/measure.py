@@ -1,0 +1,107 @@
+"""Previews and the before/after measurement on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rlhf_t2i import files, registry
+from rlhf_t2i.cluster.base import Cluster
+from rlhf_t2i.recipe import Recipe
+
+_SEED = 0  # of previews and evaluation: the same noise in every run, so that runs compare
+_THUMBNAIL = 256
+
+
+def preview(cluster: Cluster, prompts: Sequence[str], weights: str, path: Path) -> None:
+    """A grid of samples of the same prompts and noise every time."""
+    keys = [(_SEED, "preview", i) for i in range(len(prompts))]
+    images = cluster.decode(cluster.sample(prompts, keys, weights))
+    columns = min(8, len(images))
+    grid(images, columns).save(path)
+
+
+def evaluate(
+    recipe: Recipe,
+    cluster: Cluster,
+    prompts: Sequence[str],
+    weights: str,
+    step: int,
+    folder: Path,
+    when: str,
+    tell: Callable[[str], None],
+) -> None:
+    """Score samples of held-out prompts and write ``WHEN.json`` and thumbnails.
+
+    Diversity is the mean pairwise root-mean-square distance of the latents of one prompt's samples: it needs no
+    further model, and falls to zero when the noise no longer matters.
+    """
+    size = recipe.evaluation.batch_size
+    scores: dict[str, list[float]] = {}
+    latents: list[Tensor] = []
+    names: list[str] = []
+    (folder / when).mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(prompts), size):
+        tell(f"measuring held-out prompts {when} training: {start} of {len(prompts)}")
+        part = prompts[start : start + size]
+        keys = [(_SEED, "evaluation", i) for i in range(start, start + len(part))]
+        x0 = cluster.sample(part, keys, weights)
+        latents.append(x0)
+        for label, values in cluster.rewards("score", x0, part).items():
+            scores.setdefault(label, []).extend(float(v) for v in values)
+        for index, image in enumerate(cluster.decode(x0), start):
+            name = f"{when}/{index:05d}.png"
+            picture = to_picture(image)
+            picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            picture.save(folder / name)
+            names.append(name)
+    algorithm = recipe.algorithm
+    kinds = {r.key: "train" for r in algorithm.rewards} | {r.key: "eval" for r in algorithm.eval_rewards}
+    classes: dict[str, Any] = {
+        r.key: registry.load_class(registry.REWARDS, r.name) for r in [*algorithm.rewards, *algorithm.eval_rewards]
+    }
+    files.write_json(
+        folder / f"{when}.json",
+        {
+            "step": step,
+            "prompts": list(prompts),
+            "indices": list(range(len(prompts))),
+            "scores": scores,
+            "kinds": {label: kinds[label] for label in scores},
+            "units": {label: classes[label].unit for label in scores},
+            "diversity": {"latent_distance": latent_distance(torch.cat(latents), prompts)},
+            "images": names,
+        },
+    )
+
+
+def latent_distance(latents: Tensor, prompts: Sequence[str]) -> list[float]:
+    """Mean pairwise RMS distance within each prompt (of at least two samples), in order of first appearance."""
+    rows: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(index)
+    flat = latents.flatten(1).double()
+    scale = flat.shape[1] ** 0.5
+    return [float(torch.pdist(flat[i]).mean() / scale) for i in rows.values() if len(i) > 1]
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as a PIL image."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images [B, 3, H, W] in rows on white."""
+    height, width = images.shape[-2:]
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    picture = Image.fromarray(sheet)
+    for index, image in enumerate(images):
+        picture.paste(to_picture(image), ((index % columns) * (width + gap), (index // columns) * (height + gap)))
+    return picture

@@ -1,0 +1,74 @@
+"""The assistant diffusion: learns the generator's own score online, and serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from rlhf_t2i import rng
+from rlhf_t2i.models.networks import predict
+from rlhf_t2i.objective import assistant_loss
+from rlhf_t2i.roles.context import RankContext
+from rlhf_t2i.roles.denoise import Branch, DenoiserServer
+from rlhf_t2i.roles.engine import learning_rate
+from rlhf_t2i.roles.generator import GeneratorClient
+
+
+class AssistantRole(DenoiserServer):
+    """psi: trained by denoising score matching on the generator's samples (algorithm.md 2.1)."""
+
+    def __init__(self, context: RankContext) -> None:
+        super().__init__(self._x0)
+        self._context, self._store = context, context.store
+        self._settings = context.recipe.optimisation.assistant
+        self._engine = context.engine(context.store.assistant_unet(), self._settings)
+        self._conditioner, self._schedule = context.store.conditioner, context.store.schedule
+        self._generator: GeneratorClient | None = None
+
+    def connect(self, generator: GeneratorClient) -> None:
+        """Learn where samples come from."""
+        self._generator = generator
+
+    def train(self, round_index: int, prompts: Sequence[str]) -> dict[str, float]:
+        """One update on fresh samples; every rank gets the prompts of the whole batch and takes its share.
+
+        Args:
+            round_index: Counts assistant updates from the start of the run; seeds the noise and sets the warm-up.
+            prompts: The global batch.
+
+        Returns:
+            This rank's mean loss, and the gradient norm over all ranks before clipping.
+        """
+        assert self._generator is not None
+        seed = self._context.recipe.seed
+        first, last = self._context.recipe.algorithm.timesteps.assistant
+        losses = []
+        for micro in self._context.micro_batches():
+            chosen = [prompts[i] for i in micro]
+            keys = [(seed, "assistant", round_index, i) for i in micro]
+            x0 = self._generator.start_sample(chosen, [(*k, "z") for k in keys], "live").result()
+            x0 = x0.to(self._context.device)
+            t = rng.timesteps(first, last, [(*k, "t") for k in keys]).to(x0.device)
+            noise = rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]).to(x0.device)
+            x_t = self._schedule.add_noise(x0, noise, t)
+            raw = predict(self._engine, x_t, t, self._conditioner.encode(chosen), self._context.dtype)
+            loss = assistant_loss(raw, x_t, t, noise, self._schedule).mean()
+            self._engine.backward(loss)
+            losses.append(float(loss.detach()))
+        norm = self._engine.step(learning_rate(self._settings, round_index))
+        return {"loss": sum(losses) / len(losses), "grad_norm": norm}
+
+    def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
+        # Through the bare module: the engine's own forward scales and records gradients meant for training.
+        raw = predict(self._engine.module, x_t, t, self._conditioner.encode(prompts), self._context.dtype)
+        return self._schedule.to_x0(raw, x_t, t)
+
+    def save(self, folder: str) -> None:
+        """Write this rank's training state."""
+        self._engine.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        """Restore it."""
+        self._engine.load(Path(folder))

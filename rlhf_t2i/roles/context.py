@@ -1,0 +1,61 @@
+"""What every role of a process is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rlhf_t2i.geometry import batch_geometry
+from rlhf_t2i.models.loading import ModelStore
+from rlhf_t2i.models.networks import DTYPES
+from rlhf_t2i.recipe import Optimiser, Recipe
+from rlhf_t2i.roles.engine import DeepSpeedEngine, Engine, LocalEngine
+
+
+@dataclass
+class RankContext:
+    """One process of a group: its rank, its device and the models it holds.
+
+    Attributes:
+        recipe: The whole recipe.
+        rank: This process's rank in its group.
+        world: Processes in the group.
+        device: Where its networks live.
+        distributed: Whether trained networks run under DeepSpeed (Ray) or plain PyTorch (local).
+        failures: Where a failing sample is saved.
+    """
+
+    recipe: Recipe
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    distributed: bool = False
+    failures: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.store = ModelStore(self.recipe.models, self.device, self.recipe.optimisation.precision)
+        self.dtype = DTYPES[self.recipe.optimisation.precision]
+
+    def geometry(self) -> tuple[int, int]:
+        """(micro-batch, accumulation) of a trained role in this group."""
+        optimisation = self.recipe.optimisation
+        return batch_geometry(optimisation.batch_size, self.world, optimisation.micro_batch)
+
+    def micro_batches(self) -> list[range]:
+        """The samples of the global batch this rank handles, micro-batch by micro-batch."""
+        micro, accumulation = self.geometry()
+        first = self.rank * micro * accumulation
+        return [range(first + i * micro, first + (i + 1) * micro) for i in range(accumulation)]
+
+    def engine(self, module: nn.Module, optimiser: Optimiser) -> Engine:
+        """The training engine of a network."""
+        micro, accumulation = self.geometry()
+        if self.recipe.optimisation.gradient_checkpointing:
+            module.enable_gradient_checkpointing()  # type: ignore[operator]
+        module.train().requires_grad_(True)
+        if self.distributed:
+            return DeepSpeedEngine(module, optimiser, accumulation, micro, self.recipe.optimisation)
+        return LocalEngine(module, optimiser, accumulation)

@@ -1,0 +1,248 @@
+"""The learner: theta, and the Diff-Instruct* update (algorithm.md 2.1 and 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_t2i import objective, registry, rng
+from rlhf_t2i.errors import RunError
+from rlhf_t2i.models.networks import one_step
+from rlhf_t2i.plugin import LatentReward
+from rlhf_t2i.roles.context import RankContext
+from rlhf_t2i.roles.denoise import DenoiserCall, DenoiserClient, Pending, denoise
+from rlhf_t2i.roles.engine import learning_rate
+from rlhf_t2i.roles.reward import RewardRole
+
+Samples = dict[str, list[float]]
+"""Per-sample measurements of a step; the controller averages them over all ranks."""
+
+
+class RewardClient(Protocol):
+    """Where rewards are evaluated: some or all of the recipe's."""
+
+    def start_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Pending:
+        """Begin a call; its result is ``{label: (values [B], d value / d latents [B, C, h, w])}``."""
+
+
+class LearnerRole:
+    """Trains the generator: the gradients of all terms are added at x_0, then one backward goes through theta."""
+
+    def __init__(self, context: RankContext) -> None:
+        recipe = context.recipe
+        self._context, self._recipe, self._store = context, recipe, context.store
+        self.device = context.device
+        self._settings = recipe.optimisation.generator
+        self.engine = context.engine(context.store.generator_unet(), self._settings)
+        self.schedule, self._conditioner = context.store.schedule, context.store.conditioner
+        choice = recipe.algorithm.divergence
+        self._divergence = registry.divergence(choice.name, **choice.options)
+        self._scales = {reward.key: reward.scale for reward in recipe.algorithm.rewards}
+        self._latent_rewards = self._build_latent_rewards()
+        self._assistant: DenoiserClient | None = None
+        self._reference: DenoiserClient | None = None
+        self._rewards: Sequence[RewardClient] = ()
+        self._averaged: dict[str, Tensor] | None = None
+        if recipe.optimisation.ema is not None:
+            self._averaged = self._gather()
+
+    def _build_latent_rewards(self) -> RewardRole | None:
+        """Rewards that need the reference denoiser live here, beside its client."""
+        chosen = {}
+        for choice in self._recipe.algorithm.rewards:
+            cls = registry.load_class(registry.REWARDS, choice.name)
+            if issubclass(cls, LatentReward):
+                chosen[choice.key] = registry.reward(choice.name, **choice.options)
+        if not chosen:
+            return None
+        return RewardRole(chosen, None, device=self._context.device, failures_dir=self._context.failures)
+
+    def connect(
+        self, assistant: DenoiserClient, reference: DenoiserClient, rewards: Sequence[RewardClient]
+    ) -> None:
+        """Learn where the other roles are called."""
+        self._assistant, self._reference, self._rewards = assistant, reference, rewards
+
+    def step(self, step: int, prompts: Sequence[str]) -> dict[str, Samples | float]:
+        """One generator update.
+
+        Args:
+            step: Counts generator updates from 0; seeds the noise and sets the warm-up.
+            prompts: The global batch; this rank takes its share.
+
+        Returns:
+            ``samples``: per-sample measurements of this rank; ``grad_norm``: over all ranks, before clipping.
+        """
+        measured: Samples = {}
+        for number, micro in enumerate(self._context.micro_batches()):
+            chosen = [prompts[i] for i in micro]
+            keys = [(self._recipe.seed, "generator", step, i) for i in micro]
+            z = rng.normal(self._store.latent_shape, [(*k, "z") for k in keys]).to(self._context.device)
+            cond = self._conditioner.encode(chosen)
+            timestep = self._recipe.models.generator_timestep
+            x0 = one_step(self.engine, z, cond, timestep, self.schedule, self._context.dtype)
+            ticket = f"{step}.{self._context.rank}.{number}"
+            gradient = self.gradient_at_x0(ticket, x0.detach(), chosen, keys, measured)
+            self.engine.backward((x0 * gradient).sum() / len(micro))
+        norm = self.engine.step(learning_rate(self._settings, step))
+        if self._averaged is not None:
+            self._update_average((step + 1) * self._recipe.optimisation.batch_size)
+        return {"samples": measured, "grad_norm": norm}
+
+    def gradient_at_x0(
+        self, ticket: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
+    ) -> Tensor:
+        """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
+
+        Reward calls start first and are collected last, so that they run beside the denoisers where they sit on
+        other devices.
+        """
+        rewards = [client.start_value_and_grad(x0, prompts) for client in self._rewards]
+        leaf = x0.clone().requires_grad_(True)
+        divergence = self._divergence_gradient(ticket, leaf, prompts, keys, measured)
+        values: dict[str, tuple[Tensor, Tensor]] = {}
+        for pending in rewards:
+            values.update(pending.result())
+        if self._latent_rewards is not None:
+            context = _ReferenceContext(self, ticket, keys)
+            values.update(self._latent_rewards.value_and_grad(x0, prompts, context=context))
+        missing = self._scales.keys() - values.keys()
+        if missing:
+            raise RunError(f"no process evaluated the reward {sorted(missing)[0]!r}")
+        pull = self._reward_gradient(x0, values, measured)
+        _measure(measured, "grad_norm/divergence", _norm(divergence))
+        _measure(measured, "grad_cosine", torch.cosine_similarity(divergence.flatten(1), pull.flatten(1)))
+        total = divergence + pull
+        if not bool(torch.isfinite(total).all()):
+            index = int((~torch.isfinite(total.flatten(1)).all(1)).nonzero()[0])
+            raise RunError(f"the gradient at x_0 is not finite for the prompt {prompts[index]!r}")
+        return total
+
+    def _divergence_gradient(
+        self, ticket: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
+    ) -> Tensor:
+        """The gradient of the regulariser, and under outer CFG of equation (3.6)."""
+        algorithm = self._recipe.algorithm
+        t, noise = self.draw(keys, x0)
+        x_t = self.schedule.add_noise(x0, noise, t)
+        outer = algorithm.cfg.mode == "outer" and algorithm.cfg.scale > 0
+        assert self._assistant is not None
+        assert self._reference is not None
+        calls = [
+            DenoiserCall(self._assistant, "conditional"),
+            DenoiserCall(self._reference, "both" if outer else "guided"),
+        ]
+        d_assistant, d_reference = denoise(calls, ticket, x_t, t, prompts, self._divergence.needs_vjp)
+        unconditional = None
+        if outer:
+            d_reference, unconditional = d_reference[0], d_reference[1]
+        loss = objective.divergence_loss_from_predictions(
+            self._divergence, x0, t, d_assistant, d_reference, self.schedule, algorithm.weighting
+        )
+        if unconditional is not None:
+            weighting = "unit_x0" if algorithm.weighting == "inv_mean_abs" else algorithm.weighting
+            force = objective.implicit_cfg_loss(x0, t, d_reference, unconditional, self.schedule, weighting)
+            loss = loss + algorithm.cfg.scale * force
+        gradient = objective.two_stage_gradient(loss, x0)
+        delta = (d_assistant - d_reference).detach()
+        _measure(measured, "divergence", self._divergence.value(delta))
+        _measure(measured, "delta_norm", _norm(delta))
+        _measure(measured, "timestep", t)
+        return gradient
+
+    def _reward_gradient(
+        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Samples
+    ) -> Tensor:
+        """``-sum_i alpha_i d r_i / d x_0``."""
+        pull = torch.zeros_like(x0)
+        for label, scale in self._scales.items():
+            value, gradient = values[label]
+            scaled = -scale * gradient.to(x0)
+            _measure(measured, f"reward/{label}", value)
+            _measure(measured, f"grad_norm/reward/{label}", _norm(scaled))
+            pull = pull + scaled
+        _measure(measured, "grad_norm/reward", _norm(pull))
+        return pull
+
+    def draw(self, keys: Sequence[rng.Key], like: Tensor, purpose: str = "") -> tuple[Tensor, Tensor]:
+        """Timesteps [B] and noise like the latents, from the samples' own streams."""
+        first, last = self._recipe.algorithm.timesteps.generator
+        t = rng.timesteps(first, last, [(*k, f"{purpose}t") for k in keys])
+        noise = rng.normal(like.shape[1:], [(*k, f"{purpose}noise") for k in keys])
+        return t.to(like.device), noise.to(like.device)
+
+    def reference_branches(self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The reference's predictions with and without the prompt, without a graph."""
+        assert self._reference is not None
+        (both,) = denoise([DenoiserCall(self._reference, "both")], ticket, x_t, t, prompts, with_graph=False)
+        return both[0], both[1]
+
+    def _update_average(self, images_seen: int) -> None:
+        """SiD's EMA: half-life in images, never more than a fraction of the images seen."""
+        ema = self._recipe.optimisation.ema
+        assert ema is not None
+        assert self._averaged is not None
+        half_life = min(ema.half_life_kimg * 1000, ema.rampup * images_seen)
+        beta = 0.5 ** (self._recipe.optimisation.batch_size / max(half_life, 1e-8))
+        for name, parameter in self.engine.full_parameters():
+            if self._context.rank == 0:
+                self._averaged[name].lerp_(parameter.cpu(), 1.0 - beta)
+
+    def _gather(self) -> dict[str, Tensor]:
+        """The whole network in float32 on the CPU; empty on ranks other than 0, which still take part."""
+        first = self._context.rank == 0
+        return {n: p.cpu().clone() for n, p in self.engine.full_parameters() if first or p is None}
+
+    def weights(self, kind: str) -> dict[str, Tensor]:
+        """The ``live`` or ``averaged`` weights on rank 0; every rank must call it."""
+        if kind == "averaged" and self._averaged is not None:
+            return self._averaged
+        return self._gather()
+
+    def save(self, folder: str) -> None:
+        """Write this rank's training state, and the moving average on rank 0."""
+        self.engine.save(Path(folder))
+        if self._averaged is not None and self._context.rank == 0:
+            torch.save(self._averaged, Path(folder) / "average.pt")
+
+    def load(self, folder: str) -> None:
+        """Restore it."""
+        self.engine.load(Path(folder))
+        if self._averaged is not None and self._context.rank == 0:
+            self._averaged = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
+
+
+class _ReferenceContext:
+    """The :class:`rlhf_t2i.plugin.LatentContext` of one micro-batch."""
+
+    def __init__(self, learner: LearnerRole, ticket: str, keys: Sequence[rng.Key]) -> None:
+        self._learner, self._ticket, self._keys = learner, ticket, keys
+
+    def sample_timesteps(self, batch: int) -> Tensor:
+        like = torch.empty(batch, 1, device=self._learner.device)
+        return self._learner.draw(self._keys[:batch], like, "latent reward ")[0]
+
+    def sample_noise(self, like: Tensor) -> Tensor:
+        return self._learner.draw(self._keys[: len(like)], like, "latent reward ")[1]
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self._learner.schedule.add_noise(latents, noise, t)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self._learner.schedule.coefficients(t, like)
+
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self._learner.reference_branches(f"{self._ticket}.latent", x_t, t, prompts)
+
+
+def _norm(value: Tensor) -> Tensor:
+    """The L2 norm of every sample [B]."""
+    return value.flatten(1).norm(dim=1)
+
+
+def _measure(measured: Samples, name: str, values: Tensor) -> None:
+    measured.setdefault(name, []).extend(float(v) for v in values.detach().float().cpu())

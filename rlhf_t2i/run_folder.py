@@ -1,0 +1,119 @@
+"""The folder a run writes: where everything is, and what is recorded about the run itself."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from rlhf_t2i import files, recipe_io
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import Recipe
+
+_PACKAGES = ("rlhf-t2i", "torch", "deepspeed", "ray", "diffusers", "transformers")
+
+
+class RunFolder:
+    """Paths of a run's outputs.
+
+    Args:
+        path: The run's folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples"
+        self.evaluation = self.path / "evaluation"
+        self.model = self.path / "model"
+        self.failures = self.path / "failures"
+        self.run = self.path / "run.json"
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder and write the resolved recipe.
+
+        Raises:
+            UsageError: The folder holds another run, or cannot be written.
+        """
+        if self.recipe.exists():
+            raise UsageError(f"{self.path} already holds a run: continue it with --resume, or choose another --out")
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.evaluation.mkdir(exist_ok=True)
+            files.write_text(self.recipe, recipe_io.dump(recipe))
+        except OSError as error:
+            raise UsageError(f"--out {self.path} cannot be written: {error.strerror}") from None
+
+    def require_same_recipe(self, recipe: Recipe) -> None:
+        """Refuse to resume with a recipe that means another run.
+
+        Raises:
+            UsageError: There is no run here, or its recipe differs; the differences are listed.
+        """
+        if not self.recipe.is_file():
+            raise UsageError(f"--resume: {self.path} holds no run")
+        old, new = recipe_io.load(self.recipe).model_dump(), recipe.model_dump()
+        changed = [name for name in _differences(old, new) if not name.startswith(_HARMLESS)]
+        if changed:
+            raise UsageError(f"--resume: the recipe has changed since the run began: {', '.join(changed)}")
+
+    @contextmanager
+    def record(self, recipe: Recipe, command: str) -> Iterator[None]:
+        """Write run.json when the block ends well: versions, git revision, seed, times and cost."""
+        began, clock = datetime.now(UTC), time.monotonic()
+        yield
+        placement = recipe.placement
+        groups = [[name, g.devices, g.roles] for name, g in placement.groups.items()]
+        files.write_json(
+            self.run,
+            {
+                "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+                "git": _git_revision(),
+                "seed": recipe.seed,
+                "started": began.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 1),
+                "device": _device(),
+                "placement": groups if placement.mode == "ray" else [["local", 1, ["all"]]],
+                "command": command,
+            },
+        )
+
+
+_HARMLESS = ("logging.", "checkpoints.", "steps")
+"""Changing these does not change what the steps already done mean."""
+
+
+def _differences(old: object, new: object, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in {**old, **new}:
+            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    return [] if old == new else [f"{name} ({old} -> {new})"]
+
+
+def _git_revision() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _device() -> str:
+    import os
+
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {os.cpu_count()} cores"

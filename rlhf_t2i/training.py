@@ -1,0 +1,257 @@
+"""The controller: Algorithm 1, with checkpoints, previews and the before/after table around it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_t2i import checkpoint, export, measure, prompts, report
+from rlhf_t2i.checkpoint import Progress
+from rlhf_t2i.cluster.base import Cluster
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.metrics import MetricsFile, step_metrics
+from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.run_folder import RunFolder
+
+
+class Display(Protocol):
+    """Who is told how the run goes (the CLI's progress bar, or nobody)."""
+
+    def phase(self, text: str) -> None:
+        """Something long begins."""
+
+    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """A generator step is done."""
+
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def phase(self, text: str) -> None:
+        """Nothing."""
+
+    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+class Stopped(Exception):
+    """A signal ended the run after a checkpoint."""
+
+    def __init__(self, number: int, saved: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; checkpoint {saved}; continue with --resume")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Trainer:
+    """One run over a cluster of roles.
+
+    Attributes:
+        recipe: The recipe.
+        out: The run's folder.
+        cluster: The roles.
+        display: Who is told.
+        progress: Where the run stands.
+    """
+
+    recipe: Recipe
+    out: RunFolder
+    cluster: Cluster
+    display: Display
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        data, seed = self.recipe.data, self.recipe.seed
+        train = prompts.read(data.prompts, data.column)
+        self._generator_prompts = prompts.PromptStream(train, seed, "generator")
+        self._assistant_prompts = prompts.PromptStream(train, seed, "assistant")
+        held_out = prompts.read(data.held_out, data.column) if data.held_out else train
+        self._held_out = prompts.PromptStream(held_out, 0, "held out")
+        self._metrics = MetricsFile(self.out.metrics, self.recipe.logging.writers, self.out.path)
+        self._assistant_reports: list[dict[str, float]] = []
+        self._stop: int | None = None
+
+    def run(self) -> None:
+        """Train to the end, from wherever ``progress`` stands.
+
+        Raises:
+            Stopped: A signal arrived; a checkpoint was written.
+        """
+        self._metrics.drop_after(self.progress.step)
+        with self._signals():
+            if self.progress == Progress():
+                self._measure("before")
+            self._loop()
+            checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints.keep)
+            self._measure("after")
+        self.display.phase("writing the model")
+        weights = self.cluster.call_all("learner", "weights", self._weights)[0]
+        export.write_pipeline(self.recipe, weights, self.out.model)
+        self._metrics.close()
+
+    def _loop(self) -> None:
+        """Algorithm 1: K assistant rounds on fresh samples, then one generator update on fresh prompts."""
+        recipe, state = self.recipe, self.progress
+        began = time.perf_counter()
+        while state.step < recipe.steps:
+            rounds = recipe.algorithm.assistant_steps + (recipe.algorithm.assistant_warmup if state.step == 0 else 0)
+            if state.round < rounds:
+                self._assistant_round()
+            else:
+                self._generator_step(began)
+                began = time.perf_counter()
+            self._stop_if_asked()
+
+    def _assistant_round(self) -> None:
+        state, size = self.progress, self.recipe.optimisation.batch_size
+        if state.step == 0 and state.round % 10 == 0 and self.recipe.algorithm.assistant_warmup:
+            self.display.phase(f"assistant warm-up, round {state.round} of {self.recipe.algorithm.assistant_warmup}")
+        batch = self._assistant_prompts.batch(state.rounds * size, size)
+        reports = self.cluster.call_all("assistant", "train", state.rounds, batch)
+        self._assistant_reports.append(
+            {"loss": sum(r["loss"] for r in reports) / len(reports), "grad_norm": reports[0]["grad_norm"]}
+        )
+        state.round += 1
+        state.rounds += 1
+
+    def _generator_step(self, began: float) -> None:
+        state, size = self.progress, self.recipe.optimisation.batch_size
+        batch = self._generator_prompts.batch(state.step * size, size)
+        generator_began = time.perf_counter()
+        reports = self.cluster.call_all("learner", "step", state.step, batch)
+        self.cluster.sync_generator()
+        ended = time.perf_counter()
+        state.step, state.round = state.step + 1, 0
+        seconds = {"step": ended - began, "assistant": generator_began - began, "generator": ended - generator_began}
+        metrics = step_metrics(
+            self.recipe, state, reports, self._assistant_reports, seconds, self.cluster.readings()
+        )
+        self._assistant_reports = []
+        self._metrics.write(metrics)
+        self.display.step(state, metrics)
+        if state.step % self.recipe.logging.samples_every == 0:
+            self._preview()
+        if state.step % self.recipe.checkpoints.every == 0 and state.step < self.recipe.steps:
+            checkpoint.save(self.cluster, self.out.path, state, self.recipe.checkpoints.keep)
+
+    @property
+    def _weights(self) -> str:
+        """The weights that are shown, measured and exported."""
+        return "averaged" if self.recipe.optimisation.ema is not None else "live"
+
+    def _load_averaged(self) -> None:
+        if self._weights == "averaged":
+            weights = self.cluster.call_all("learner", "weights", "averaged")[0]
+            self.cluster.call_all("generator", "load", "averaged", weights)
+
+    def _preview(self) -> None:
+        self._load_averaged()
+        count = self.recipe.logging.sample_count
+        path = self.out.samples / f"step_{self.progress.step:06d}.png"
+        measure.preview(self.cluster, self._held_out.batch(0, count), self._weights, path)
+
+    def _measure(self, when: str) -> None:
+        """Score the same held-out prompts with the same noise, before and after."""
+        self.display.phase(f"measuring held-out prompts {when} training")
+        self._load_averaged()
+        self._preview()
+        settings = self.recipe.evaluation
+        distinct = -(-settings.images // settings.images_per_prompt)
+        chosen = [p for p in self._held_out.batch(0, distinct) for _ in range(settings.images_per_prompt)]
+        measure.evaluate(
+            self.recipe, self.cluster, chosen[: settings.images], self._weights, self.progress.step,
+            self.out.evaluation, when, self.display.phase,
+        )  # fmt: skip
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGTERM or Ctrl-C ends the run after a checkpoint; a second one at once."""
+
+        def handler(number: int, frame: Any) -> None:
+            if self._stop is not None:
+                raise KeyboardInterrupt
+            self._stop = number
+            self.display.note(f"{signal.Signals(number).name}: finishing this update, then writing a checkpoint")
+
+        previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in previous.items():
+                signal.signal(number, old)
+
+    def _stop_if_asked(self) -> None:
+        if self._stop is not None:
+            saved = checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints.keep)
+            raise Stopped(self._stop, saved)
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    display: Display | None = None,
+    command: str = "",
+) -> None:
+    """Align a generator as a recipe says.
+
+    Args:
+        recipe: What to do.
+        out: The run's folder; created, and refused when it holds another run.
+        resume: Continue from the newest whole checkpoint in ``out``.
+        address: An existing Ray cluster to join.
+        display: Who is told how it goes.
+        command: The command line, for the record.
+
+    Raises:
+        UsageError: The recipe or a file is wrong; nothing was started.
+        RunError: Something failed while running.
+        Stopped: A signal arrived; a checkpoint was written.
+    """
+    from rlhf_t2i.cluster.start import start
+    from rlhf_t2i.roles.worker import check_plugins
+
+    display = display or Silent()
+    check_plugins(recipe)
+    for file in (recipe.data.prompts, recipe.data.held_out):
+        if file:
+            prompts.read(file, recipe.data.column)
+    folder = RunFolder(out)
+    progress, saved = Progress(), None
+    if resume:
+        folder.require_same_recipe(recipe)
+        saved, progress, warnings = checkpoint.find(out)
+        for warning in warnings:
+            display.note(warning)
+    else:
+        folder.create(recipe)
+    display.phase("starting the roles")
+    cluster = start(recipe, folder, address)
+    try:
+        if saved is not None:
+            checkpoint.restore(cluster, saved)
+            cluster.sync_generator()
+            display.note(f"resuming from {saved.name}")
+        with folder.record(recipe, command):
+            Trainer(recipe, folder, cluster, display, progress).run()
+    finally:
+        cluster.close()
+    display.phase("writing the report")
+    report.write_report(out)
+
+
+__all__ = ["Display", "RunError", "Silent", "Stopped", "Trainer", "UsageError", "run"]
+
