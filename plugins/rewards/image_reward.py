@@ -157,6 +157,9 @@ def build_blip(vision: State, text: State, med: dict[str, Any]) -> tuple[Any, An
         hidden_act=med.get("hidden_act", "gelu"),
         is_decoder=True,
         use_cache=False,
+        pad_token_id=med.get("pad_token_id", 0),
+        bos_token_id=None,
+        sep_token_id=None,
         # sdpa is silently wrong for this text model.
         attn_implementation="eager",
     )

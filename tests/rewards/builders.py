@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from tests.rewards.fixtures import formula
+
 IMAGE_SIZE = 32
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def byte_alphabet() -> list[str]:
@@ -99,3 +102,67 @@ def pictures(count: int = 3, size: int = 40, seed: int = 0) -> torch.Tensor:
     coarse = torch.rand(count, 3, 5, 5, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear", align_corners=True)
     return 0.1 + 0.8 * smooth
+
+
+def write_open_clip_state(path: Path, shapes: dict[str, list[int]], wrap: bool = True) -> Path:
+    """A ``torch.save`` checkpoint with weights from the formula; ``wrap`` puts them under ``state_dict`` as HPSv2."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: formula.weight(name, shape) for name, shape in shapes.items()}
+    torch.save({"epoch": 1, "state_dict": state} if wrap else state, path)
+    return path
+
+
+def write_hpsv2(folder: Path) -> Path:
+    """A folder like xswu/HPSv2 with the oracle's weights, and a CLIP tokenizer."""
+    write_open_clip_state(folder / "HPS_v2.1_compressed.pt", fixture_json("open_clip")["shapes"])
+    clip_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_openai_clip(folder: Path) -> Path:
+    """A transformers CLIPModel folder with the weights of the oracle's OpenAI CLIP."""
+    from rlhf_t2i_plugins.rewards.checkpoints import load_open_clip
+
+    shapes = fixture_json("aesthetic")["clip"]
+    checkpoint = write_open_clip_state(folder / "openai.pt", shapes, wrap=False)
+    load_open_clip(checkpoint, quick_gelu=True).save_pretrained(folder)
+    checkpoint.unlink()
+    write_processor(folder)
+    return folder
+
+
+def write_aesthetic(folder: Path) -> tuple[Path, Path]:
+    """(CLIP folder, head file) with the oracle's weights."""
+    head = {name: formula.weight(name, shape) for name, shape in fixture_json("aesthetic")["head"].items()}
+    path = folder / "head" / "aesthetic-model.pth"
+    path.parent.mkdir(parents=True)
+    torch.save(head, path)
+    return write_openai_clip(folder / "clip"), path
+
+
+def write_image_reward(folder: Path) -> Path:
+    """A folder like THUDM/ImageReward with the oracle's weights, and a BERT tokenizer."""
+    from transformers import BertTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = fixture_json("image_reward")
+    state = {}
+    for name, shape in spec["shapes"].items():
+        is_buffer = name.endswith("position_ids")
+        state[name] = torch.arange(shape[1]).unsqueeze(0) if is_buffer else formula.weight(name, shape)
+    torch.save(state, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(spec["med_config"]))
+    BertTokenizer(vocab={word: i for i, word in enumerate(formula.BERT_WORDS)}).save_pretrained(folder)
+    return folder
+
+
+def fixture_json(name: str) -> Any:
+    """An oracle's JSON file."""
+    return json.loads((FIXTURES / f"{name}.json").read_text())
+
+
+def fixture_tensors(name: str) -> dict[str, torch.Tensor]:
+    """An oracle's tensors."""
+    from safetensors.torch import load_file
+
+    return load_file(FIXTURES / f"{name}.safetensors")
