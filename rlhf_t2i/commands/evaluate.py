@@ -51,7 +51,8 @@ def eval_command(
     settings = settings_module.build(values)
     folder = out or Path("evaluations") / (Path(model).name or "model")
 
-    from rlhf_t2i.evaluation.run import bar, evaluate
+    from rlhf_t2i.evaluation.progress import bar
+    from rlhf_t2i.evaluation.run import evaluate
 
     with bar() as progress:
         found = evaluate(settings, folder, progress)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_t2i import statistics
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.models import sources
 from rlhf_t2i.preprocessing import Preprocess
 
@@ -26,10 +27,12 @@ class Extractor:
 
     Args:
         name: What the features are, as printed beside every number made from them.
+        identity: A digest of the network, for the folder in which features are kept.
         extract: Images [B, 3, H, W] in [0, 1] to features [B, D].
     """
 
     name: str
+    identity: str
     extract: Callable[[Tensor], Tensor]
 
 
@@ -126,7 +129,7 @@ class Probe:
 
 def clip_extractor(clip: ClipFeatures) -> Extractor:
     """Features of a CLIP, for distances and Frechet distance."""
-    return Extractor(f"CLIP {clip.location}", clip)
+    return Extractor(f"CLIP {clip.location}", fingerprints.of_path(clip.location), clip)
 
 
 def vae_extractor(vae: Any, model: str, device: torch.device) -> Extractor:
@@ -138,7 +141,7 @@ def vae_extractor(vae: Any, model: str, device: torch.device) -> Extractor:
         latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
         return latents.float().flatten(1).cpu()
 
-    return Extractor(f"VAE latents of {model}", extract)
+    return Extractor("the model's VAE latents", f"vae-{fingerprints.of_path(model)}", extract)
 
 
 def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
@@ -168,7 +171,7 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
     def extract(images: Tensor) -> Tensor:
         return network((images * 255).round().to(torch.uint8).to(device)).float().cpu()
 
-    return Extractor("InceptionV3 pool3 (torch-fidelity)", extract)
+    return Extractor("InceptionV3 pool3 (torch-fidelity)", fingerprints.of_path(str(path)), extract)
 
 
 @dataclass(frozen=True)

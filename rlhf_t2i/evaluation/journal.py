@@ -23,15 +23,15 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._done: dict[tuple[str, int], list[float | None]] = {}
+        self._done: dict[tuple[str, int], list[Any]] = {}
         if path.is_file():
             self._read()
 
-    def get(self, key: str, batch: int) -> list[float | None] | None:
+    def get(self, key: str, batch: int) -> list[Any] | None:
         """The values of a batch, or None when it is still to do."""
         return self._done.get((key, batch))
 
-    def put(self, key: str, batch: int, values: Sequence[float | None]) -> None:
+    def put(self, key: str, batch: int, values: Sequence[Any]) -> None:
         """Record a finished batch; on the disk before this returns."""
         line = json.dumps({"key": key, "batch": batch, "values": list(values)}) + "\n"
         with self.path.open("ab") as stream:

@@ -7,32 +7,26 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from rlhf_t2i import registry
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import benchmarks, features, journal, results
+from rlhf_t2i.evaluation import benchmarks, features, fingerprints, journal, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
+from rlhf_t2i.evaluation.images import picture_files, png, read_images
+from rlhf_t2i.evaluation.progress import Progress
 from rlhf_t2i.evaluation.results import Measured, Results
-from rlhf_t2i.evaluation.sampler import Sampler, Sampling, fingerprint, resolve
+from rlhf_t2i.evaluation.sampler import Sampler, Sampling, resolve
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 
 FRECHET_PIXELS = 256
-
-
-class Progress(Protocol):
-    """Told about every batch: what is done, how many of how many images."""
-
-    def __call__(self, what: str, done: int, total: int) -> None: ...
 
 
 def evaluate(settings: Settings, out: Path, progress: Progress | None = None) -> Results:
@@ -75,7 +69,7 @@ class Work:
         prompt_digest = hashlib.sha256("\n".join(found.prompts).encode()).hexdigest()
         identity = self.settings.image_settings | {
             "prompts_sha256": prompt_digest,
-            "weights": fingerprint(self.sampling),
+            "weights": [fingerprints.of_path(path) for path in (self.sampling.model, self.sampling.base)],
         }
         # Paths may differ between two machines or working directories; what they hold is in the digests.
         for name in ("model", "base", "prompts"):
@@ -113,9 +107,8 @@ class Work:
 
     def _reward(self, name: str) -> Measured:
         options = self.settings.options.get(name, {})
-        key = f"{name} {json.dumps(options, sort_keys=True)}"
+        key = f"{name} {fingerprints.of_options(options)}"
         cls: Any = registry.load_class(registry.REWARDS, name)
-        unit, better = cls.unit, cls.higher_is_better
         loaded: list[Any] = []
 
         def score(images: Tensor, prompts: Sequence[str]) -> list[float | None]:
@@ -130,11 +123,9 @@ class Work:
         values = self._over_batches(f"scoring {name}", key, score)
         if loaded:
             # An instance may know its unit better than its class (PickScore as a logit).
-            unit = str(loaded[0].unit)
-            journal.write_atomic(self.out / "units" / f"{_digest(key)}.txt", unit)
-        elif (self.out / "units" / f"{_digest(key)}.txt").is_file():
-            unit = (self.out / "units" / f"{_digest(key)}.txt").read_text("utf-8")
-        return Measured.of_images(name, unit, values, self.settings.images_per_prompt, better)
+            self.journal.put(f"unit {key}", 0, [str(loaded[0].unit)])
+        unit = (self.journal.get(f"unit {key}", 0) or [cls.unit])[0]
+        return Measured.of_images(name, unit, values, self.settings.images_per_prompt, cls.higher_is_better)
 
     def _over_batches(
         self, what: str, key: str, score: Callable[[Tensor, list[str]], list[float | None]]
@@ -160,7 +151,7 @@ class Work:
         if self.settings.features != "vae":
             return features.clip_extractor(self.clip)
         sampler = Sampler(self.sampling, self.settings.seed, self.device, self.settings.precision)
-        return features.vae_extractor(sampler.store.decoder.vae, self.settings.model, self.device)
+        return features.vae_extractor(sampler.store.decoder.vae, self.sampling.base, self.device)
 
     def features(
         self, extractor: Extractor, batches: Sequence[list[Path]], folder: str, square: int | None
@@ -184,7 +175,7 @@ class Work:
     def own_features(self, extractor: Extractor, square: int | None = None) -> np.ndarray:
         """Features of this evaluation's images."""
         batches = [[self._path(index) for index in batch] for _, batch in self.batches]
-        return self.features(extractor, batches, f"{_digest(extractor.name)}-{square or 'full'}", square)
+        return self.features(extractor, batches, f"{extractor.identity}-{square or 'full'}", square)
 
     def frechet(self, key: str, extractor: Extractor) -> list[Measured]:
         """Squared Frechet distance to the folder of real images, in the extractor's features."""
@@ -194,7 +185,7 @@ class Work:
         size = self.settings.batch_size
         batches = [paths[i : i + size] for i in range(0, len(paths), size)]
         content = hashlib.sha256("".join(f"{p.name} {p.stat().st_size}\n" for p in paths).encode()).hexdigest()[:12]
-        real = self.features(extractor, batches, f"{_digest(extractor.name)}-real-{content}", FRECHET_PIXELS)
+        real = self.features(extractor, batches, f"{extractor.identity}-real-{content}", FRECHET_PIXELS)
         value = frechet_distance(self.own_features(extractor, FRECHET_PIXELS), real)
         note = (
             f"squared Frechet distance in features of {extractor.name}; {len(self.indices)} against {len(paths)} real"
@@ -234,76 +225,6 @@ _SPECIAL: dict[str, Callable[[Work], list[Measured]]] = {
     "fid": lambda work: work.frechet("fid", features.inception_extractor(work.settings.inception, work.device)),
     "frechet_clip": lambda work: work.frechet("frechet_clip", features.clip_extractor(work.clip)),
 }
-
-
-def png(image: Tensor) -> bytes:
-    """An image [3, H, W] in [0, 1] as a PNG file."""
-    pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def read_images(paths: Sequence[Path], square: int | None = None) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1]; with ``square`` cut to the centre square and scaled (Lanczos) to that side."""
-    tensors = []
-    for path in paths:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-        if square is not None:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side)).resize((square, square), Image.Resampling.LANCZOS)
-        tensors.append(torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1))
-    return torch.stack(tensors)
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures below a folder, by name.
-
-    Raises:
-        UsageError: Fewer than two.
-    """
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if len(found) < 2:
-        raise UsageError(f"--real: {folder} holds {len(found)} pictures: at least two are needed")
-    return found
-
-
-def bar() -> AbstractContextManager[Any]:
-    """A progress bar on a terminal, silence elsewhere; gives a :class:`Progress` or None."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    return _Bar(console) if console.is_terminal else nullcontext()
-
-
-class _Bar:
-    def __init__(self, console: Any) -> None:
-        from rich import progress as rich_progress
-
-        columns = [
-            rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(),
-            rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(),
-        ]  # fmt: skip
-        self._bar = rich_progress.Progress(*columns, console=console)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total)
-        self._bar.update(self._tasks[what], completed=done)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _add_cost(out: Path, seconds: float, images: int, device: str) -> None:

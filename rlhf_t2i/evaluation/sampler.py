@@ -112,7 +112,7 @@ class Sampler:
 
         source = sources.parse(self.sampling.model)
         try:
-            pipeline = DiffusionPipeline.from_pretrained(source.location, torch_dtype=self.dtype, **source.kwargs)
+            pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=self.dtype, **source.kwargs)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(f"{self.sampling.model} cannot be loaded: {reason}") from error
@@ -159,4 +159,3 @@ def _native_resolution(source: sources.ModelSource, index: dict[str, Any]) -> in
     size = int(sources.read_json(source, f"{part}/config.json").get("sample_size") or 128)
     levels = sources.read_json(source, "vae/config.json").get("block_out_channels", [0] * 4)
     return size * 2 ** (len(levels) - 1)
-

@@ -1,0 +1,30 @@
+"""Rewards for tests, named by their file."""
+
+from __future__ import annotations
+
+from rlhf_t2i import plugin
+
+
+class Brightness(plugin.Reward):
+    """The mean of an image's pixels, and a hint of its prompt's length."""
+
+    unit = "mean pixel"
+
+    def score(self, images, prompts):
+        lengths = images.new_tensor([len(prompt) for prompt in prompts])
+        return images.mean((1, 2, 3)) + 0.001 * lengths
+
+
+class Counting(Brightness):
+    """Brightness that counts the images it scored."""
+
+    scored = 0
+
+    def score(self, images, prompts):
+        Counting.scored += len(prompts)
+        return super().score(images, prompts)
+
+
+class Broken(plugin.Reward):
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))[:1]

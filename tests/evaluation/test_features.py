@@ -1,0 +1,109 @@
+"""Features, Frechet distance, CLIP score and class entropy against independent implementations."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rlhf_t2i import statistics
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation import features, results
+from rlhf_t2i.evaluation.features import ClipFeatures, Probe
+from rlhf_t2i.evaluation.images import read_images
+from rlhf_t2i.evaluation.run import evaluate
+
+
+def pictures(folder, count, seed=0):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def test_clip_features_agree_with_transformers(tiny_clip, tmp_path):
+    from transformers import AutoImageProcessor, CLIPModel
+
+    folder = pictures(tmp_path / "p", 3)
+    paths = sorted(folder.iterdir())
+    ours = ClipFeatures(str(tiny_clip), torch.device("cpu"))(read_images(paths))
+    processor = AutoImageProcessor.from_pretrained(tiny_clip)
+    inputs = processor(images=[Image.open(path) for path in paths], return_tensors="pt")
+    with torch.no_grad():
+        theirs = CLIPModel.from_pretrained(tiny_clip).get_image_features(**inputs).pooler_output
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_frechet_distance_agrees_with_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+
+    class Flat(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return x.double().flatten(1) / 255
+
+    metric = fid.FrechetInceptionDistance(feature=Flat(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 256, (60, 3, 2, 2), generator=rng, dtype=torch.uint8)
+    fake = torch.randint(0, 200, (50, 3, 2, 2), generator=rng, dtype=torch.uint8)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    ours = statistics.frechet_distance(fake.flatten(1).double().numpy() / 255, real.flatten(1).double().numpy() / 255)
+    assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_frechet_clip_names_its_features(settings, tiny_clip, tmp_path):
+    real = pictures(tmp_path / "real", 8)
+    chosen = settings(metrics=["frechet_clip"], features=str(tiny_clip), real=str(real))
+    found = evaluate(chosen, tmp_path / "out")
+    (row,) = found.rows
+    assert row["mean"] > 0
+    assert f"CLIP {tiny_clip}" in row["unit"]
+    assert "10 against 8 real" in row["unit"]
+    assert row["low"] is None
+
+
+def test_diversity_of_equal_images_is_nothing():
+    alike = np.repeat(np.random.default_rng(0).normal(size=(2, 5)), 3, axis=0)
+    found = features.diversity(alike, 3)
+    assert found.distance == pytest.approx([0, 0], abs=1e-12)
+    assert found.vendi == pytest.approx([1, 1])
+
+
+def test_class_entropy_by_hand():
+    # Features of length 1 and a steep probe: each image is surely of one class.
+    probe = Probe(["a", "b", "c"], 100 * np.eye(3), np.zeros(3))
+    own = np.eye(3)[[0, 1, 0, 0]]  # prompt one: a and b; prompt two: a twice
+    (found,) = results.class_entropy(probe, own, 2, "test")
+    assert found.by_prompt == pytest.approx([math.log(2), 0], abs=1e-9)
+    assert found.extra["shares"] == pytest.approx({"a": 0.75, "b": 0.25, "c": 0}, abs=1e-9)
+
+
+def test_class_entropy_with_labels_and_with_a_probe(settings, tiny_clip, tmp_path):
+    clip = str(tiny_clip)
+    chosen = settings(metrics=["class_entropy"], features=clip, classes="a red thing|a blue thing")
+    (row,) = evaluate(chosen, tmp_path / "labels").rows
+    assert 0 <= row["mean"] <= math.log(2)
+    probe = {"labels": ["x", "y"], "weight": np.zeros((2, 16)).tolist(), "bias": [0, 0]}
+    (tmp_path / "probe.json").write_text(json.dumps(probe))
+    chosen = settings(metrics=["class_entropy"], features=clip, classes=str(tmp_path / "probe.json"))
+    (row,) = evaluate(chosen, tmp_path / "probe").rows
+    assert row["mean"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"labels": ["a", "b"], "weight": [[1]], "bias": [0, 0]}'])
+def test_a_damaged_probe(tmp_path, text):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(UsageError, match="--classes"):
+        Probe.read(tmp_path / "p.json")
+
+
+def test_features_that_are_not_there(settings, tmp_path):
+    with pytest.raises(UsageError, match="no such model"):
+        evaluate(settings(metrics=["diversity"], features="./nowhere"), tmp_path / "out")
