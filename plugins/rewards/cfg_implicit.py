@@ -26,12 +26,13 @@ class CFGImplicit(plugin.LatentReward):
     """``w/2 (|D(x_t|0) - x_0|^2 - |D(x_t|c) - x_0|^2)``: how much better the reference denoises with the prompt.
 
     With both predictions held fixed its gradient is ``w (D(x_t|c) - D(x_t|0))``, that of (3.6) exactly; the value is
-    the denoising estimate of ``log p_ref(x|c) - log p_ref(x)`` (3.7) at one random t, in nats for the score weighting.
+    the denoising estimate of ``log p_ref(x|c) - log p_ref(x)`` (3.7) at one random t, in nats for the ``score``
+    weighting and in squared latent units for ``unit_x0``.
     """
 
     Options = CFGImplicitOptions
     options: CFGImplicitOptions
-    unit = "nats x g^2/a^2"
+    unit = "x0 units^2"
     license = "the reference's"
 
     def __init__(self, options: CFGImplicitOptions | None = None) -> None:

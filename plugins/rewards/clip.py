@@ -35,7 +35,7 @@ _PUBLISHED = {
 class CLIPOptions(plugin.Options):
     """A transformers CLIP by ``model``, or an open_clip model by ``open_clip`` and ``pretrained``."""
 
-    model: str | None = Field(None, description=f"hub id or local folder (transformers CLIPModel); {_OPENAI}")
+    model: str = Field(_OPENAI, description="hub id or local folder (transformers CLIPModel)")
     open_clip: str | None = Field(None, description="an open_clip model name, e.g. ViT-H-14; needs pretrained")
     pretrained: str | None = Field(None, description="open_clip's tag, e.g. laion2b_s32b_b79k, or a checkpoint file")
     tokenizer: str | None = Field(None, description="for an open_clip file: folder or hub id of a CLIP tokenizer")
@@ -45,7 +45,7 @@ class CLIPOptions(plugin.Options):
     def _one_source(self) -> CLIPOptions:
         if (self.open_clip is None) != (self.pretrained is None):
             raise ValueError("open_clip and pretrained go together")
-        if self.open_clip is not None and self.model is not None:
+        if self.open_clip is not None and "model" in self.model_fields_set:
             raise ValueError("give either model or open_clip, not both")
         return self
 
@@ -72,7 +72,7 @@ class CLIPReward(plugin.Reward):
     def _load(self) -> Any:
         name, pretrained = self.options.open_clip, self.options.pretrained
         if name is None or pretrained is None:
-            return load_clip(self.options.model or _OPENAI)
+            return load_clip(self.options.model)
         if Path(pretrained).expanduser().is_file():
             path = Path(pretrained).expanduser().resolve()
             network = plugin.shared(load_open_clip, path, name.endswith("-quickgelu"))

@@ -1,0 +1,126 @@
+"""``rlhf-t2i rewards list|check|new`` and ``rlhf-t2i divergences list``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_t2i.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+rewards_app = typer.Typer(help="List, check and write reward plugins.", no_args_is_help=True)
+divergences_app = typer.Typer(help="List divergence plugins.", no_args_is_help=True)
+
+
+@rewards_app.command("list")
+def list_rewards() -> None:
+    """Every installed reward: its package, gradient, unit, needs, and whether it can run here."""
+    from rlhf_t2i import plugin_listing
+
+    plugin_listing.print_rewards()
+
+
+@divergences_app.command("list")
+def list_divergences() -> None:
+    """Every installed divergence: its package and whether it needs vector-Jacobian products."""
+    from rlhf_t2i import plugin_listing
+
+    plugin_listing.print_divergences()
+
+
+@rewards_app.command("check")
+def check(
+    reward: Annotated[str, typer.Argument(help="A reward's name, or path/to/file.py:Class.")],
+    options: Annotated[list[str] | None, typer.Option("--options", "-o", help="KEY=VALUE; repeat for more.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    size: Annotated[int, typer.Option(min=8, max=4096, help="Height of the test images in pixels.")] = 64,
+) -> None:
+    """Test that a reward keeps the contract training relies on; exit code 1 if it does not."""
+    chosen = parse_options(options or [])
+
+    import torch
+
+    from rlhf_t2i import registry
+    from rlhf_t2i.reward_check import check_reward
+
+    where = _device(device, torch)
+    built = registry.reward(reward, **chosen)
+    findings = check_reward(built, where, size)
+    _print_findings(reward, findings)
+    failed = sum(finding.outcome == "fail" for finding in findings)
+    if failed:
+        raise typer.Exit(1)
+
+
+@rewards_app.command("new")
+def new(
+    name: Annotated[str, typer.Argument(help="The name recipes will use, e.g. my_reward.")],
+    directory: Annotated[Path, typer.Option("--dir", help="Where to write the package's folder.")] = Path(),
+) -> None:
+    """Write a small installable package with a reward, its test and its README."""
+    from rlhf_t2i import registry
+    from rlhf_t2i.reward_template import write_package
+
+    if name in registry.registered(registry.REWARDS):
+        owner = registry.registered(registry.REWARDS)[name][0].package
+        raise UsageError(f"a reward called {name!r} is installed already, by {owner}")
+    folder = write_package(name, directory)
+    typer.echo(f"Wrote {folder}. Next:")
+    typer.echo(f"  pip install -e {folder}")
+    typer.echo(f"  rlhf-t2i rewards check {name}")
+    typer.echo(f"  python -m pytest {folder}")
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """``["a=1", "b=x"]`` to ``{"a": 1, "b": "x"}``; values are YAML scalars.
+
+    Raises:
+        UsageError: A pair without ``=``, or a value that is not YAML.
+    """
+    import yaml
+
+    parsed = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--options {pair!r} is not KEY=VALUE")
+        try:
+            parsed[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--options {key.strip()}: {value!r} is not a YAML value") from None
+    return parsed
+
+
+def _device(name: str, torch: Any) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r}: cpu, cuda or auto")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def _print_findings(reward: str, findings: list[Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"rewards check {escape(reward)}", title_justify="left")
+    table.add_column("check", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    table.add_column("detail", overflow="fold")
+    colours = {"pass": "green", "fail": "bold red", "skip": "dim"}
+    for finding in findings:
+        colour = colours[finding.outcome]
+        table.add_row(finding.name, f"[{colour}]{finding.outcome}[/]", escape(finding.detail))
+    console = Console()
+    console.print(table)
+    failed = sum(finding.outcome == "fail" for finding in findings)
+    skipped = sum(finding.outcome == "skip" for finding in findings)
+    passed = len(findings) - failed - skipped
+    console.print(f"{passed} passed, {failed} failed, {skipped} skipped", highlight=False)
