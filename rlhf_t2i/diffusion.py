@@ -26,7 +26,8 @@ class NoiseSchedule:
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
         abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu()
-        if abar.ndim != 1 or not bool(((abar > 0) & (abar < 1)).all()) or not bool((abar.diff() < 0).all()):
+        inside, falling = ((abar > 0) & (abar < 1)).all(), (abar.diff() < 0).all()
+        if abar.ndim != 1 or len(abar) == 0 or not bool(inside) or not bool(falling):
             raise ValueError("alphas_cumprod must be one-dimensional and strictly decreasing within (0, 1)")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not {prediction_type!r}")
@@ -52,7 +53,7 @@ class NoiseSchedule:
         dtype = torch.promote_types(like.dtype, torch.float32)
         shape = (-1, *([1] * (like.ndim - 1)))
         alpha, sigma = abar.sqrt(), (1.0 - abar).sqrt()
-        return tuple(c.to(like.device, dtype).reshape(shape) for c in (alpha, sigma))  # type: ignore[return-value]
+        return alpha.to(like.device, dtype).reshape(shape), sigma.to(like.device, dtype).reshape(shape)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_t = a_t x_0 + g_t eps`` for x0, noise [B, ...] and integer t [B]."""
@@ -89,6 +90,9 @@ class NoiseSchedule:
 
 def _betas(config: Any) -> Tensor:
     """The betas a diffusers scheduler config describes, in float64."""
+    if config.get("rescale_betas_zero_snr"):
+        # Another schedule, whose last step has no signal: x_0 cannot be recovered from a noise prediction there.
+        raise ValueError("rescale_betas_zero_snr is not supported: every timestep must keep some signal")
     if config.get("trained_betas") is not None:
         return torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     start, end, steps = config["beta_start"], config["beta_end"], config["num_train_timesteps"]

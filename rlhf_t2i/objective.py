@@ -107,15 +107,14 @@ def divergence_loss(
         schedule: The noise schedule of all three.
         weighting: See :func:`weight`.
     """
-    if isinstance(divergence, str):
-        divergence = registry.divergence(divergence)
+    plugin: Divergence = registry.divergence(divergence) if isinstance(divergence, str) else divergence
     x_t = schedule.add_noise(x0, noise, t)
-    if not divergence.needs_vjp:
+    if not plugin.needs_vjp:
         with torch.no_grad():
             d_assistant, d_reference = assistant(x_t, t), reference(x_t, t)
     else:
         d_assistant, d_reference = assistant(x_t, t), reference(x_t, t)
-    return divergence_loss_from_predictions(divergence, x0, t, d_assistant, d_reference, schedule, weighting)
+    return divergence_loss_from_predictions(plugin, x0, t, d_assistant, d_reference, schedule, weighting)
 
 
 def guided(conditional: Tensor, unconditional: Tensor, omega: float) -> Tensor:

@@ -42,8 +42,14 @@ class ModelStore:
         """The noise schedule of the reference."""
         from types import SimpleNamespace
 
-        config = sources.read_json(self._reference, "scheduler/scheduler_config.json")
-        return NoiseSchedule.from_scheduler(SimpleNamespace(config=config))
+        file = "scheduler/scheduler_config.json"
+        config = sources.read_json(self._reference, file)
+        try:
+            return NoiseSchedule.from_scheduler(SimpleNamespace(config=config))
+        except KeyError as error:
+            raise UsageError(f"{self._reference.location}/{file} has no {error.args[0]}: it is damaged") from None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{self._reference.location}/{file}: {error}") from None
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:

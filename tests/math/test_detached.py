@@ -1,0 +1,126 @@
+"""What must not be detached (algorithm.md 1.4 and 4.4): the biases that each mistake causes, and the guard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_t2i import registry
+from rlhf_t2i.objective import Denoiser, divergence_loss, divergence_loss_from_predictions
+from tests.math.gaussian import MU, SCHEDULE, M, R, S, coefficients, denoiser, golden, regulariser
+
+# dL/ds at theta = ref when only the teacher runs without gradient, one dimension.
+TEACHER_BIAS = {20: -3.7539, 249: -1.8866, 499: -0.5484, 979: -0.0095}
+
+
+def detached(inner: Denoiser) -> Denoiser:
+    """The DMD habit: the network's noise prediction under no_grad, converted with a live x_t."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = SCHEDULE.coefficients(t, x_t)
+        with torch.no_grad():
+            epsilon = (x_t - alpha * inner(x_t, t)) / sigma
+        return (x_t - sigma * epsilon) / alpha
+
+    return predict
+
+
+def without_graph(inner: Denoiser) -> Denoiser:
+    """The whole denoiser under no_grad."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            return inner(x_t, t)
+
+    return predict
+
+
+@pytest.mark.parametrize("t", TEACHER_BIAS)
+@pytest.mark.parametrize("name", ["l2", "pseudo_huber", "kl"])
+def test_gradient_vanishes_at_the_reference(name: str, t: int) -> None:
+    """Fails by the values of TEACHER_BIAS if the code detaches the teacher."""
+    _, gradient = regulariser(name, M, R, t)
+    assert gradient == pytest.approx((0, 0), abs=1e-11)
+
+
+@pytest.mark.parametrize(("t", "bias"), TEACHER_BIAS.items())
+def test_a_detached_teacher_is_biased_at_the_reference(t: int, bias: float) -> None:
+    a, g = coefficients(t)
+    u = a * a * R * R + g * g
+    _, gradient = regulariser("l2", M, R, t, reference=detached(denoiser(M, R)))
+    assert gradient[1] == pytest.approx(-2 * a * a * R / u**2, rel=1e-9)
+    assert gradient[1] == pytest.approx(bias, abs=6e-5)
+    assert gradient[0] == pytest.approx(0, abs=1e-11)
+
+
+@pytest.mark.parametrize(("t", "bias"), TEACHER_BIAS.items())
+def test_a_detached_assistant_is_biased_the_other_way(t: int, bias: float) -> None:
+    _, gradient = regulariser("l2", M, R, t, assistant=detached(denoiser(M, R)))
+    assert gradient[1] == pytest.approx(-bias, abs=6e-5)
+
+
+@pytest.mark.parametrize("t", [20, 499])
+@pytest.mark.parametrize("name", ["l2", "pseudo_huber"])
+def test_the_cotangent_reaches_both_denoisers(name: str, t: int) -> None:
+    """Each denoiser answers one vector-Jacobian product; the KL force asks for none."""
+    calls: list[str] = []
+
+    def watched(label: str, inner: Denoiser) -> Denoiser:
+        def predict(x_t: Tensor, times: Tensor) -> Tensor:
+            out = inner(x_t, times)
+            if out.requires_grad:
+                out.register_hook(lambda _: calls.append(label))
+            return out
+
+        return predict
+
+    def run(divergence: str) -> None:
+        x0 = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        psi, ref = watched("assistant", denoiser(MU, S)), watched("reference", denoiser(M, R))
+        noise = torch.ones_like(x0)
+        divergence_loss(divergence, x0, torch.full((3,), t), noise, psi, ref, SCHEDULE).sum().backward()
+
+    run(name)
+    assert sorted(calls) == ["assistant", "reference"]
+    calls.clear()
+    run("kl")
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["l2", "pseudo_huber"])
+def test_two_denoisers_without_a_graph_are_refused(name: str) -> None:
+    """Otherwise the run would silently train Diff-Instruct, or the reward alone."""
+    x0 = torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
+    t, noise = torch.full((4,), 499), torch.ones(4, 1, dtype=torch.float64)
+    psi, ref = denoiser(MU, S), denoiser(M, R)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        divergence_loss(name, x0, t, noise, without_graph(psi), without_graph(ref), SCHEDULE)
+    x_t = SCHEDULE.add_noise(x0, noise, t).detach()
+    with pytest.raises(RuntimeError, match="no_grad"):
+        divergence_loss_from_predictions(registry.divergence(name), x0, t, psi(x_t, t), ref(x_t, t), SCHEDULE)
+
+
+@pytest.mark.parametrize("t", [20, 499])
+def test_two_networks_under_no_grad_leave_no_force(t: int) -> None:
+    """Why this matters: what remains is no gradient at all, so a run would maximise the reward alone."""
+    _, gradient = regulariser("l2", MU, S, t, reference=detached(denoiser(M, R)), assistant=detached(denoiser(MU, S)))
+    assert gradient == pytest.approx((0, 0), abs=1e-10)
+
+
+def test_what_the_guard_prevents_is_diff_instruct() -> None:
+    """x0-form with everything detached is exactly the KL gradient times 2 / g_t^2 (algorithm.md 1.4, fact 3)."""
+    for t in (20, 249, 499, 979):
+        a, g = coefficients(t)
+        kl = golden()[str(t)]["grad_KL"]
+        correct = golden()[str(t)]["grad_L2_frozen"]
+        v = a * a * S * S + g * g
+        assert 2 / g**2 * kl[0] / correct[0] == pytest.approx(v / g**2, rel=1e-12)
+        assert 2 / g**2 * kl[1] / correct[1] == pytest.approx(v / (2 * g**2), rel=1e-12)
+
+
+def test_no_graph_is_asked_for_in_evaluation() -> None:
+    """Without a gradient on x0 (logging the value), detached denoisers are fine."""
+    x0, t = torch.zeros(4, 1, dtype=torch.float64), torch.full((4,), 499)
+    loss = divergence_loss("l2", x0, t, torch.ones_like(x0), denoiser(MU, S), denoiser(M, R), SCHEDULE)
+    assert not loss.requires_grad
