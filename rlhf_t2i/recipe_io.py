@@ -102,7 +102,7 @@ def _read(source: _Source) -> dict[str, Any]:
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
             _collect_lines(node, (), source, set())
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -137,7 +137,7 @@ def _apply_override(data: dict[str, Any], override: str, source: _Source) -> Non
     if not equals or not name or any(not part for part in name.split(".")):
         raise UsageError(f"--set {override}: write it as key.subkey=value")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"--set {override}: the value is not valid YAML") from None
     holder = {"value": value}

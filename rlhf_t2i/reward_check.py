@@ -26,11 +26,11 @@ class Finding:
     detail: str
 
 
-class _CheckFailedError(Exception):
+class _FailError(Exception):
     """A check that did not hold; its text is the finding's detail."""
 
 
-class _CheckSkippedError(Exception):
+class _SkipError(Exception):
     """A check that does not apply."""
 
 
@@ -98,9 +98,9 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[F
 def _run(name: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(name, "pass", check())
-    except _CheckFailedError as failure:
+    except _FailError as failure:
         return Finding(name, "fail", str(failure))
-    except _CheckSkippedError as skipped:
+    except _SkipError as skipped:
         return Finding(name, "skip", str(skipped))
     except Exception as error:
         return Finding(name, "fail", f"{type(error).__name__}: {error}")
@@ -136,35 +136,29 @@ class _Checker:
         values = self._score(self.inputs)
         low, high = self.reward.value_range
         if float(values.min()) < low - 1e-4 or float(values.max()) > high + 1e-4:
-            raise _CheckFailedError(
-                f"{float(values.min()):.4g} to {float(values.max()):.4g}, declared {low:g} to {high:g}"
-            )
+            raise _FailError(f"{float(values.min()):.4g} to {float(values.max()):.4g}, declared {low:g} to {high:g}")
         return f"{float(values.min()):.4g} to {float(values.max()):.4g} {self.reward.unit}".rstrip()
 
     def determinism(self) -> str:
         difference = float((self._score(self.inputs) - self._score(self.inputs)).abs().max())
         if difference > 1e-6:
-            raise _CheckFailedError(
-                f"the same call gave values that differ by {difference:.2g} (dropout? random crops?)"
-            )
+            raise _FailError(f"the same call gave values that differ by {difference:.2g} (dropout? random crops?)")
         return "the same call gives the same values"
 
     def batch_invariance(self) -> str:
         if self.on_latents:
-            raise _CheckSkippedError("the noise of a call belongs to the whole batch")
+            raise _SkipError("the noise of a call belongs to the whole batch")
         together = self._score(self.inputs)
         alone = torch.cat([self._score(self.inputs[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
         difference = float((together - alone).abs().max())
         if difference > 1e-4 * max(1.0, float(alone.abs().max())):
-            raise _CheckFailedError(
-                f"a sample's value depends on its batch by {difference:.2g} (batch norm? a mean over B?)"
-            )
+            raise _FailError(f"a sample's value depends on its batch by {difference:.2g} (batch norm? a mean over B?)")
         return f"alone or together: {difference:.1g} apart"
 
     def dtype(self) -> str:
         full, half = self._score(self.inputs), self._score(self.inputs, dtype=torch.bfloat16)
         if not bool(half.isfinite().all()):
-            raise _CheckFailedError("not finite in bfloat16")
+            raise _FailError("not finite in bfloat16")
         return f"float32 and bfloat16 differ by {float((full - half).abs().max()):.2g}"
 
     def nan_behaviour(self) -> str:
@@ -178,11 +172,9 @@ class _Checker:
         except Exception as error:
             return f"raises {type(error).__name__}"
         if bool(values[1].isfinite()):
-            raise _CheckFailedError(
-                f"a sample of NaN gets {float(values[1]):.4g}: the failure is hidden (nan_to_num? clamp?)"
-            )
+            raise _FailError(f"a sample of NaN gets {float(values[1]):.4g}: the failure is hidden (nan_to_num? clamp?)")
         if not bool(values[[0, 2]].isfinite().all()):
-            raise _CheckFailedError("one sample of NaN makes the others NaN")
+            raise _FailError("one sample of NaN makes the others NaN")
         return "a sample of NaN gives NaN, its neighbours are untouched"
 
     def _raw(self, inputs: Tensor) -> Tensor:
@@ -193,7 +185,7 @@ class _Checker:
     def gradient(self) -> str:
         """Directional derivatives in float64 against central differences at the best of four step sizes."""
         if not self.reward.differentiable:
-            raise _CheckSkippedError("declares none: it can measure (eval_rewards) but not train")
+            raise _SkipError("declares none: it can measure (eval_rewards) but not train")
         inputs = self.inputs.double()
         role = self._role(torch.float64)
         try:
@@ -211,20 +203,18 @@ class _Checker:
             freeze(self.reward, self.device, torch.float32)
         size = float(expected.abs().max())
         if size == 0.0:
-            raise _CheckFailedError("the gradient is zero everywhere")
+            raise _FailError("the gradient is zero everywhere")
         if min(errors) > 1e-3 * size:
-            raise _CheckFailedError(
-                f"off by {min(errors) / size:.1g} of its size from finite differences (a detach inside?)"
-            )
+            raise _FailError(f"off by {min(errors) / size:.1g} of its size from finite differences (a detach inside?)")
         return f"agrees with finite differences to {min(errors) / size:.1g} of its size"
 
     def image_sensitivity(self) -> str:
         if self.on_latents:
-            raise _CheckSkippedError("the noise of a call differs by sample")
+            raise _SkipError("the noise of a call differs by sample")
         values = self._score(self.inputs, [PROMPTS[0]] * 3)
         spread = float(values.max() - values.min())
         if spread == 0.0:
-            raise _CheckFailedError("three different images get the same value")
+            raise _FailError("three different images get the same value")
         return f"three images for one prompt lie {spread:.3g} apart"
 
     def prompt_sensitivity(self) -> str:
@@ -237,10 +227,10 @@ class _Checker:
             spread = float(values.max() - values.min())
         if not self.reward.uses_prompt:
             if spread > 1e-5:
-                raise _CheckFailedError(f"uses_prompt is False, but three prompts for one image lie {spread:.3g} apart")
-            raise _CheckSkippedError("declares that it does not read the prompt")
+                raise _FailError(f"uses_prompt is False, but three prompts for one image lie {spread:.3g} apart")
+            raise _SkipError("declares that it does not read the prompt")
         if spread < 1e-7:
-            raise _CheckFailedError(
+            raise _FailError(
                 "three prompts for one image get the same value; if that is meant, set uses_prompt = False"
             )
         return f"three prompts for one image lie {spread:.3g} apart"

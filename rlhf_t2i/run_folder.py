@@ -73,7 +73,8 @@ class RunFolder:
         files.write_json(
             self.run,
             {
-                "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+                "versions": {package: version(package) for package in _PACKAGES}
+                | {"python": platform.python_version()},
                 "git": _git_revision(),
                 "seed": recipe.seed,
                 "started": began.isoformat(timespec="seconds"),

@@ -134,9 +134,7 @@ class Trainer:
         ended = time.perf_counter()
         state.step, state.round = state.step + 1, 0
         seconds = {"step": ended - began, "assistant": generator_began - began, "generator": ended - generator_began}
-        metrics = step_metrics(
-            self.recipe, state, reports, self._assistant_reports, seconds, self.cluster.readings()
-        )
+        metrics = step_metrics(self.recipe, state, reports, self._assistant_reports, seconds, self.cluster.readings())
         self._assistant_reports = []
         self._metrics.write(metrics)
         self.display.step(state, metrics)
@@ -254,4 +252,3 @@ def run(
 
 
 __all__ = ["Display", "RunError", "Silent", "Stopped", "Trainer", "UsageError", "run"]
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import ray
@@ -79,11 +80,11 @@ class RemoteCalls:
     timeout_s: float | None = None
     device: torch.device | None = None
 
-    def start_forward(self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, graph: bool) -> Any:
+    def start_forward(
+        self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, graph: bool
+    ) -> Any:
         """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
-        parts = [
-            (ticket, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))
-        ]
+        parts = [(ticket, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))]
         return self._start("forward", parts, self._join_predictions(branch))
 
     def start_vjp(
@@ -121,7 +122,7 @@ class RemoteCalls:
         """One contiguous share a server, the first ones larger by one where it does not divide."""
         share, rest = divmod(batch, len(self.servers))
         bounds = [i * share + min(i, rest) for i in range(len(self.servers) + 1)]
-        return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [slice(a, b) for a, b in pairwise(bounds)]
 
     def _start(self, method: str, parts: list[tuple[Any, ...]], join: Callable[[list[Any]], Any]) -> RemotePending:
         references = []

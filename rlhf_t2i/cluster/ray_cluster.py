@@ -241,4 +241,6 @@ def _actor_environment(threads: int | None) -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR") if name in os.environ}
     if threads is not None:
         kept["OMP_NUM_THREADS"] = str(threads)
+        # Threads that spin while they wait steal the cores of the other processes.
+        kept["OMP_WAIT_POLICY"] = "PASSIVE"
     return kept

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +68,7 @@ class LocalEngine:
         self._optimizer = adamw(module.parameters(), optimiser)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward."""
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -127,6 +127,7 @@ class DeepSpeedEngine:
         self.module: nn.Module = self._engine.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward."""
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -158,16 +159,9 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         """Read the ZeRO shards."""
-        with deepspeed_pickles_allowed():
-            path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
         if path is None:
             raise RuntimeError(f"no ZeRO checkpoint in {folder}")
-
-
-@contextmanager
-def deepspeed_pickles_allowed() -> Iterator[None]:
-    """DeepSpeed's shards hold its own classes; they are read from this run's own folder only."""
-    yield
 
 
 def import_deepspeed() -> Any:
@@ -175,7 +169,10 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
+    import warnings
 
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated: thousands of lines a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

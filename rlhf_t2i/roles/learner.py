@@ -61,9 +61,7 @@ class LearnerRole:
             return None
         return RewardRole(chosen, None, device=self._context.device, failures_dir=self._context.failures)
 
-    def connect(
-        self, assistant: DenoiserClient, reference: DenoiserClient, rewards: Sequence[RewardClient]
-    ) -> None:
+    def connect(self, assistant: DenoiserClient, reference: DenoiserClient, rewards: Sequence[RewardClient]) -> None:
         """Learn where the other roles are called."""
         self._assistant, self._reference, self._rewards = assistant, reference, rewards
 
@@ -154,9 +152,7 @@ class LearnerRole:
         _measure(measured, "timestep", t)
         return gradient
 
-    def _reward_gradient(
-        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Samples
-    ) -> Tensor:
+    def _reward_gradient(self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Samples) -> Tensor:
         """``-sum_i alpha_i d r_i / d x_0``."""
         pull = torch.zeros_like(x0)
         for label, scale in self._scales.items():

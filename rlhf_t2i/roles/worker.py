@@ -61,9 +61,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._context = RankContext(
-            spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures
-        )
+        self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
         self.roles: dict[str, Any] = {}
         for role in ("learner", "generator", "assistant", "reference"):
             if role in spec.roles:

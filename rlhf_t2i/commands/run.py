@@ -1,0 +1,127 @@
+"""``rlhf-t2i run``: align a generator as a recipe says."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rlhf_t2i.checkpoint import Progress
+
+
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/RECIPE].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+) -> None:
+    """Train a one-step generator with Diff-Instruct* and friends."""
+    from rlhf_t2i import recipe_io
+    from rlhf_t2i.geometry import check_placement
+
+    loaded = recipe_io.load(recipe, set_ or [])
+    check_placement(loaded)
+    folder = out or Path("runs") / recipe.stem
+    if (folder / "recipe.yaml").exists() and not resume:
+        from rlhf_t2i.errors import UsageError
+
+        raise UsageError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
+    from rlhf_t2i import training
+
+    command = " ".join(["rlhf-t2i", *sys.argv[1:]])
+    with ProgressDisplay(loaded.steps) as display:
+        try:
+            training.run(loaded, folder, resume=resume, address=address, display=display, command=command)
+        except training.Stopped as stopped:
+            display.note(str(stopped))
+            raise typer.Exit(stopped.exit_code) from None
+    _summary(folder)
+
+
+class ProgressDisplay:
+    """A progress bar with reward, seconds a step and time left; plain lines where there is no terminal."""
+
+    def __init__(self, steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[details]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=steps, details="")
+        self._seconds: float | None = None
+        self._began = self._spoke = time.monotonic()
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def phase(self, text: str) -> None:
+        """Something long begins."""
+        self._bar.update(self._task, description=text[:40])
+        if not self._console.is_terminal:
+            self._print(text)
+
+    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """A generator step is done."""
+        seconds = metrics["timing"]["step"]
+        self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
+        rewards = [f"{k.removeprefix('reward/')} {v:.4f}" for k, v in metrics.items() if k.startswith("reward/")]
+        details = ", ".join([*rewards[:2], f"{self._seconds:.2f} s/step"])
+        self._bar.update(self._task, description="training", completed=progress.step, details=details)
+        if not self._console.is_terminal and time.monotonic() - self._spoke > 10:
+            total = self._bar.tasks[self._task].total or 0
+            self._print(
+                f"step {progress.step}/{total:.0f}, {details}, {(total - progress.step) * self._seconds:.0f} s left"
+            )
+
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._spoke = time.monotonic()
+        self._console.print(f"[{self._spoke - self._began:5.0f} s] {text}", markup=False, highlight=False)
+
+
+def _summary(folder: Path) -> None:
+    """The before/after table, and the files to look at."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlhf_t2i import report
+
+    console = Console()
+    rows = report.comparison(folder)
+    table = Table(title="Held-out prompts, same noise", title_justify="left")
+    for name in ("measure", "before", "after", "change", "std. errors"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for row in rows:
+        change = f"x {row.ratio:.2f}" if row.kind == "diversity" else f"{row.difference:+.4f}"
+        name = f"{row.key} ({row.kind})"
+        table.add_row(name, f"{row.before:.4f}", f"{row.after:.4f}", change, f"{row.errors:+.1f}")
+    console.print(table)
+    for verdict in report.verdicts(rows):
+        console.print(f"- {verdict.text}", highlight=False)
+    console.print(
+        f"\nLook at:\n  {folder}/report.html   curves, before and after\n  {folder}/samples/      the same prompts over time"
+        f"\n  {folder}/model/        loads with diffusers; rlhf-t2i sample {folder}/model --prompt ...",
+        highlight=False,
+    )
