@@ -40,7 +40,7 @@ def make_sdxl(folder: Path, seed: int = 0, variant: str | None = None, max_shard
         tokenizer=make_tokenizer(),
         tokenizer_2=make_tokenizer(pad_token="!"),
         unet=sdxl_unet(),
-        scheduler=EulerDiscreteScheduler(**_SCHEDULE, timestep_spacing="leading", steps_offset=1),
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -57,7 +57,7 @@ def make_sd15(folder: Path, seed: int = 0, variant: str | None = None, max_shard
         text_encoder=_text_encoder(projection=False),
         tokenizer=make_tokenizer(),
         unet=sd15_unet(),
-        scheduler=PNDMScheduler(**_SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -156,7 +156,7 @@ def sd15_unet() -> Any:
     return UNet2DConditionModel(**_UNET, cross_attention_dim=WIDTH, attention_head_dim=2)
 
 
-_SCHEDULE: dict[str, Any] = {
+SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -133,7 +135,9 @@ class ModelStore:
     def _unet(self, source: ModelSource) -> Any:
         from diffusers import UNet2DConditionModel
 
-        if source.location.endswith((".bin", ".safetensors")) and source.is_local:
+        if source.file is not None:
+            return self._unet_from_state(Path(sources.hub_file(source, source.file)))
+        if source.is_local and source.location.endswith((".bin", ".safetensors")):
             return self._unet_from_state(Path(source.location))
         subfolder = "unet" if not source.is_local or (Path(source.location) / "model_index.json").is_file() else None
         unet = _load(source, subfolder, UNet2DConditionModel.from_pretrained)
@@ -154,9 +158,10 @@ class ModelStore:
             if path.suffix == ".safetensors":
                 state = load_file(path)
             else:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                # Files of the format before torch 1.6 are no zip archives and cannot be mapped.
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except Exception as error:
-            raise UsageError(f"{path} is damaged or not a file of weights: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{path} is damaged or not a file of weights: {_first_line(error)}") from None
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(self.unet_config)
         try:
@@ -181,11 +186,41 @@ def _load(source: ModelSource, subfolder: str | None, loader: Callable[..., Any]
         kwargs["variant"] = "fp16"
     if "from_pretrained" in getattr(loader, "__qualname__", "") and _is_model(loader):
         kwargs.setdefault("use_safetensors", True)
+        kwargs["output_loading_info"] = True
     try:
-        return loader(source.location, **source.kwargs, **kwargs)
+        loaded = loader(source.location, **source.kwargs, **kwargs)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{where} cannot be loaded: {reason}") from error
+        damaged = damaged_weights(Path(where)) if source.is_local else None
+        raise UsageError(f"{where} cannot be loaded: {damaged or _first_line(error)}") from error
+    if not isinstance(loaded, tuple):
+        return loaded
+    model, info = loaded
+    # Both libraries fill a missing weight with random numbers and go on. position_ids of old files are computed now.
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
+    if missing:
+        raise UsageError(f"{where} lacks {len(missing)} weights of its {type(model).__name__}, e.g. {missing[0]}")
+    return model
+
+
+def damaged_weights(folder: Path) -> str | None:
+    """Which safetensors file of a folder cannot be read or is absent, as a phrase; None when all are whole."""
+    from safetensors import SafetensorError, safe_open
+
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        try:
+            shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            return f"{index.name} is damaged"
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if absent:
+            return f"{absent[0]} is missing ({index.name} names it)"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            return f"{file.name} is damaged or cut short ({_first_line(error)})"
+    return None
 
 
 def _is_model(loader: Callable[..., Any]) -> bool:
@@ -198,3 +233,7 @@ def _only_fp16_variant(folder: Path) -> bool:
     """Published folders sometimes hold ``*.fp16.safetensors`` alone."""
     names = [p.name for p in folder.glob("*.safetensors")]
     return bool(names) and all(".fp16" in name for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

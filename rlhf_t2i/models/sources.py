@@ -12,10 +12,11 @@ from rlhf_t2i.errors import UsageError
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A local path or a hub repository with an optional revision."""
+    """A local path, or a hub repository with an optional revision and, for bare weights, a file in it."""
 
     location: str
     revision: str | None = None
+    file: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -31,7 +32,11 @@ class ModelSource:
 
 
 def parse(text: str) -> ModelSource:
-    """Read a recipe's model: a path (``./``, ``../``, ``~``, ``/``, or an existing folder) or ``org/name@revision``.
+    """Read a recipe's model.
+
+    Args:
+        text: A path (``./``, ``../``, ``~``, ``/``, or an existing folder), a repository ``org/name@revision``, or one
+            file of it, ``org/name/weights.bin@revision``.
 
     Raises:
         UsageError: The path does not exist, or the text is neither.
@@ -42,9 +47,11 @@ def parse(text: str) -> ModelSource:
             raise UsageError(f"no such model: {text}")
         return ModelSource(str(path.resolve()))
     name, _, revision = text.partition("@")
-    if name.count("/") != 1 or not all(name.split("/")) or any(c.isspace() for c in name):
-        raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name)")
-    return ModelSource(name, revision or None)
+    parts = name.split("/")
+    is_file = len(parts) > 2 and name.endswith((".bin", ".safetensors")) and ".." not in parts
+    if not (len(parts) == 2 or is_file) or not all(parts) or any(c.isspace() for c in name):
+        raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name, or org/name/file.bin)")
+    return ModelSource("/".join(parts[:2]), revision or None, "/".join(parts[2:]) or None)
 
 
 def read_json(source: ModelSource, file: str) -> dict[str, Any]:

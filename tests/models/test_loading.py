@@ -1,0 +1,255 @@
+"""Published layouts load; damaged, truncated and foreign ones are refused with the file's name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import sources
+from tests import tiny
+from tests.models.test_sampling import store
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def same_weights(one: nn.Module, other: nn.Module, atol: float = 0.0) -> None:
+    left, right = one.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name].float(), right[name].float(), rtol=0, atol=atol)
+
+
+def copy(source: Path, target: Path) -> Path:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    return target
+
+
+@pytest.mark.parametrize("make", [tiny.make_sdxl, tiny.make_sd15])
+def test_every_part_loads(make: Callable[..., Path], tmp_path: Path) -> None:
+    models = store(make(tmp_path))
+    assert models.latent_shape == tiny.LATENTS
+    assert len(models.schedule) == 1000
+    reference, assistant, generator = models.reference_unet(), models.assistant_unet(), models.generator_unet()
+    same_weights(reference, assistant)
+    same_weights(reference, generator)
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for net in (assistant, generator) for p in net.parameters())
+    assert assistant is not generator
+    assert {p.data_ptr() for p in assistant.parameters()}.isdisjoint(p.data_ptr() for p in reference.parameters())
+
+
+@pytest.mark.parametrize("make", [tiny.make_sdxl, tiny.make_sd15])
+def test_fp16_variant_alone(make: Callable[..., Path], tmp_path: Path) -> None:
+    full, half = store(make(tmp_path / "full")), store(make(tmp_path / "half", variant="fp16"))
+    assert not list((tmp_path / "half").rglob("diffusion_pytorch_model.safetensors"))
+    same_weights(full.generator_unet(), half.generator_unet(), atol=1e-3)
+    same_weights(full.decoder, half.decoder, atol=1e-3)
+    same_weights(full.conditioner, half.conditioner, atol=1e-3)
+    # Trained in float32 whatever the file holds.
+    assert {p.dtype for p in half.generator_unet().parameters()} == {torch.float32}
+
+
+def test_sharded_safetensors(tmp_path: Path) -> None:
+    whole, shards = tiny.make_sdxl(tmp_path / "one"), tiny.make_sdxl(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((shards / "unet").glob("*.safetensors"))) > 2
+    same_weights(store(whole).generator_unet(), store(shards).generator_unet())
+    fp16 = tiny.make_sdxl(tmp_path / "fp16", variant="fp16", max_shard_size="60KB")
+    assert len(list((fp16 / "unet").glob("*.fp16*.safetensors"))) > 2
+    same_weights(store(whole).generator_unet(), store(fp16).generator_unet(), atol=1e-3)
+
+
+def test_dmd2_bin_loads_strictly(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """A bare half-precision state dict with diffusers' key names and no configuration."""
+    file = tiny.make_generator_bin(tiny_sdxl, tmp_path / "dmd2_sdxl_1step_unet_fp16.bin", seed=5)
+    unet = store(tiny_sdxl, generator=str(file)).generator_unet()
+    state = torch.load(file, weights_only=True)
+    assert set(unet.state_dict()) == set(state)
+    torch.testing.assert_close(unet.state_dict()["conv_in.weight"], state["conv_in.weight"].float())
+    assert {p.dtype for p in unet.parameters()} == {torch.float32}
+    assert not any(p.is_meta for p in unet.parameters())
+    old = tmp_path / "old_format.bin"
+    torch.save(state, old, _use_new_zipfile_serialization=False)
+    same_weights(store(tiny_sdxl, generator=str(old)).generator_unet(), unet)
+    safe = tmp_path / "unet.safetensors"
+    save_file(state, safe)
+    same_weights(store(tiny_sdxl, generator=str(safe)).generator_unet(), unet)
+
+
+class Payload:
+    """What a hostile pickle would run."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("/tmp/rlhf_t2i_payload"),))
+
+
+def test_bad_bins_are_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    state = torch.load(tiny.make_generator_bin(tiny_sdxl, tmp_path / "good.bin"), weights_only=True)
+    missing = {k: v for k, v in state.items() if k != "conv_in.weight"}
+    extra = {**state, "cls_pred_branch.0.weight": torch.zeros(1)}
+    reshaped = {**state, "conv_in.weight": torch.zeros(3, 3)}
+    for name, content, reason in [
+        ("missing", missing, "conv_in.weight"),
+        ("extra", extra, "cls_pred_branch"),
+        ("reshaped", reshaped, "conv_in.weight"),
+        ("wrapped", {"state_dict": state}, "does not fit"),
+        ("list", [1, 2], "does not fit"),
+        ("pickle", {"x": Payload()}, "damaged or not a file of weights"),
+    ]:
+        file = tmp_path / f"{name}.bin"
+        torch.save(content, file)
+        with pytest.raises(UsageError, match=reason) as caught:
+            store(tiny_sdxl, generator=str(file)).generator_unet()
+        assert file.name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not Path("/tmp/rlhf_t2i_payload").exists()
+    cut = tmp_path / "cut.bin"
+    cut.write_bytes((tmp_path / "good.bin").read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"cut\.bin is damaged"):
+        store(tiny_sdxl, generator=str(cut)).generator_unet()
+
+
+def test_published_tokenizer_layout(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """SDXL's repository has vocab.json and merges.txt, not tokenizer.json."""
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    for name in ("tokenizer", "tokenizer_2"):
+        data = json.loads((folder / name / "tokenizer.json").read_text("utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in data["merges"]]
+        (folder / name / "vocab.json").write_text(json.dumps(data["vocab"]), "utf-8")
+        (folder / name / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+        (folder / name / "tokenizer.json").unlink()
+    ours, theirs = store(folder).conditioner, store(tiny_sdxl).conditioner
+    prompts = ["a red cat, smiling", "Ünïcode ✓"]
+    torch.testing.assert_close(ours.encode(prompts).prompt_embeds, theirs.encode(prompts).prompt_embeds)
+
+
+PARTS = {
+    "unet": lambda models: models.generator_unet(),
+    "vae": lambda models: models.decoder,
+    "text_encoder": lambda models: models.conditioner,
+    "text_encoder_2": lambda models: models.conditioner,
+    "tokenizer": lambda models: models.conditioner,
+    "tokenizer_2": lambda models: models.conditioner,
+    "scheduler": lambda models: models.schedule,
+}
+
+
+def refuse(folder: Path, part: str, *words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        PARTS[part](store(folder))
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_is_named(part: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    shutil.rmtree(folder / part)
+    refuse(folder, part, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
+def test_damaged_files_are_named(part: str, damage: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Every file of a part in turn; a file whose loss does not matter may load."""
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    weights = sorted((folder / part).glob("*.safetensors"))
+    file = (weights or sorted((folder / part).glob("*.json")))[0]
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "garbage": b"\x93NUMPY\xff" * 50}[damage])
+    refuse(folder, part, part, *([file.name] if weights else []))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_a_missing_tensor_is_not_replaced_by_noise(part: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """diffusers and transformers would fill it with random numbers and go on."""
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    (file,) = (folder / part).glob("*.safetensors")
+    state = load_file(file)
+    victim = sorted(state)[0]
+    save_file({k: v for k, v in state.items() if k != victim}, file, metadata={"format": "pt"})
+    refuse(folder, part, part, "lacks 1 weights", victim.removeprefix("text_model."))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = tiny.make_sdxl(tmp_path, max_shard_size="100KB")
+    shard = sorted((folder / "unet").glob("*.safetensors"))[1]
+    shard.unlink()
+    refuse(folder, "unet", shard.name, "missing")
+
+
+def test_foreign_folders_are_refused(tiny_sdxl: Path, tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no unet/config\.json|no vae/config\.json|model_index\.json"):
+        _ = store(tiny_clip).conditioner
+    with pytest.raises(UsageError, match=r"cannot be loaded|is missing"):
+        store(tiny_sdxl, generator=str(tiny_clip)).generator_unet()
+    with pytest.raises(UsageError, match="not of one family"):
+        store(tiny_sdxl, generator=str(tiny_sd15)).generator_unet()
+    with pytest.raises(UsageError, match=r"model_index\.json"):
+        _ = store(tmp_path).index
+    (tmp_path / "model_index.json").write_text("[1, 2]")
+    with pytest.raises(UsageError, match="not a JSON object"):
+        _ = store(tmp_path).index
+
+
+def test_a_foreign_tokenizer_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    refuse(folder, "tokenizer", "tokenizer")
+
+
+def test_resolution_must_fit_the_vae(tiny_sdxl: Path) -> None:
+    with pytest.raises(UsageError, match="17 is not a multiple of the VAE's 2"):
+        _ = store(tiny_sdxl, resolution=17).latent_shape
+
+
+def test_unsupported_schedulers_name_the_file(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    for change, word in [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+        ({"prediction_type": "flow"}, "flow"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_start": "low"}, "scheduler_config.json"),
+    ]:
+        file.write_text(json.dumps({**config, **change}), "utf-8")
+        refuse(folder, "scheduler", "scheduler_config.json", word)
+    file.write_text(json.dumps({k: v for k, v in config.items() if k != "beta_end"}), "utf-8")
+    refuse(folder, "scheduler", "beta_end")
+
+
+@pytest.mark.parametrize(
+    ("text", "location", "revision", "file"),
+    [
+        ("stabilityai/sdxl", "stabilityai/sdxl", None, None),
+        ("org/name@abc123", "org/name", "abc123", None),
+        ("tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin", "tianweiy/DMD2", None, "dmd2_sdxl_1step_unet_fp16.bin"),
+        ("org/name/sub/w.safetensors@v1", "org/name", "v1", "sub/w.safetensors"),
+    ],
+)
+def test_hub_ids(text: str, location: str, revision: str | None, file: str | None) -> None:
+    source = sources.parse(text)
+    assert (source.location, source.revision, source.file) == (location, revision, file)
+    assert not source.is_local
+
+
+@pytest.mark.parametrize(
+    "text", ["name", "a/b/c", "a/", "/b", "a b/c", "./nowhere", "~nobody/x/y", "a//b", "a/b/../c.bin", "a/b//c.bin"]
+)
+def test_bad_sources(text: str) -> None:
+    with pytest.raises(UsageError):
+        sources.parse(text)
+
+
+def test_local_folders_never_reach_for_the_network(tiny_sdxl: Path) -> None:
+    assert sources.parse(str(tiny_sdxl)).kwargs == {"local_files_only": True}
