@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +103,13 @@ def load_weights(cls: Any, source: ModelSource) -> Any:
     Raises:
         UsageError: The files are missing, damaged or of another architecture.
     """
-    noisy = logging.getLogger("transformers.modeling_utils")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
     try:
-        network, info = cls.from_pretrained(
-            source.location, dtype=torch.float32, output_loading_info=True, **source.kwargs
-        )
-    except UsageError:
-        raise
+        with _quiet():
+            network, info = cls.from_pretrained(
+                source.location, dtype=torch.float32, output_loading_info=True, **source.kwargs
+            )
     except Exception as error:
         raise UsageError(f"{source.location} is not a readable {cls.__name__}: {first_line(error)}") from error
-    finally:
-        noisy.setLevel(level)
     # Old checkpoints carry position_ids as a buffer; those are computed now.
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
     if missing or info["mismatched_keys"]:
@@ -124,6 +118,22 @@ def load_weights(cls: Any, source: ModelSource) -> Any:
             f"{source.location} is not a {cls.__name__}: {len(wrong)} weights are missing, e.g. {wrong[0]}"
         )
     return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no table of missing weights: this module says itself what is wrong."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:

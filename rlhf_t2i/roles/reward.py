@@ -345,6 +345,8 @@ def checkpoint_layers(module: nn.Module) -> None:
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             for layer in child:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                # Two rewards may share a model: its layers are wrapped once.
+                if not isinstance(layer.forward, partial):
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         else:
             checkpoint_layers(child)

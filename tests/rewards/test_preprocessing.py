@@ -64,7 +64,7 @@ def test_a_config_is_read_in_both_published_forms() -> None:
     read = Preprocess.from_config(flat)
     assert (read.resize, read.crop, read.mean, read.std) == (336, (336, 336), (0.5,) * 3, (0.25,) * 3)
     assert Preprocess.from_config(nested)(torch.rand(1, 3, 50, 50)).shape == (1, 3, 20, 30)
-    with pytest.raises(ValueError, match="resample 0 is not supported"):
+    with pytest.raises(ValueError, match=r"resample 0 is not supported"):
         Preprocess.from_config({"resample": 0})
 
 

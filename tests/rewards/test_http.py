@@ -1,0 +1,139 @@
+"""The HTTP scorer against a server on loopback: the protocol, retries, time-outs, and answers that are wrong."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rlhf_t2i import registry
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.roles.reward import RewardRole
+from rlhf_t2i.roles.reward_failure import RewardFailure
+
+
+class Server:
+    """Answers each request with the next of a list of (status, body, delay); the last one repeats."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, Any, float]] = []
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[Any] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                outer.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                outer.headers.append(self.headers)
+                status, body, delay = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                time.sleep(delay)
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+                except BrokenPipeError:
+                    pass  # the client gave up, as it should
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+
+
+IMAGES = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+GOOD = (200, {"scores": [1.5, -2]}, 0.0)
+
+
+def reward(server: Server, **options: Any) -> Any:
+    return registry.reward("http", url=server.url, **({"timeout_s": 5, "backoff_s": 0.01} | options))
+
+
+def test_it_sends_prompts_and_exact_png_images(server: Server) -> None:
+    server.answers = [GOOD]
+    scores = reward(server).score(IMAGES, ["a", "b"])
+    assert scores.tolist() == [1.5, -2.0]
+    (request,) = server.requests
+    assert request["prompts"] == ["a", "b"]
+    sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(request["images"][1]))))
+    assert np.array_equal(sent, (IMAGES[1].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+
+
+def test_it_retries_after_a_server_error_and_a_time_out(server: Server) -> None:
+    server.answers = [(503, {}, 0.0), (200, {}, 1.0), GOOD]
+    assert reward(server, timeout_s=0.3).score(IMAGES, ["a", "b"]).tolist() == [1.5, -2.0]
+    assert len(server.requests) == 3
+
+
+def test_it_gives_up_with_the_last_reason(server: Server) -> None:
+    server.answers = [(500, {}, 0.0)]
+    with pytest.raises(RunError, match=r"no answer in 3 attempts: status 500"):
+        reward(server, retries=2).score(IMAGES, ["a", "b"])
+    assert len(server.requests) == 3
+
+
+def test_a_closed_port_is_an_error_too() -> None:
+    closed = registry.reward("http", url="http://127.0.0.1:9/", retries=1, backoff_s=0)
+    with pytest.raises(RunError, match=r"no answer in 2 attempts: ConnectError"):
+        closed.score(IMAGES, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((400, b"unknown prompt", 0.0), "answered 400: unknown prompt"),
+        ((200, b"<html>", 0.0), "did not answer with JSON"),
+        ((200, {"scores": [1.0]}, 0.0), "did not answer .*2 numbers"),
+        ((200, {"scores": [1.0, "high"]}, 0.0), "did not answer .*2 numbers"),
+        ((200, [1.0, 2.0], 0.0), "did not answer .*2 numbers"),
+    ],
+)
+def test_a_wrong_answer_is_not_repeated(server: Server, answer: tuple[int, Any, float], message: str) -> None:
+    server.answers = [answer]
+    with pytest.raises(RunError, match=message):
+        reward(server).score(IMAGES, ["a", "b"])
+    assert len(server.requests) == 1
+
+
+def test_a_nan_from_the_server_stops_the_run(server: Server) -> None:
+    server.answers = [(200, b'{"scores": [1.0, NaN]}', 0.0)]
+    role = RewardRole({"remote": reward(server)}, None, device=torch.device("cpu"))
+    with pytest.raises(RewardFailure, match=r"'remote' failed on the prompt 'b': its value is not finite"):
+        role.score_images(IMAGES, ["a", "b"])
+
+
+def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers = [GOOD]
+    monkeypatch.setenv("SCORER_TOKEN", "secret")
+    reward(server, token_env="SCORER_TOKEN").score(IMAGES, ["a", "b"])
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    monkeypatch.delenv("SCORER_TOKEN")
+    with pytest.raises(UsageError, match=r"SCORER_TOKEN is not set"):
+        reward(server, token_env="SCORER_TOKEN")
+
+
+def test_it_cannot_train_and_needs_a_web_address() -> None:
+    assert registry.load_class(registry.REWARDS, "http").differentiable is False
+    with pytest.raises(UsageError, match=r"reward 'http', option 'url'.*http://"):
+        registry.reward("http", url="file:///etc/passwd")
