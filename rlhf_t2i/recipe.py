@@ -81,8 +81,8 @@ class Guidance(Section):
 class Timesteps(Section):
     """Inclusive ranges from which training timesteps are drawn uniformly."""
 
-    generator: list[int] = Field([20, 979], min_length=2, max_length=2)
-    assistant: list[int] = Field([0, 999], min_length=2, max_length=2)
+    generator: list[int] = Field([20, 979], min_length=2, max_length=2, description="t of the divergence")
+    assistant: list[int] = Field([0, 999], min_length=2, max_length=2, description="t of the assistant's loss")
 
     @field_validator("generator", "assistant")
     @classmethod
@@ -96,7 +96,9 @@ class Algorithm(Section):
     """The objective (3.3): rewards, divergence, guidance and the assistant's schedule."""
 
     divergence: PluginChoice = PluginChoice(name="pseudo_huber")
-    weighting: Literal["unit_x0", "inv_mean_abs", "score", "eps"] = "unit_x0"
+    weighting: Literal["unit_x0", "inv_mean_abs", "score", "eps"] = Field(
+        "unit_x0", description="w(t), see algorithm.md"
+    )
     rewards: list[RewardChoice] = Field(default_factory=list, description="train; none makes SIM or Diff-Instruct")
     eval_rewards: list[RewardChoice] = Field(default_factory=list, description="only measured, never trained on")
     cfg: Guidance = Guidance()
@@ -116,18 +118,20 @@ class Algorithm(Section):
 class Optimiser(Section):
     """AdamW with a linear warm-up to a constant rate, and clipping by global norm."""
 
-    lr: Positive = 1e-6
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.0, 0.999], min_length=2, max_length=2)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
-    max_grad_norm: Positive = 10.0
+    lr: Positive = Field(1e-6, description="the learning rate after warm-up")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.0, 0.999], min_length=2, max_length=2, description="Adam's decay rates"
+    )
+    eps: Positive = Field(1e-8, description="Adam's epsilon")
+    weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="updates of linear warm-up")
+    max_grad_norm: Positive = Field(10.0, description="gradients are clipped to this global norm")
 
 
 class Ema(Section):
     """Exponential moving average of the generator's weights, by half-life in thousands of images (SiD's rule)."""
 
-    half_life_kimg: Positive
+    half_life_kimg: Positive = Field(description="thousands of images after which a weight counts half")
     rampup: Positive = Field(0.05, description="the half-life never exceeds this fraction of the images seen")
 
 
@@ -136,10 +140,10 @@ class Optimisation(Section):
 
     batch_size: Count = Field(128, description="images a generator update (and an assistant update), over all ranks")
     micro_batch: Count | None = Field(None, description="images a rank handles at once; all of its share when absent")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute; master weights are float32")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimiser states in host memory")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     generator: Optimiser = Optimiser()
     assistant: Optimiser = Optimiser()
     ema: Ema | None = None
@@ -148,7 +152,7 @@ class Optimisation(Section):
 class Group(Section):
     """A set of devices and the roles that share them: one process a device."""
 
-    devices: Count = 1
+    devices: Count = Field(1, description="processes, one a device")
     roles: list[Name] = Field(min_length=1, description=f"of {', '.join(ROLES)}, or reward:LABEL for one reward")
     threads: Count | None = Field(None, description="CPU threads a process; a fair share of the machine when absent")
 
@@ -156,8 +160,10 @@ class Group(Section):
 class Placement(Section):
     """Where the roles live: everything in one process, or Ray actors in named groups."""
 
-    mode: Literal["ray", "local"] = "ray"
-    groups: dict[Name, Group] = Field(default_factory=lambda: {"all": Group(roles=list(ROLES))})
+    mode: Literal["ray", "local"] = Field("ray", description="local: one process, no Ray; `placement: local` for short")
+    groups: dict[Name, Group] = Field(
+        default_factory=lambda: {"all": Group(roles=list(ROLES))}, description="by a name of your choice"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -169,15 +175,15 @@ class Logging(Section):
     """What a run writes while it goes."""
 
     samples_every: Count = Field(100, description="steps between pictures of the same prompts and noise")
-    sample_count: Annotated[int, Field(ge=1, le=256)] = 16
+    sample_count: int = Field(16, ge=1, le=256, description="pictures in a preview")
     writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
 
 
 class Checkpoints(Section):
     """When state is saved and how many are kept."""
 
-    every: Count = 100
-    keep: Count = 2
+    every: Count = Field(100, description="generator updates between checkpoints")
+    keep: Count = Field(2, description="how many are kept")
 
 
 class Evaluation(Section):
@@ -189,13 +195,13 @@ class Evaluation(Section):
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = Field(
         4, description="diversity is measured within a prompt"
     )
-    batch_size: Count = 32
+    batch_size: Count = Field(32, description="images drawn and scored at once")
 
 
 class Recipe(Section):
     """A whole run."""
 
-    seed: int = Field(0, ge=0, le=2**62)
+    seed: int = Field(0, ge=0, le=2**62, description="of every random draw")
     steps: Count = Field(description="generator updates")
     models: Models
     data: Data

@@ -70,7 +70,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = _Source(Path(path))
     data = _read(source)
-    _resolve_paths(data, source.path.resolve().parent)
+    data = _resolve_paths(data, source.path.resolve().parent)
     for override in overrides:
         _apply_override(data, override, source)
     try:
@@ -140,9 +140,8 @@ def _apply_override(data: dict[str, Any], override: str, source: _Source) -> Non
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"--set {override}: the value is not valid YAML") from None
-    holder = {"value": value}
-    _resolve_paths(holder, Path.cwd())
     parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.split(".")]
+    value = _resolve_paths(value, Path.cwd(), tuple(parts))
     target: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
@@ -156,26 +155,28 @@ def _apply_override(data: dict[str, Any], override: str, source: _Source) -> Non
         else:
             raise UsageError(f"--set {override}: {'.'.join(map(str, parts[:depth]))} holds no keys")
         if last:
-            target[part] = holder["value"]
+            target[part] = value
         else:
             target = target[part]
     source.overrides[tuple(parts)] = override
 
 
-def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> None:
-    """Make the paths of a recipe absolute, in place: strings that start with ./, ../ or ~, and ``data`` files."""
-    items: Iterator[tuple[Any, Any]]
+def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
+    """The value with its paths absolute.
+
+    A path is a string that starts with ./, ../ or ~/; anything under ``data`` that names a file; and a model that
+    exists relative to the folder (otherwise it is a hub id).
+    """
     if isinstance(value, dict):
-        items = iter(list(value.items()))
-    elif isinstance(value, list):
-        items = iter(list(enumerate(value)))
-    else:
-        return
-    for name, child in items:
-        if isinstance(child, str) and child.startswith(("./", "../", "~/")) and "\0" not in child:
-            value[name] = str((folder / Path(child).expanduser()).resolve())
-        elif isinstance(child, dict | list):
-            _resolve_paths(child, folder, (*key, name))
+        return {name: _resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_resolve_paths(child, folder, (*key, index)) for index, child in enumerate(value)]
+    if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
+        return value
+    explicit = value.startswith(("./", "../", "~/"))
+    file = key in (("data", "prompts"), ("data", "held_out"))
+    model = (key[:1] == ("models",) or key[-1:] == ("model",)) and (folder / value).exists()
+    return str((folder / Path(value).expanduser()).resolve()) if explicit or file or model else value
 
 
 def _explain(error: ValidationError, data: Any, source: _Source) -> UsageError:
