@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,25 @@ class Task:
 
     @property
     def finished(self) -> bool:
-        """Whether its numbers stand."""
-        return (self.evaluated / "results.json").is_file()
+        """Whether its numbers stand, measured as the recipe asks now."""
+        asked = self.settings.model_dump_json(indent=1)
+        settings = self.settings_file
+        stands = (self.evaluated / "results.json").is_file() and settings.is_file()
+        return stands and settings.read_text("utf-8") == asked
+
+    @property
+    def settings_file(self) -> Path:
+        """The evaluation's settings, written when it is finished."""
+        return self.evaluated.with_name(f"{self.evaluated.name}.settings.json")
+
+    def claim(self) -> None:
+        """Refuse a folder whose row was trained with another recipe.
+
+        Raises:
+            UsageError: Names the first key that differs.
+        """
+        if self.row.train:
+            journal.claim(self.run.parent, f"{self.run.name}.recipe.json", _flat(self.recipe.model_dump()))
 
 
 def tasks(ablation: Ablation, out: Path, more: list[str], only: Sequence[str] = ()) -> list[Task]:
@@ -89,12 +107,18 @@ class Executor:
         devices: The CUDA devices each slot may see; one entry a slot, "" for a CPU.
         say: Called with a line for every event.
         train: The training command, before ``RECIPE --set ... --out OUT``.
+        measure: The evaluation command, before ``SETTINGS OUT``.
     """
 
     def __init__(
-        self, ablation: Ablation, devices: Sequence[str], say: Callable[[str], None], train: Sequence[str] = TRAIN
+        self,
+        ablation: Ablation,
+        devices: Sequence[str],
+        say: Callable[[str], None],
+        train: Sequence[str] = TRAIN,
+        measure: Sequence[str] = EVALUATE,
     ) -> None:
-        self.ablation, self.say, self.train = ablation, say, list(train)
+        self.ablation, self.say, self.train, self.measure = ablation, say, list(train), list(measure)
         self._slots: queue.Queue[str] = queue.Queue()
         for slot in devices:
             self._slots.put(slot)
@@ -136,16 +160,15 @@ class Executor:
     def _one(self, task: Task) -> None:
         slot = self._slots.get()
         try:
-            with _held(task):
+            with _held(task) as lock:
                 if task.row.train:
-                    self._train(task, slot)
-                self._evaluate(task, slot)
+                    self._train(task, slot, lock)
+                self._evaluate(task, slot, lock)
         finally:
             self._slots.put(slot)
 
-    def _train(self, task: Task, slot: str) -> None:
+    def _train(self, task: Task, slot: str, lock: int) -> None:
         marker = task.run.with_name(f"{task.run.name}.finished.json")
-        journal.claim(task.run.parent, f"{task.run.name}.recipe.json", _flat(task.recipe.model_dump()))
         if not marker.is_file():
             command = [*self.train, self.ablation.base]
             for text in task.overrides:
@@ -158,18 +181,19 @@ class Executor:
                 # What a kill left before the first checkpoint is worth nothing, and in the way.
                 shutil.rmtree(task.run, ignore_errors=True)
                 self.say(f"{task.name}: training starts")
-            self._call(task, command, slot, "training")
+            self._call(task, command, slot, "training", lock)
             journal.write_atomic(marker, journal.dumps({"finished": True}))
         if self.ablation.discard_checkpoints:
             shutil.rmtree(task.run / "checkpoints", ignore_errors=True)
 
-    def _evaluate(self, task: Task, slot: str) -> None:
-        settings = task.evaluated.with_name(f"{task.evaluated.name}.settings.json")
-        journal.write_atomic(settings, task.settings.model_dump_json(indent=1))
+    def _evaluate(self, task: Task, slot: str, lock: int) -> None:
+        asked = task.settings.model_dump_json(indent=1)
+        draft = journal.write_atomic(task.settings_file.with_suffix(".asked.json"), asked)
         self.say(f"{task.name}: evaluating")
-        self._call(task, [*EVALUATE, str(settings), str(task.evaluated)], slot, "evaluation")
+        self._call(task, [*self.measure, str(draft), str(task.evaluated)], slot, "evaluation", lock)
+        journal.write_atomic(task.settings_file, asked)
 
-    def _call(self, task: Task, command: list[str], slot: str, what: str) -> None:
+    def _call(self, task: Task, command: list[str], slot: str, what: str, lock: int) -> None:
         log = task.run.with_name(f"{task.run.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
@@ -178,8 +202,14 @@ class Executor:
             with self._guard:
                 if self._stopping:
                     raise RunError(f"{task.name}: not started")
+                # The child inherits the row's lock: should this process be killed, the next one waits for the child.
                 child = subprocess.Popen(
-                    launcher, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+                    launcher,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    pass_fds=[lock],
                 )
                 self._children.add(child)
             code = child.wait()
@@ -196,19 +226,14 @@ class Executor:
             child.terminate()
 
 
-class _held:  # noqa: N801 - used as a function
-    """Hold a row's lock, waiting for a process that an earlier, killed ablation left behind."""
-
-    def __init__(self, task: Task) -> None:
-        path = task.run.with_name(f"{task.run.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("w")
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._stream, fcntl.LOCK_EX)
-
-    def __exit__(self, *error: object) -> None:
-        self._stream.close()
+@contextmanager
+def _held(task: Task) -> Iterator[int]:
+    """Hold a row's lock, waiting for a process that an earlier, killed ablation left behind; gives its descriptor."""
+    path = task.run.with_name(f"{task.run.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield stream.fileno()
 
 
 def slots(parallel: int | str, tasks: Sequence[Task]) -> list[str]:
@@ -220,7 +245,9 @@ def slots(parallel: int | str, tasks: Sequence[Task]) -> list[str]:
     fit = max(1, len(gpus) // need)
     count = fit if parallel == "auto" else int(parallel)
     if count > fit:
-        raise UsageError(f"parallel: {count} rows of {need} devices need {count * need} GPUs, and {len(gpus)} are there")
+        raise UsageError(
+            f"parallel: {count} rows of {need} devices need {count * need} GPUs, and {len(gpus)} are there"
+        )
     return [",".join(gpus[i * need : (i + 1) * need]) for i in range(count)]
 
 

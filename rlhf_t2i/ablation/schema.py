@@ -62,6 +62,7 @@ class Ablation(Section):
     evaluation: dict[str, Any] = Field(description="the settings of rlhf-t2i eval, the same for every row")
     initial: str = Field(description="the row that differences are taken from")
     labels: dict[str, str] = Field(default_factory=dict, description="metric names for the table's head")
+    factors: dict[str, float] = Field(default_factory=dict, description="a metric is shown times this")
     plots: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
     rows: list[Row] = Field(min_length=1)
     frontiers: list[Frontier] = Field(default_factory=list)
@@ -87,11 +88,17 @@ class Ablation(Section):
         """A metric's name in the table's head."""
         return self.labels.get(metric, metric)
 
+    def factor(self, metric: str) -> float:
+        """What a metric is multiplied by where it is shown (a CLIP score is 100 times the cosine)."""
+        return self.factors.get(metric, 1.0)
+
 
 def _known(name: str, names: list[str], where: str) -> None:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(f"{where} names {name!r}" + (f"; did you mean {close[0]!r}?" if close else ", which is no row"))
+        raise ValueError(
+            f"{where} names {name!r}" + (f"; did you mean {close[0]!r}?" if close else ", which is no row")
+        )
 
 
 def load(path: str | Path) -> Ablation:
@@ -101,9 +108,8 @@ def load(path: str | Path) -> Ablation:
         UsageError: One sentence naming the file, the line where it is known, and the key.
     """
     source = recipe_io._Source(Path(path))
-    data = recipe_io._read(source)
     folder = source.path.resolve().parent
-    recipe_io._resolve_paths(data, folder)
+    data = _absolute(recipe_io._read(source), folder)
     try:
         ablation = Ablation.model_validate(data)
     except ValidationError as error:
@@ -137,7 +143,9 @@ def training_recipe(ablation: Ablation, row: Row, seed: int, more: list[str]) ->
 def evaluation(ablation: Ablation, row: Row, recipe: Recipe, run: Path) -> Settings:
     """The evaluation of one row: the exported generator, or the initial one where nothing is trained."""
     values = dict(ablation.evaluation)
-    taken = next((key for key in ("model", "base", "timestep", "steps", "guidance", "resolution") if key in values), None)
+    taken = next(
+        (key for key in ("model", "base", "timestep", "steps", "guidance", "resolution") if key in values), None
+    )
     if taken:
         raise UsageError(f"evaluation: {taken!r} comes from the rows; remove it")
     values |= {"timestep": recipe.models.generator_timestep, "resolution": recipe.models.resolution}
@@ -146,13 +154,30 @@ def evaluation(ablation: Ablation, row: Row, recipe: Recipe, run: Path) -> Setti
     return evaluation_settings.build(values | {"model": recipe.models.generator, "base": recipe.models.reference})
 
 
+def _absolute(value: Any, folder: Path) -> Any:
+    """The value with its paths absolute: strings that start with ./, ../ or ~/, also behind a benchmark's name."""
+    if isinstance(value, dict):
+        return {key: _absolute(child, folder) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_absolute(child, folder) for child in value]
+    if not isinstance(value, str):
+        return value
+    head, colon, tail = value.partition(":")
+    path, prefix = (tail, head + colon) if tail.startswith(("./", "../", "~/")) else (value, "")
+    if not path.startswith(("./", "../", "~/")):
+        return value
+    return f"{prefix}{(folder / Path(path).expanduser()).resolve()}"
+
+
 def _explain(error: ValidationError, source: recipe_io._Source) -> UsageError:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = tuple(first["loc"])
     name = ".".join(map(str, key))
     if first["type"] == "extra_forbidden":
-        fields = {"rows": Row, "frontiers": Frontier, "claims": Claim}.get(str(key[0]) if len(key) > 1 else "", Ablation)
+        fields: Any = {"rows": Row, "frontiers": Frontier, "claims": Claim}.get(
+            str(key[0]) if len(key) > 1 else "", Ablation
+        )
         close = difflib.get_close_matches(str(key[-1]), fields.model_fields, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(fields.model_fields)}"
         return source.error(key, f"unknown key {name!r}; {hint}")

@@ -91,7 +91,8 @@ def build(values: dict[str, Any]) -> Settings:
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        first = error.errors()[0]
+        problems = error.errors()
+        first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)

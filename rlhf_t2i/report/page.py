@@ -167,7 +167,7 @@ def _cost(run: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[tuple[st
     devices = sum(int(group[1]) for group in run.get("placement") or [] if len(group) > 1) or 1
     rows = [("Time", duration(seconds))] if seconds is not None else []
     if seconds is not None:
-        unit = "GPU-hours" if "cuda" in device.lower() or "gpu" in device.lower() else "process-hours on the CPU"
+        unit = "Process-hours on the CPU" if "cpu" in device.lower() else "GPU-hours"
         rows.append((unit, f"{seconds * devices / 3600:.3g} ({devices} x {duration(seconds)})"))
     rows.append(("Device", device))
     if steps:

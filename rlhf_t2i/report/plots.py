@@ -18,6 +18,10 @@ _SERIES = [f"#0303{index:02x}" for index in range(8)]
 _VARIABLES = {_INK: "var(--ink-soft)", _FAINT: "var(--line)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES)
 }
+_LIGHT = {"ink-soft": "#5b6470", "line": "#dfe2e6", "series-0": "#0b6e75", "series-1": "#c2571a",
+          "series-2": "#5a4fa3", "series-3": "#a8861b", "series-4": "#b13a72", "series-5": "#3b7bbf",
+          "series-6": "#4d7f2f", "series-7": "#6b6f76"}  # fmt: skip
+_DASHES = ["-", "--", ":"]
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -51,20 +55,27 @@ class Plot:
     svg: str
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, name: str) -> str:
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    name: str,
+    large: bool = False,
+) -> str:
     """Lines by label, each ``(x, y)``: the values faint, their running mean on top."""
 
     def draw(axes: Any) -> None:
         for index, (label, (x, y)) in enumerate(series.items()):
             colour = _SERIES[index % len(_SERIES)]
             smooth = running_mean(y, max(1, len(y) // 20))
-            if len(y) > 40:
+            if len(y) > 40 and not large:
                 axes.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
-            style = {"marker": "o", "markersize": 3} if len(y) < 12 else {}
+            style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(y) < 12 else {}
+            style["linestyle"] = _DASHES[index // len(_SERIES) % len(_DASHES)]
             axes.plot(x, smooth if len(y) > 40 else y, color=colour, label=label, **style)
         _label(axes, xlabel, ylabel, legend=len(series) > 1)
 
-    return _svg(draw, name, f"{ylabel} over {xlabel}")
+    return _svg(draw, name, f"{ylabel} over {xlabel}", *_size(large, len(series)))
 
 
 def stacked(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, name: str) -> str:
@@ -81,7 +92,12 @@ def stacked(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabe
 
 
 def points(
-    groups: Mapping[str, Point], xlabel: str, ylabel: str, name: str, arrows: Sequence[tuple[str, str]] = ()
+    groups: Mapping[str, Point],
+    xlabel: str,
+    ylabel: str,
+    name: str,
+    arrows: Sequence[tuple[str, str]] = (),
+    large: bool = False,
 ) -> str:
     """Labelled points with error bars; an arrow leads from the first to the second label of each pair."""
 
@@ -99,7 +115,14 @@ def points(
         axes.margins(0.15)
         _label(axes, xlabel, ylabel, legend=True)
 
-    return _svg(draw, name, f"{ylabel} against {xlabel}", height=2.4 + 0.2 * max(0, len(groups) - 4))
+    return _svg(draw, name, f"{ylabel} against {xlabel}", *_size(large, len(groups)))
+
+
+def standalone(svg: str) -> str:
+    """A page's drawing as a file of its own, in the page's light colours."""
+    for variable, colour in _LIGHT.items():
+        svg = svg.replace(f"var(--{variable})", colour)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace("<svg ", '<svg font-family="sans-serif" ', 1)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -125,14 +148,19 @@ def _label(axes: Any, xlabel: str, ylabel: str, legend: bool) -> None:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
 
 
-def _svg(draw: Callable[[Any], None], name: str, label: str, height: float = 2.4) -> str:
+def _size(large: bool, labels: int) -> tuple[float, float]:
+    """Inches; a legend of many labels stands below and takes no height from the axes."""
+    return (5.0, 3.4) if large and labels > 4 else (3.7, 2.4)
+
+
+def _svg(draw: Callable[[Any], None], name: str, label: str, width: float = 3.7, height: float = 2.4) -> str:
     """Draw into a fresh figure; ``name`` makes the ids of the page's drawings distinct, and the output repeatable."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(3.7, height))
+        figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         buffer = io.StringIO()

@@ -1,0 +1,38 @@
+"""``rlhf-t2i ablate``: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ablate_command(
+    recipe: Annotated[Path, typer.Argument(help="The ablation's YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Its folder [default: runs/RECIPE].")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every row's recipe.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Only these rows, comma-separated; the initial one is always there.")] = "",
+    seeds: Annotated[str, typer.Option(help="Other seeds for every row, comma-separated.")] = "",
+    parallel: Annotated[int | None, typer.Option(min=1, help="Rows side by side.")] = None,
+    calibrate: Annotated[
+        int | None, typer.Option(min=1, help="Instead, train this many steps and print what scale_unit should be.")
+    ] = None,
+) -> None:
+    """Train and evaluate the rows of an ablation; run again to go on after a kill. Writes tables, plots and a page."""
+    from rlhf_t2i.ablation import runner
+
+    folder = out or Path("runs") / recipe.stem
+    if calibrate is not None:
+        typer.echo(runner.calibrate(recipe, folder, calibrate, set_ or []))
+        return
+    only = [name.strip() for name in rows.split(",") if name.strip()]
+    markdown = runner.ablate(recipe, folder, more=set_ or [], only=only, seeds=seeds, parallel=parallel, say=_say)
+    typer.echo(markdown)
+    typer.echo(f"Look at {folder / 'report.html'} and {folder / 'table.md'}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
