@@ -50,7 +50,7 @@ def check_placement(recipe: Recipe) -> dict[str, tuple[str, int]]:
 
     Every role is placed exactly once. ``reward`` takes every reward that no ``reward:LABEL`` places; an unplaced
     generator shares the learner's processes. Of the learner's ranks and another group's, one divides the other, so that
-    every rank talks to the same number of partners.
+    every rank talks to the same number of partners. Learner and assistant must be able to split the batch.
 
     Returns:
         ``{"learner": (group, devices), ..., "reward:LABEL": (group, devices), ...}``, one ``reward:LABEL`` for each
@@ -62,6 +62,7 @@ def check_placement(recipe: Recipe) -> dict[str, tuple[str, int]]:
     labels = [choice.key for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards)]
     wanted = [role for role in ROLES if role != _REWARD] + [f"{_REWARD}:{label}" for label in labels]
     if recipe.placement.mode == "local":
+        _check_batches(recipe, 1, 1)
         return dict.fromkeys(wanted, (LOCAL_GROUP, 1))
 
     placed = _placed(recipe, labels)
@@ -75,6 +76,7 @@ def check_placement(recipe: Recipe) -> dict[str, tuple[str, int]]:
 
     devices = {name: group.devices for name, group in recipe.placement.groups.items()}
     _check_sizes(recipe, placed, devices)
+    _check_batches(recipe, devices[placed["learner"]], devices[placed["assistant"]])
     return {role: (placed[role], devices[placed[role]]) for role in wanted}
 
 
@@ -110,6 +112,13 @@ def _check_sizes(recipe: Recipe, placed: dict[str, str], devices: dict[str, int]
             f"placement.groups.{placed['assistant']}.devices: under ZeRO-3 the assistant's {assistant} ranks cannot "
             f"serve {learner} learner ranks: give it {learner} devices (or 1), or set optimisation.zero_stage to 2"
         )
+
+
+def _check_batches(recipe: Recipe, learner: int, assistant: int) -> None:
+    """Both trained roles must be able to split the batch."""
+    settings = recipe.optimisation
+    batch_geometry(settings.batch_size, learner, settings.micro_batch)
+    batch_geometry(settings.batch_size, assistant, settings.micro_batch, "assistant")
 
 
 def nearest_partner(learner: int, ranks: int) -> int:

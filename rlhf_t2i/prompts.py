@@ -57,7 +57,7 @@ def _jsonl(path: Path, text: str, column: str) -> list[str]:
             continue
         try:
             prompt = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             raise UsageError(f"data: {path}, line {number}: not a JSON object with the key {column!r}") from None
         if not isinstance(prompt, str):
             raise UsageError(f"data: {path}, line {number}: {column!r} is not a string")

@@ -14,6 +14,7 @@ ROLES = ("learner", "generator", "assistant", "reference", "reward")
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Source = Annotated[str, Field(min_length=1, max_length=4096)]
+Timestep = Annotated[int, Field(ge=0, le=999)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
@@ -81,14 +82,14 @@ class Guidance(Section):
 class Timesteps(Section):
     """Inclusive ranges from which training timesteps are drawn uniformly."""
 
-    generator: list[int] = Field([20, 979], min_length=2, max_length=2, description="t of the divergence")
-    assistant: list[int] = Field([0, 999], min_length=2, max_length=2, description="t of the assistant's loss")
+    generator: list[Timestep] = Field([20, 979], min_length=2, max_length=2, description="t of the divergence")
+    assistant: list[Timestep] = Field([0, 999], min_length=2, max_length=2, description="t of the assistant's loss")
 
     @field_validator("generator", "assistant")
     @classmethod
     def _ordered(cls, value: list[int]) -> list[int]:
-        if not 0 <= value[0] <= value[1]:
-            raise ValueError(f"must be [first, last] with 0 <= first <= last, not {value}")
+        if value[0] > value[1]:
+            raise ValueError(f"must be [first, last] with first <= last, not {value}")
         return value
 
 

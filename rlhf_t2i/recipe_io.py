@@ -125,6 +125,12 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: _Source, above: set[in
         for child_key, child in node.value:
             if not isinstance(child_key, yaml.ScalarNode):
                 raise source.error(key, "keys must be plain words")
+            if child_key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                # YAML reads no, on, 1 and 2020-01-01 as values of other types.
+                source.lines[(*key, child_key.value)] = child_key.start_mark.line + 1
+                raise source.error(
+                    (*key, child_key.value), f"unknown key {child_key.value!r}: keys must be plain words"
+                )
             source.lines[(*key, child_key.value)] = child_key.start_mark.line + 1
             _collect_lines(child, (*key, child_key.value), source, above | {id(node)})
     elif isinstance(node, yaml.SequenceNode):
@@ -136,10 +142,14 @@ def _apply_override(data: dict[str, Any], override: str, source: _Source) -> Non
     name, equals, text = override.partition("=")
     if not equals or not name or any(not part for part in name.split(".")):
         raise UsageError(f"--set {override}: write it as key.subkey=value")
+    shown = override if len(override) <= 200 else override[:197] + "..."
     try:
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _collect_lines(node, (), _Source(Path(f"--set {shown}")), set())
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise UsageError(f"--set {override}: the value is not valid YAML") from None
+        raise UsageError(f"--set {shown}: the value is not valid YAML") from None
     parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.split(".")]
     value = _resolve_paths(value, Path.cwd(), tuple(parts))
     target: Any = data
@@ -223,5 +233,8 @@ def _kind(value: Any) -> str:
         return "nothing"
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of over 4,300 digits.
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
