@@ -93,7 +93,7 @@ def _curves(table: Table) -> list[Plot]:
         series = {label: line for label, runs in by_row.items() if (line := _mean_line(runs, key))}
         if series:
             name = key.removeprefix("reward/")
-            words = "distance E[d(y)], each row in its own units" if key == "divergence" else f"{name}, training images"
+            words = "E[d(y)], each in its own unit" if key == "divergence" else f"{name}, training images"
             svg = plots.curves(series, "images seen (thousands)", words, f"curve-{slug(key)}", large=True)
             found.append(Plot(f"{name} over images seen", "The mean over a row's seeds.", svg))
     return found

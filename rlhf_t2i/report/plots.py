@@ -150,7 +150,7 @@ def _label(axes: Any, xlabel: str, ylabel: str, legend: bool) -> None:
 
 def _size(large: bool, labels: int) -> tuple[float, float]:
     """Inches; a legend of many labels stands below and takes no height from the axes."""
-    return (5.0, 3.4) if large and labels > 4 else (3.7, 2.4)
+    return (4.4, 3.0) if large and labels > 4 else (3.7, 2.4)
 
 
 def _svg(draw: Callable[[Any], None], name: str, label: str, width: float = 3.7, height: float = 2.4) -> str:
