@@ -303,7 +303,11 @@ class RewardRole:
             if image is None and latents is not None and self._vae is not None and label != "decoder":
                 image = self.decode(latents[index : index + 1].detach())[0]
             latent = None if latents is None else latents[index]
-            saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latent, cause)
+            try:
+                saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latent, cause)
+            except OSError as error:
+                # The reward's failure is the news; a full disk must not hide it.
+                reason += f" (and the sample could not be saved: {error})"
         raise RewardFailure(label, prompts[index], reason, None if saved is None else str(saved)) from cause
 
     def _labels(self, names: Sequence[str] | None) -> list[str]:

@@ -60,7 +60,8 @@ def save_sample(
     from safetensors.torch import save_file
 
     tensors = {
-        name: tensor.detach().cpu().contiguous()
+        # Cloned: the two may be views of one tensor, which safetensors refuses.
+        name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in (("image", image), ("latent", latent))
         if tensor is not None
     }

@@ -198,6 +198,13 @@ def test_a_failure_names_reward_and_prompt_and_saves_the_sample(
     assert (report["prompt"], report["reason"]) == ("bad", reason)
 
 
+def test_a_sample_that_cannot_be_saved_does_not_hide_the_failure(latents: Tensor, tmp_path: Path) -> None:
+    (tmp_path / "failures").write_text("a file where the folder should be")
+    role = make_role({"r": faulty.NotFinite()}, failures_dir=tmp_path / "failures")
+    with pytest.raises(RewardFailure, match=r"its value is not finite \(and the sample could not be saved: "):
+        role.value_and_grad(latents, BAD)
+
+
 def test_a_repeated_failure_writes_one_folder(latents: Tensor, tmp_path: Path) -> None:
     role = make_role({"r": faulty.NotFinite()}, failures_dir=tmp_path)
     for _ in range(2):
