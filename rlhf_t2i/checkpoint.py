@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlhf_t2i import files
@@ -23,11 +23,13 @@ class Progress:
         step: Generator updates done.
         round: Assistant updates done in the current cycle (or warm-up).
         rounds: Assistant updates done in all.
+        reports: What the rounds of the current cycle measured, for the next line of metrics.
     """
 
     step: int = 0
     round: int = 0
     rounds: int = 0
+    reports: list[dict[str, float]] = field(default_factory=list)
 
 
 def folder_of(out: Path, progress: Progress) -> Path:

@@ -74,13 +74,13 @@ class Reward(nn.Module):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """:meth:`encode_text`, computed once a prompt, without gradient."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
-        if missing:
-            with torch.no_grad():
-                features = self.encode_text(missing)
-            if self._text_cache and len(self._text_cache) + len(missing) > 65536:
-                self._text_cache.clear()
-                return self.text_features(prompts)
-            self._text_cache.update(zip(missing, features.unbind(0), strict=True))
+        if self._text_cache and len(self._text_cache) + len(missing) > 65536:
+            self._text_cache.clear()
+            missing = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            for prompt in missing:
+                # One at a time: the last bits must not depend on which prompts happened to be cached.
+                self._text_cache[prompt] = self.encode_text([prompt])[0]
         return torch.stack([self._text_cache[p] for p in prompts])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reward:

@@ -79,7 +79,6 @@ class Trainer:
         held_out = prompts.read(data.held_out, data.column) if data.held_out else train
         self._held_out = prompts.PromptStream(held_out, 0, "held out")
         self._metrics = MetricsFile(self.out.metrics, self.recipe.logging.writers, self.out.path)
-        self._assistant_reports: list[dict[str, float]] = []
         self._stop: int | None = None
 
     def run(self) -> None:
@@ -119,7 +118,7 @@ class Trainer:
             self.display.phase(f"assistant warm-up, round {state.round} of {self.recipe.algorithm.assistant_warmup}")
         batch = self._assistant_prompts.batch(state.rounds * size, size)
         reports = self.cluster.call_all("assistant", "train", state.rounds, batch)
-        self._assistant_reports.append(
+        state.reports.append(
             {"loss": sum(r["loss"] for r in reports) / len(reports), "grad_norm": reports[0]["grad_norm"]}
         )
         state.round += 1
@@ -132,10 +131,10 @@ class Trainer:
         reports = self.cluster.call_all("learner", "step", state.step, batch)
         self.cluster.sync_generator()
         ended = time.perf_counter()
+        assistant_reports, state.reports = state.reports, []
         state.step, state.round = state.step + 1, 0
         seconds = {"step": ended - began, "assistant": generator_began - began, "generator": ended - generator_began}
-        metrics = step_metrics(self.recipe, state, reports, self._assistant_reports, seconds, self.cluster.readings())
-        self._assistant_reports = []
+        metrics = step_metrics(self.recipe, state, reports, assistant_reports, seconds, self.cluster.readings())
         self._metrics.write(metrics)
         self.display.step(state, metrics)
         if state.step % self.recipe.logging.samples_every == 0:

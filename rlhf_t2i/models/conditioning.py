@@ -101,15 +101,19 @@ class Conditioner(nn.Module):
     @torch.no_grad()
     def _fill_cache(self, prompts: Sequence[str]) -> None:
         missing = [p for p in dict.fromkeys(prompts) if p not in self._cache]
-        if not missing:
-            return
         if len(self._cache) + len(missing) > self._cache_size:
             self._cache.clear()
             missing = list(dict.fromkeys(prompts))
+        # One at a time: in a batch the last bits of an embedding depend on the batch's size, and so on which prompts
+        # happened to be cached; a resumed run would then differ from an uninterrupted one.
+        for prompt in missing:
+            self._cache[prompt] = self._encode_one(prompt)
+
+    def _encode_one(self, prompt: str) -> tuple[Tensor, Tensor | None]:
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self._tokenizers, self.encoders, strict=True):
             ids = tokenizer(
-                missing,
+                prompt,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
@@ -117,10 +121,9 @@ class Conditioner(nn.Module):
             ).input_ids
             output = encoder(ids.to(next(encoder.parameters()).device), output_hidden_states=True)
             hidden.append((output.hidden_states[-2] if self.is_sdxl else output.last_hidden_state).float())
-            pooled = output.text_embeds.float() if self.is_sdxl and hasattr(output, "text_embeds") else None
-        embeds = torch.cat(hidden, dim=-1)
-        for index, prompt in enumerate(missing):
-            self._cache[prompt] = (embeds[index], None if pooled is None else pooled[index])
+            if self.is_sdxl and hasattr(output, "text_embeds"):
+                pooled = output.text_embeds.float()[0]
+        return torch.cat(hidden, dim=-1)[0], pooled
 
     def _apply(self, fn: Any, recurse: bool = True) -> Conditioner:
         self._cache.clear()

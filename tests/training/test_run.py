@@ -1,0 +1,209 @@
+"""A whole run in one process: its files, resuming bit for bit, and the objective's invariants."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_t2i import checkpoint, training
+from rlhf_t2i.checkpoint import Progress
+from rlhf_t2i.cluster.local import LocalCluster
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """The metrics without what depends on the machine."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("timing", "memory")} for row in rows]
+
+
+def model_bytes(out: Path) -> bytes:
+    return (out / "model/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_leaves_the_documented_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    training.run(make_recipe(), out)
+    for name in ("recipe.yaml", "run.json", "report.html", "samples/step_000000.png", "samples/step_000003.png"):
+        assert (out / name).stat().st_size > 0, name
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {"reward/pickscore", "grad_norm/reward", "grad_norm/divergence", "grad_cosine", "assistant_loss"} <= set(
+        rows[0]
+    )
+    assert not any("loss/divergence" in row for row in rows)  # its expectation is zero: no progress signal
+    after = json.loads((out / "evaluation/after.json").read_text("utf-8"))
+    assert len(after["scores"]["pickscore"]) == len(after["prompts"]) == 8
+    assert len(after["diversity"]["latent_distance"]) == 4
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
+
+
+class StopAt(training.Silent):
+    """Sends SIGTERM to this process once ``rounds`` assistant rounds and ``step`` steps are done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, rounds: int) -> None:
+        original = training.Trainer._stop_if_asked
+
+        def stop(trainer: training.Trainer) -> None:
+            if (trainer.progress.step, trainer.progress.round) == (step, rounds):
+                signal.raise_signal(signal.SIGTERM)
+            original(trainer)
+
+        monkeypatch.setattr(training.Trainer, "_stop_if_asked", stop)
+
+
+@pytest.mark.parametrize("stop", [(1, 0), (1, 1), (2, 1), (0, 1)])
+def test_resume_is_bit_identical(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[int, int]
+) -> None:
+    recipe = make_recipe(
+        algorithm__assistant_steps=2,
+        optimisation__micro_batch=2,
+        optimisation__ema="{half_life_kimg: 0.01}",
+        steps=3,
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    training.run(recipe, whole)
+    with monkeypatch.context() as patch:
+        display = StopAt(patch, *stop)
+        with pytest.raises(training.Stopped) as stopped:
+            training.run(recipe, broken, display=display)
+    assert stopped.value.exit_code == 143
+    training.run(recipe, broken, resume=True)
+    assert model_bytes(broken) == model_bytes(whole)
+    assert metrics(broken) == metrics(whole)
+    for name in ("samples/step_000003.png", "evaluation/after.json", "checkpoints/step_000003/assistant/local.pt"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_damaged_checkpoint_is_named_and_an_older_one_used(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    training.run(make_recipe(), out)
+    newest = out / "checkpoints/step_000003/learner/local.pt"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    folder, progress, warnings = checkpoint.find(out)
+    assert folder.name == "step_000002"
+    assert progress.step == 2
+    assert "step_000003" in warnings[0]
+    assert "learner/local.pt" in warnings[0]
+    shutil.rmtree(folder)
+    with pytest.raises(UsageError, match="no whole checkpoint"):
+        checkpoint.find(out)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    cluster = LocalCluster(make_recipe())
+    checkpoint.save(cluster, out, Progress(1, 0, 1), keep=2)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlhf_t2i.files.write_json", full)
+    with pytest.raises(training.RunError, match="No space left on device; earlier ones are intact"):
+        checkpoint.save(cluster, out, Progress(2, 0, 2), keep=2)
+    monkeypatch.undo()
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000001"]
+    assert checkpoint.find(out)[1].step == 1
+
+
+def test_refuses_a_folder_with_another_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    training.run(make_recipe(steps=1), out)
+    before = sorted(p.name for p in out.iterdir())
+    with pytest.raises(UsageError, match="already holds a run"):
+        training.run(make_recipe(steps=1), out)
+    with pytest.raises(UsageError, match="seed"):
+        training.run(make_recipe(steps=1, seed=4), out, resume=True)
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe) -> None:
+    cluster = LocalCluster(make_recipe())
+    cluster.call_all("learner", "step", 0, ["a red cat"] * 4)
+    roles = cluster._worker.roles
+    networks = [
+        roles["assistant"]._engine.module,
+        roles["reference"]._unet,
+        *roles["reward"].role.rewards.values(),
+        cluster._worker._context.store.decoder,
+    ]
+    for network in networks:
+        assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_kl_computes_no_vector_jacobian_product(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_t2i.roles.denoise import DenoiserServer
+
+    calls: list[str] = []
+    original = DenoiserServer.vjp
+    monkeypatch.setattr(DenoiserServer, "vjp", lambda self, *a: calls.append("vjp") or original(self, *a))
+    for name, expected in (("kl", 0), ("pseudo_huber", 2)):
+        calls.clear()
+        cluster = LocalCluster(make_recipe(algorithm__divergence__name=name))
+        cluster.call_all("learner", "step", 0, ["a red cat"] * 4)
+        assert len(calls) == expected, name
+
+
+def test_inner_guidance_of_kl_equals_outer(make_recipe: MakeRecipe) -> None:
+    """Choice 1 with alpha equals Choice 2 with omega = 1 + alpha for KL (algorithm.md 1.5)."""
+    keys = [(0, "probe", i) for i in range(4)]
+    x0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for cfg in ("{mode: inner, scale: 2.0, convention: one_plus}", "{mode: outer, scale: 2.0}"):
+        cluster = LocalCluster(
+            make_recipe(algorithm__cfg=cfg, algorithm__divergence__name="kl", algorithm__rewards="[]")
+        )
+        found.append(cluster.call_all("learner", "gradient_at_x0", "t", x0, ["a red cat"] * 4, keys, {})[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_lost_graph_is_recomputed(make_recipe: MakeRecipe) -> None:
+    """A denoiser that restarted between forward and product gives the same product."""
+    cluster = LocalCluster(make_recipe())
+    server = cluster._worker.roles["reference"]
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 700])
+    request = ("ticket", x_t, t, ["a red cat", "a blue dog"], "guided")
+    cotangent = server.forward(*request, True)
+    expected = server.vjp(*request, cotangent)
+    assert not server._graphs
+    torch.testing.assert_close(server.vjp(*request, cotangent), expected, rtol=0, atol=0)
+
+
+def test_micro_batches_do_not_change_the_step(make_recipe: MakeRecipe) -> None:
+    found = []
+    for micro in (4, 2, 1):
+        cluster = LocalCluster(make_recipe(optimisation__micro_batch=micro))
+        cluster.call_all("learner", "step", 0, ["a red cat", "a blue dog"] * 2)
+        weights = cluster.call_all("learner", "weights", "live")[0]
+        found.append(torch.cat([w.flatten() for w in weights.values()]))
+    for other in found[1:]:
+        assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
+
+
+def test_model_loads_in_diffusers_and_equals_sample(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    from rlhf_t2i.sampling import sample
+
+    out = tmp_path / "out"
+    training.run(make_recipe(steps=1), out)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(out / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a red cat", num_inference_steps=1, timesteps=[399], guidance_scale=0.0, height=16, width=16,
+        generator=torch.Generator().manual_seed(5), output_type="pt",
+    ).images.float()  # fmt: skip
+    torch.testing.assert_close(sample(str(out), ["a red cat"], seed=5), theirs, rtol=0, atol=1e-5)
