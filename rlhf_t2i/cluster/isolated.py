@@ -22,6 +22,22 @@ from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.plugin import Reward
 
 
+def build_reward(
+    name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, timeout_s: float = 600.0
+) -> Reward:
+    """``registry.reward``, in an environment of its own where the class asks for one (``Reward.pip``).
+
+    Raises:
+        UsageError: It asks for one, but this process is not part of a Ray cluster (``placement: local``).
+    """
+    cls: Any = registry.load_class(registry.REWARDS, name)
+    if not cls.pip:
+        return registry.reward(name, **options)
+    if not ray.is_initialized():
+        raise UsageError(f"reward {name!r} needs an environment of its own ({', '.join(cls.pip)}): use placement ray")
+    return IsolatedReward(name, options, dtype, timeout_s)
+
+
 @dataclass(frozen=True)
 class Wire:
     """A tensor as bytes."""
@@ -91,7 +107,6 @@ class IsolatedReward(Reward):
         options: Its options.
         dtype: Of its weights.
         timeout_s: How long one call may take.
-        packages: What its environment holds; the class's ``pip`` when None.
 
     Raises:
         UsageError: The environment cannot be made, or the options are wrong.
@@ -104,14 +119,13 @@ class IsolatedReward(Reward):
         options: dict[str, Any],
         dtype: torch.dtype = torch.float32,
         timeout_s: float = 600.0,
-        packages: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         cls: Any = registry.load_class(registry.REWARDS, name)
         registry.parse_options(cls, "reward", name, options)
         self.differentiable = cls.differentiable  # type: ignore[misc]
         self._name, self._timeout_s = name, timeout_s
-        python = overlay_python(cls.pip if packages is None else packages)
+        python = overlay_python(cls.pip)
         # The device is shared with the group's process, so it is passed on instead of asked for from Ray.
         passed = {k: v for k, v in os.environ.items() if k in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")}
         self._actor = (

@@ -52,15 +52,13 @@ class RayCluster:
             raise
 
     def _connect_ray(self, address: str | None) -> None:
-        _ray_environment(loopback=address is None)
         if address is None and ray.is_initialized():
             pass
         elif address is None:
-            # Processes may outnumber the cores: they share them, each with its own number of threads.
-            cpus = max(os.cpu_count() or 1, len(self._all_specs))
-            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            start_local_ray(len(self._all_specs))
             self._started_ray = True
         else:
+            _ray_environment(loopback=False)
             try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -225,6 +223,17 @@ def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | N
             for rank in range(group.devices)
         ]  # fmt: skip
     return specs
+
+
+def start_local_ray(processes: int) -> None:
+    """Start Ray on this machine, on loopback, without dashboard and usage statistics.
+
+    Args:
+        processes: Room for this many. They may outnumber the cores: they share them, each with its own threads.
+    """
+    _ray_environment(loopback=True)
+    cpus = max(os.cpu_count() or 1, processes)
+    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
 
 
 def _ray_environment(loopback: bool) -> None:

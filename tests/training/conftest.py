@@ -16,10 +16,9 @@ from rlhf_t2i.recipe import Recipe
 def ray_instance() -> Iterator[None]:
     """A small Ray instance, shared: starting one takes seconds."""
     ray = pytest.importorskip("ray")
-    from rlhf_t2i.cluster.ray_cluster import _ray_environment
+    from rlhf_t2i.cluster.ray_cluster import start_local_ray
 
-    _ray_environment(loopback=True)
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    start_local_ray(8)
     yield
     ray.shutdown()
 
