@@ -50,6 +50,13 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"--out {self.path} cannot be written: {error.strerror}") from None
 
+    def discard(self) -> None:
+        """Take back what :meth:`create` wrote for a run that never started; anything else in the folder stays."""
+        self.recipe.unlink(missing_ok=True)
+        for folder in (self.samples, self.evaluation, self.path):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
     def require_same_recipe(self, recipe: Recipe) -> None:
         """Refuse to resume with a recipe that means another run.
 

@@ -218,7 +218,10 @@ def run(
         RunError: Something failed while running.
         Stopped: A signal arrived; a checkpoint was written.
     """
+    import torch
+
     from rlhf_t2i.cluster.start import start
+    from rlhf_t2i.models.loading import ModelStore
     from rlhf_t2i.roles.worker import check_plugins
 
     display = display or Silent()
@@ -226,6 +229,7 @@ def run(
     for file in (recipe.data.prompts, recipe.data.held_out):
         if file:
             prompts.read(file, recipe.data.column)
+    ModelStore(recipe.models, torch.device("cpu")).check()
     folder = RunFolder(out)
     progress, saved = Progress(), None
     if resume:
@@ -236,7 +240,12 @@ def run(
     else:
         folder.create(recipe)
     display.phase("starting the roles")
-    cluster = start(recipe, folder, address)
+    try:
+        cluster = start(recipe, folder, address)
+    except UsageError:
+        if not resume:
+            folder.discard()
+        raise
     try:
         if saved is not None:
             checkpoint.restore(cluster, saved)

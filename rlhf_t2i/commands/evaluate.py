@@ -14,7 +14,7 @@ def eval_command(
     model: Annotated[str, typer.Argument(help="Run folder, diffusers folder, hub id, or a UNet (with --base).")],
     prompts: Annotated[str, typer.Option(help="FILE, parti, hpsv2, coco (or NAME:PATH), or a zoo's name: emoji64.")],
     metrics: Annotated[
-        str, typer.Option(help="Comma-separated: rewards by name, diversity, fid, frechet_clip, class_entropy.")
+        str, typer.Option(help="Rewards (NAME or LABEL=NAME), diversity, fid, frechet_clip, class_entropy.")
     ] = "clip",
     out: Annotated[Path | None, typer.Option(help="Folder for images, results.json and tables.")] = None,
     set_: Annotated[

@@ -120,8 +120,10 @@ def _summary(folder: Path) -> None:
     console.print(table)
     for verdict in report.verdicts(rows):
         console.print(f"- {verdict.text}", highlight=False)
-    console.print(
-        f"\nLook at:\n  {folder}/report.html   curves, before and after\n  {folder}/samples/      the same prompts over time"
-        f"\n  {folder}/model/        loads with diffusers; rlhf-t2i sample {folder}/model --prompt ...",
-        highlight=False,
-    )
+    console.print("\nLook at:")
+    for path, what in (
+        ("report.html", "curves, before and after"),
+        ("samples/", "the same prompts over time"),
+        ("model/", "loads with diffusers, or: rlhf-t2i sample"),
+    ):
+        console.print(f"  {folder / path}  {what}", highlight=False, soft_wrap=True)

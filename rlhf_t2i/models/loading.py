@@ -34,6 +34,22 @@ class ModelStore:
         self.models, self.device, self.dtype = models, device, DTYPES[precision]
         self._reference = sources.parse(models.reference)
 
+    def check(self) -> None:
+        """Read every configuration, but no weights: what is missing or foreign is refused before anything starts.
+
+        Raises:
+            UsageError: One sentence naming the folder or file.
+        """
+        for text in (self.models.generator, self.models.assistant, self.models.vae):
+            if text is not None:
+                sources.parse(text)
+        _ = self.index, self.schedule, self.unet_config, self.latent_shape
+        if self.models.generator_timestep >= len(self.schedule):
+            raise UsageError(
+                f"models.generator_timestep: {self.models.generator_timestep} is beyond the reference's "
+                f"{len(self.schedule)} timesteps"
+            )
+
     @cached_property
     def index(self) -> dict[str, Any]:
         """The reference's model_index.json."""

@@ -1,0 +1,156 @@
+"""``rlhf-t2i plan``: what goes where, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlhf_t2i.errors import UsageError
+
+if TYPE_CHECKING:
+    from rlhf_t2i.plan import Memory, Plan
+
+
+def plan_command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    address: Annotated[str | None, typer.Option(help="Compare with what this Ray cluster has.")] = None,
+) -> None:
+    """Show placement, parameters, memory, traffic and batches of a recipe. Needs no GPU and starts no Ray."""
+    from rlhf_t2i import geometry, recipe_io
+
+    loaded = recipe_io.load(recipe, set_ or [])
+    geometry.check_placement(loaded)
+    from rlhf_t2i import plan as planning
+
+    plan = planning.make(loaded)
+    cluster = None if address is None else cluster_resources(address)
+    if json_:
+        import json
+
+        typer.echo(json.dumps(as_json(plan, cluster), indent=2))
+    else:
+        show(plan, cluster)
+    if cluster is not None:
+        _compare(plan, cluster)
+
+
+def cluster_resources(address: str) -> dict[str, float]:
+    """What a running Ray cluster has in all, by kind.
+
+    Raises:
+        UsageError: No cluster answers at the address.
+    """
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+    try:
+        return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
+    finally:
+        ray.shutdown()
+
+
+def _compare(plan: Plan, cluster: dict[str, float]) -> None:
+    kind = "GPU" if cluster["GPU"] else "CPU"
+    if plan.mode == "ray" and cluster[kind] < plan.devices:
+        sizes = ", ".join(f"{group.name}: {group.devices}" for group in plan.groups)
+        raise UsageError(
+            f"placement needs {plan.devices} {kind}s ({sizes}) but the cluster has {cluster[kind]:g}: "
+            "use fewer devices or let roles share a group"
+        )
+
+
+def as_json(plan: Plan, cluster: dict[str, float] | None = None) -> dict[str, Any]:
+    """The plan as plain data; sizes in bytes."""
+    from dataclasses import asdict
+
+    data = asdict(plan)
+    for group, item in zip(data["groups"], plan.groups, strict=True):
+        group["memory"] = {**asdict(item.memory), "device": item.memory.device}
+    data["devices"] = plan.devices
+    if cluster is not None:
+        data["cluster"] = cluster
+    return data
+
+
+def show(plan: Plan, cluster: dict[str, float] | None = None) -> None:
+    """Print the plan at 80 columns."""
+    from rich.console import Console
+
+    console = Console(width=80, highlight=False)
+    stage = f"ZeRO-{plan.zero_stage}" if plan.mode == "ray" else "one process, no Ray"
+    offload = ", optimiser states in host memory" if plan.offload else ""
+    console.print(f"{plan.devices} device{'s' * (plan.devices > 1)}, {stage}, {plan.precision}{offload}")
+    for role, sizes in plan.batch.items():
+        console.print(
+            f"batch of the {role}: {sizes['global']} = {sizes['ranks']} ranks x {sizes['micro']} images "
+            f"x {sizes['accumulation']} accumulation"
+        )
+    console.print(_memory_table(plan))
+    _print_traffic(console, plan)
+    if cluster is not None:
+        console.print(f"cluster: {cluster['GPU']:g} GPUs, {cluster['CPU']:g} CPUs")
+    for note in plan.notes:
+        console.print(f"note: {note}")
+
+
+def _memory_table(plan: Plan) -> Any:
+    from rich.table import Table
+
+    title = "Memory of a process by role (estimate; the CUDA context comes on top)"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1))
+    for name in ("group", "role", "params", "weights", "grads", "optim.", "activ.", "total"):
+        left = name in ("group", "role")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, max_width=14 if left else None)
+    for group in plan.groups:
+        title = f"{group.name} x{group.devices}"
+        for item in group.roles:
+            count = "shared" if item.parameters == 0 else "?" if item.parameters is None else _count(item.parameters)
+            table.add_row(title, item.role, count, *_cells(item.memory))
+            title = ""
+        table.add_row("", "each process", "", *_cells(group.memory), style="bold", end_section=True)
+        if group.memory.host:
+            table.add_row("", "host memory", *[""] * 5, _bytes(group.memory.host))
+    return table
+
+
+def _cells(memory: Memory) -> list[str]:
+    return [_bytes(n) for n in (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.device)]
+
+
+def _print_traffic(console: Any, plan: Plan) -> None:
+    if not plan.traffic and not plan.weights_sync:
+        console.print("traffic between groups: none")
+    for item in plan.traffic:
+        console.print(
+            f"traffic an image, {item.when}: {item.source} -> {item.target} {_bytes(item.sent)}, "
+            f"back {_bytes(item.returned)}"
+        )
+    if plan.weights_sync:
+        console.print(f"traffic an update: weights, learner -> generator {_bytes(plan.weights_sync)}")
+
+
+def _bytes(number: int) -> str:
+    """Bytes in decimal units: 12.3 GB."""
+    if not number:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:.0f} {unit}"
+    return f"{number} B"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

@@ -1,0 +1,115 @@
+"""The command line as a user meets it: exit codes, sentences, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf_t2i import recipe_io
+from rlhf_t2i.recipe import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def recipe_file(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(recipe_io.dump(make_recipe()), "utf-8")
+    return path
+
+
+def cli(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_t2i.cli", *map(str, args)],
+        capture_output=True, text=True, timeout=240, cwd=cwd, check=False,
+    )  # fmt: skip
+
+
+def test_help_and_a_refused_recipe_answer_without_torch(recipe_file: Path) -> None:
+    code = (
+        "import sys, time; began = time.perf_counter(); sys.argv = {argv!r}\n"
+        "from rlhf_t2i import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules, 'ray' in sys.modules)\n"
+    )
+    for argv, expected in ((["x", "--help"], "0"), (["x", "run", str(recipe_file), "--set", "stepz=3"], "2")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argv=argv)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stdout.strip().splitlines()[-1] == f"{expected} False False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stepz=3", "did you mean 'steps'"),
+        ("algorithm.divergence.name=pseudo_hubber", "did you mean 'pseudo_huber'"),
+        ("algorithm.divergence.options.c_real=1", "did you mean 'c_rel'"),
+        ("optimisation.micro_batch=3", "batch_size"),
+        ("data.prompts=/nowhere.txt", "no such prompt file"),
+        ("models.reference=/nowhere", "no such model"),
+        ("algorithm.rewards=[{name: http, options: {url: 'http://127.0.0.1:1'}}]", "no gradient"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(recipe_file: Path, override: str, sentence: str) -> None:
+    out = recipe_file.parent / "out"
+    done = cli("run", recipe_file, "--set", override, "--out", out)
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_run_then_sample(recipe_file: Path) -> None:
+    out = recipe_file.parent / "out"
+    done = cli("run", recipe_file, "--out", out, "--set", "steps=1")
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout.replace("\n", "")
+    assert "report.html" in done.stdout
+    picture = recipe_file.parent / "cat.png"
+    done = cli("sample", out, "--prompt", "a red cat", "-o", picture)
+    assert done.returncode == 0, done.stderr
+    assert picture.stat().st_size > 0
+    assert cli("sample", out, "--prompt", "a cat", "-o", "picture.jpg").returncode == 2
+    assert cli("sample", recipe_file.parent, "--prompt", "a cat").returncode == 2
+    again = cli("run", recipe_file, "--out", out)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+
+
+@pytest.fixture
+def long_run(recipe_file: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlhf_t2i.cli", "run", str(recipe_file), "--out", str(recipe_file.parent / "out"),
+         "--set", "steps=100000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint(
+    long_run: subprocess.Popen[str], recipe_file: Path, number: signal.Signals, code: int
+) -> None:
+    out = recipe_file.parent / "out"
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert long_run.poll() is None, long_run.communicate()[1]
+        time.sleep(0.2)
+    os.kill(long_run.pid, number)
+    _, errors = long_run.communicate(timeout=60)
+    assert long_run.returncode == code, errors
+    assert "--resume" in errors.replace("\n", " ")
+    from rlhf_t2i import checkpoint
+
+    assert checkpoint.find(out)[1].step >= 1
