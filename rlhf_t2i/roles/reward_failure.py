@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_t2i.errors import RunError
 
 
-class RewardFailure(RunError):  # noqa: N818 - it reports a failure of the run, like RunError's other children
+class RewardFailure(RunError):
     """A reward raised, or gave a wrong shape or a value or gradient that is not finite.
 
     Args:

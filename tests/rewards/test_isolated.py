@@ -31,6 +31,8 @@ from rlhf_t2i import plugin
 class Clash(plugin.Reward):
     """Works with version 2 of a package; the core's environment has version 1."""
 
+    pip = PACKAGES
+
     def score(self, images, prompts):
         import clashing_package  # inside, so that the class can be read where the package is another
         if clashing_package.VERSION != 2:
@@ -84,8 +86,9 @@ def conflict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, li
     old_cache = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     file = folder / "clash.py"
-    file.write_text(f"CRASHED = {str(folder / 'crashed')!r}\n{REWARD}")
-    yield f"{file}:Clash", ["--no-index", "--no-deps", str(write_wheel(folder, 2))]
+    packages = ["--no-index", "--no-deps", str(write_wheel(folder, 2))]
+    file.write_text(f"CRASHED = {str(folder / 'crashed')!r}\nPACKAGES = {tuple(packages)!r}\n{REWARD}")
+    yield f"{file}:Clash", packages
     sys.path.remove(str(folder / "core"))
     if old_cache is None:
         del os.environ["XDG_CACHE_HOME"]
@@ -95,23 +98,12 @@ def conflict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, li
 
 @pytest.fixture(scope="module")
 def isolated(conflict: tuple[str, list[str]], ray_for_rewards: None) -> Iterator[Reward]:
-    from rlhf_t2i.cluster.isolated import IsolatedReward
+    from rlhf_t2i.cluster.isolated import IsolatedReward, build_reward
 
-    reward = IsolatedReward(conflict[0], {}, packages=conflict[1], timeout_s=120)
+    reward = build_reward(conflict[0], {}, timeout_s=120)
+    assert isinstance(reward, IsolatedReward)
     yield reward
     reward.close()
-
-
-@pytest.fixture(scope="module")
-def ray_for_rewards() -> Iterator[None]:
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    if started:
-        ray.shutdown()
 
 
 IMAGES = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(0))
@@ -159,6 +151,15 @@ def test_values_and_gradients_come_from_the_other_version(isolated: Reward) -> N
         assert torch.allclose(role.score_latents(IMAGES, PROMPTS)["r"], here[0])
 
 
+def test_without_ray_it_says_what_to_do(conflict: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_t2i.cluster import isolated
+
+    monkeypatch.setattr(isolated.ray, "is_initialized", lambda: False)
+    with pytest.raises(UsageError, match=r"needs an environment of its own .*: use placement ray"):
+        isolated.build_reward(conflict[0], {})
+    assert type(isolated.build_reward("cfg_implicit", {})).__name__ == "CFGImplicit"
+
+
 def test_without_its_environment_it_fails(conflict: tuple[str, list[str]]) -> None:
     from rlhf_t2i import registry
 
@@ -181,7 +182,7 @@ def test_a_lost_actor_is_restarted_and_the_call_repeated(isolated: Reward) -> No
 def test_a_hang_ends_after_the_timeout(conflict: tuple[str, list[str]], isolated: Reward) -> None:
     from rlhf_t2i.cluster.isolated import IsolatedReward
 
-    impatient = IsolatedReward(conflict[0], {}, packages=conflict[1], timeout_s=60)
+    impatient = IsolatedReward(conflict[0], {}, timeout_s=60)
     impatient._timeout_s = 1.0
     started = time.monotonic()
     with pytest.raises(RunError, match=r"did not answer within 1 s"):
