@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands import ablate, evaluate, rewards
+from rlhf_t2i.commands import ablate, evaluate, plan, rewards
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
 from rlhf_t2i.errors import RunError, UsageError
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("run")(run_module.run_command)
 app.command("sample")(sample_module.sample_command)
+app.command("plan")(plan.plan_command)
 app.command("eval")(evaluate.eval_command)
 app.command("ablate")(ablate.ablate_command)
 app.add_typer(rewards.rewards_app, name="rewards")

@@ -79,7 +79,7 @@ class Worker:
         return AssistantRole(self._context) if role == "assistant" else ReferenceRole(self._context)
 
     def _build_rewards(self, choices: Sequence[RewardChoice]) -> LocalRewards:
-        rewards = {choice.key: registry.reward(choice.name, **choice.options) for choice in choices}
+        rewards = {choice.key: self._build_reward(choice) for choice in choices}
         trained = {choice.key for choice in self.spec.recipe.algorithm.rewards}
         role = RewardRole(
             rewards,
@@ -91,6 +91,14 @@ class Worker:
             activation_checkpointing=self.spec.recipe.optimisation.gradient_checkpointing,
         )
         return LocalRewards(role, [choice.key for choice in choices if choice.key in trained])
+
+    def _build_reward(self, choice: RewardChoice) -> Any:
+        if not registry.load_class(registry.REWARDS, choice.name).pip:  # type: ignore[attr-defined]
+            return registry.reward(choice.name, **choice.options)
+        # Only a reward with packages of its own needs Ray, and only here.
+        from rlhf_t2i.cluster.isolated import build_reward
+
+        return build_reward(choice.name, choice.options, self._context.dtype, choice.timeout_s)
 
     def connect(self, clients: Mapping[str, Any]) -> None:
         """Tell the trained roles where the others are.
