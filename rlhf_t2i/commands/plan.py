@@ -129,14 +129,15 @@ def _cells(memory: Memory) -> list[str]:
 
 def _print_traffic(console: Any, plan: Plan) -> None:
     if not plan.traffic and not plan.weights_sync:
-        console.print("traffic between groups: none")
-    for item in plan.traffic:
-        console.print(
-            f"traffic an image, {item.when}: {item.source} -> {item.target} {_bytes(item.sent)}, "
-            f"back {_bytes(item.returned)}"
-        )
+        console.print("traffic between processes: none")
+    for when in dict.fromkeys(item.when for item in plan.traffic):
+        console.print(f"traffic of an image in a {when}:")
+        for item in plan.traffic:
+            if item.when == when:
+                route = f"{item.source} -> {item.target}"
+                console.print(f"  {route:<40} {_bytes(item.sent):>8}, back {_bytes(item.returned):>8}")
     if plan.weights_sync:
-        console.print(f"traffic an update: weights, learner -> generator {_bytes(plan.weights_sync)}")
+        console.print(f"traffic of an update: weights, learner -> generator {_bytes(plan.weights_sync)}")
 
 
 def _bytes(number: int) -> str:

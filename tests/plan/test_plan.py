@@ -1,0 +1,270 @@
+"""``rlhf-t2i plan``: counts equal the built networks', memory adds up, nothing is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from rlhf_t2i import plan as planning
+from rlhf_t2i.commands import plan as command
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models.loading import ModelStore
+from rlhf_t2i.plan import trained_memory
+from rlhf_t2i.recipe import ROLES, Recipe
+from tests import tiny
+
+LATENT_BYTES = 4 * 4 * 8 * 8
+APART = {
+    "mode": "ray",
+    "groups": {
+        "train": {"devices": 2, "roles": ["learner"]},
+        "score": {"devices": 2, "roles": ["assistant", "reference"]},
+        "judge": {"roles": ["reward"]},
+        "draw": {"roles": ["generator"]},
+    },
+}
+
+
+def build(folder: Path, clip: Path | None = None, **changes: Any) -> Recipe:
+    rewards = [{"name": "pickscore", "scale": 100.0, "options": {"model": str(clip)}}] if clip else []
+    algorithm = {"rewards": rewards, **changes.pop("algorithm", {})}
+    optimisation = {"batch_size": 8, **changes.pop("optimisation", {})}
+    data = tiny.recipe_dict(folder, Path("/nowhere"), algorithm=algorithm, optimisation=optimisation, **changes)
+    return Recipe.model_validate(data)
+
+
+def size(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameters_are_the_built_networks(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    from transformers import CLIPModel
+
+    recipe = build(tiny_sdxl, tiny_clip)
+    plan = planning.make(recipe)
+    models = ModelStore(recipe.models, torch.device("cpu"))
+    assert plan.parts["unet"] == size(models.generator_unet())
+    assert plan.parts["vae"] == size(models.decoder.vae)
+    assert plan.parts["text encoders"] == size(models.conditioner)
+    assert plan.parts["reward:pickscore"] == size(CLIPModel.from_pretrained(tiny_clip))
+    assert plan.latents == tiny.LATENTS
+    assert plan.notes == ()
+
+
+def test_sd15_has_one_text_encoder(tiny_sd15: Path) -> None:
+    recipe = build(tiny_sd15)
+    assert planning.make(recipe).parts["text encoders"] == size(
+        ModelStore(recipe.models, torch.device("cpu")).conditioner
+    )
+
+
+def test_local_training_memory_is_torchs_own() -> None:
+    """Weights, gradients and Adam's states of a real step, to the byte."""
+    network = torch.nn.Linear(30, 20)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(1, 30)).sum().backward()
+    optimizer.step()
+    memory = trained_memory(size(network), 1, 0, "fp32", offload=False, distributed=False)
+    tensors = list(network.parameters())
+    assert memory.weights == sum(p.nbytes for p in tensors)
+    assert memory.gradients == sum(p.grad.nbytes for p in tensors if p.grad is not None)
+    states = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert memory.optimiser == sum(v.nbytes for v in states)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload", "expected"),
+    [
+        # 1000 parameters on 4 ranks: (weights, gradients, optimiser, host)
+        (0, "fp32", False, (4000, 4000, 8000, 0)),
+        (1, "fp32", False, (4000, 4000, 3000, 0)),
+        (2, "fp32", False, (4000, 1000, 3000, 0)),
+        (3, "fp32", False, (1000, 1000, 3000, 0)),
+        (0, "bf16", False, (2000, 2000, 12000, 0)),
+        (1, "bf16", False, (2000, 2000, 3000, 0)),
+        (2, "bf16", False, (2000, 500, 3000, 0)),
+        (3, "bf16", False, (500, 500, 3000, 0)),
+        (2, "bf16", True, (2000, 500, 0, 3000)),
+    ],
+)
+def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tuple[int, ...]) -> None:
+    memory = trained_memory(1000, 4, stage, precision, offload, distributed=True)
+    assert (memory.weights, memory.gradients, memory.optimiser, memory.host) == expected
+
+
+def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    plan = planning.make(build(tiny_sdxl, tiny_clip))
+    (group,) = plan.groups
+    by_role = {item.role: item for item in group.roles}
+    assert by_role["generator"].memory.device == 0
+    assert group.memory.weights == sum(item.memory.weights for item in group.roles)
+    # Rewards and denoisers take turns beside the learner's graph.
+    rewards = sum(item.memory.activations for item in group.roles if item.role.startswith("reward"))
+    denoisers = by_role["assistant"].memory.activations + by_role["reference"].memory.activations
+    assert group.memory.activations == by_role["learner"].memory.activations + max(rewards, denoisers)
+    assert plan.traffic == ()
+    assert plan.weights_sync == 0
+
+
+def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    whole = planning.make(build(tiny_sdxl, tiny_clip, placement=APART))
+    assert whole.batch["learner"] == {"global": 8, "ranks": 2, "micro": 4, "accumulation": 1}
+    small = planning.make(build(tiny_sdxl, tiny_clip, placement=APART, optimisation={"micro_batch": 1}))
+    assert small.batch["assistant"] == {"global": 8, "ranks": 2, "micro": 1, "accumulation": 4}
+
+    def activations(plan: planning.Plan, role: str) -> int:
+        return next(i.memory.activations for g in plan.groups for i in g.roles if i.role == role)
+
+    for role in ("learner", "assistant", "reference", "reward: VAE", "reward:pickscore"):
+        assert activations(whole, role) == 4 * activations(small, role) > 0
+    frugal = build(tiny_sdxl, tiny_clip, placement=APART, optimisation={"gradient_checkpointing": True})
+    assert activations(planning.make(frugal), "learner") < activations(whole, "learner")
+
+
+def test_traffic_of_an_image(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    plan = planning.make(build(tiny_sdxl, tiny_clip, placement=APART))
+    found = {(item.source, item.target): (item.sent, item.returned) for item in plan.traffic}
+    # x_t, then x_t and the cotangent; the prediction, then the gradient.
+    assert found["learner", "assistant"] == found["learner", "reference"] == (3 * LATENT_BYTES, 2 * LATENT_BYTES)
+    assert found["learner", "reward (pickscore)"] == (LATENT_BYTES, LATENT_BYTES + 4)
+    assert found["assistant", "generator"] == (0, LATENT_BYTES)
+    assert plan.weights_sync == 4 * (plan.parts["unet"] or 0)
+
+
+def test_kl_and_outer_guidance_change_the_traffic(tiny_sdxl: Path) -> None:
+    kl = planning.make(build(tiny_sdxl, placement=APART, algorithm={"divergence": {"name": "kl"}}))
+    found = {item.target: (item.sent, item.returned) for item in kl.traffic}
+    assert found["assistant"] == found["reference"] == (LATENT_BYTES, LATENT_BYTES)
+    outer = planning.make(build(tiny_sdxl, placement=APART, algorithm={"cfg": {"mode": "outer"}}))
+    found = {item.target: (item.sent, item.returned) for item in outer.traffic}
+    assert found["reference"] == (4 * LATENT_BYTES, 3 * LATENT_BYTES)
+
+
+def test_rewards_with_one_model_share_it(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    twice = [{"name": "pickscore", "label": label, "options": {"model": str(tiny_clip)}} for label in ("one", "two")]
+    plan = planning.make(build(tiny_sdxl, algorithm={"rewards": twice}))
+    weights = [
+        i.memory.weights for g in plan.groups for i in g.roles if i.role.startswith("reward:") and "VAE" not in i.role
+    ]
+    assert weights[0] > 0
+    assert weights[1] == 0
+
+
+def test_published_sizes_need_no_network() -> None:
+    recipe = Recipe.model_validate(
+        {
+            "steps": 1,
+            "models": {
+                "reference": "stabilityai/stable-diffusion-xl-base-1.0",
+                "generator": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin",
+            },
+            "data": {"prompts": "p"},
+            "algorithm": {"rewards": [{"name": "pickscore"}]},
+            "optimisation": {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True, "zero_stage": 2},
+            "placement": {"groups": {"all": {"devices": 8, "roles": list(ROLES)}}},
+        }
+    )
+    plan = planning.make(recipe)
+    assert plan.parts == {
+        "unet": 2_567_463_684,
+        "text encoders": 123_060_480 + 694_659_840,
+        "vae": 83_653_863,
+        "reward:pickscore": 986_109_441,
+    }
+    assert plan.latents == (4, 128, 128)
+    assert plan.notes == ()
+    assert 20e9 < plan.groups[0].memory.device < 80e9
+
+
+def test_unknown_hub_models_are_noted_not_guessed() -> None:
+    recipe = Recipe.model_validate(
+        {"steps": 1, "models": {"reference": "who/knows", "generator": "who/knows"}, "data": {"prompts": "p"}}
+    )
+    plan = planning.make(recipe)
+    assert plan.parts["unet"] is None
+    assert any("who/knows" in note for note in plan.notes)
+
+
+def test_damaged_folders_are_named(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"unet/config\.json is damaged"):
+        planning.make(build(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tiny_sdxl: Path, tiny_clip: Path, tmp_path: Path) -> Path:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(build(tiny_sdxl, tiny_clip, placement=APART).model_dump()))
+    return recipe
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(command.plan_command)
+    return app
+
+
+def test_the_table_fits_eighty_columns(file: Path, app: typer.Typer) -> None:
+    ran = CliRunner().invoke(app, [str(file)])
+    assert ran.exit_code == 0, ran.output
+    assert max(map(len, ran.output.splitlines())) <= 80
+    for word in ("train x2", "score x2", "judge x1", "draw x1", "learner -> assistant", "8 = 2 ranks x 4 images"):
+        assert word in ran.output
+    assert list(file.parent.iterdir()) == [file], "a plan writes nothing"
+
+
+def test_json_is_the_plan(file: Path, app: typer.Typer) -> None:
+    ran = CliRunner().invoke(app, [str(file), "--json", "--set", "optimisation.micro_batch=2"])
+    data = json.loads(ran.output)
+    assert data["devices"] == 6
+    assert data["batch"]["learner"] == {"global": 8, "ranks": 2, "micro": 2, "accumulation": 2}
+    train = next(group for group in data["groups"] if group["name"] == "train")
+    kinds = ("weights", "gradients", "optimiser", "activations")
+    assert train["memory"]["device"] == sum(train["memory"][kind] for kind in kinds) > 0
+
+
+def test_errors_are_usage_errors(file: Path, app: typer.Typer) -> None:
+    ran = CliRunner().invoke(app, [str(file), "--set", "optimisation.batch_size=9"])
+    assert isinstance(ran.exception, UsageError)
+    assert "batch_size 9" in str(ran.exception)
+
+
+def test_a_cluster_that_is_too_small_is_refused(file: Path, app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "cluster_resources", lambda address: {"CPU": 64.0, "GPU": 4.0})
+    ran = CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"])
+    assert "cluster: 4 GPUs, 64 CPUs" in ran.output
+    assert isinstance(ran.exception, UsageError)
+    assert "needs 6 GPUs" in str(ran.exception)
+    monkeypatch.setattr(command, "cluster_resources", lambda address: {"CPU": 64.0, "GPU": 0.0})
+    assert CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"]).exit_code == 0
+
+
+def test_no_ray_and_no_torch_before_they_are_needed(file: Path) -> None:
+    code = (
+        "import sys\n"
+        "from rlhf_t2i.commands import plan\n"
+        "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "try: plan.plan_command(plan.Path(sys.argv[1]), ['optimisation.batch_size=9'])\n"
+        "except plan.UsageError: assert not heavy & set(sys.modules)\n"
+        "else: raise AssertionError\n"
+        "plan.plan_command(plan.Path(sys.argv[1]), json_=True)\n"
+        "assert not {'ray', 'deepspeed'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(file)], check=True, stdout=subprocess.DEVNULL)
