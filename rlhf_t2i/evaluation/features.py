@@ -93,23 +93,27 @@ class Probe:
         labels: C names.
         weight: [C, D].
         bias: [C].
+        hard: Count the likeliest class alone: for a probe whose outputs are no log-probabilities (least squares).
     """
 
     labels: list[str]
     weight: np.ndarray
     bias: np.ndarray
+    hard: bool = False
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Class probabilities [N, C] of features [N, D]."""
         features = np.asarray(features, dtype=np.float64)
         unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         logits = unit @ self.weight.T + self.bias
+        if self.hard:
+            return np.eye(len(self.labels))[logits.argmax(axis=1)]
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponents / exponents.sum(axis=1, keepdims=True)
 
     @classmethod
     def read(cls, path: Path) -> Probe:
-        """Read ``{"labels": [C], "weight": [C][D], "bias": [C]}``.
+        """Read ``{"labels": [C], "weight": [C][D], "bias": [C], "hard": false}``.
 
         Raises:
             UsageError: Missing or damaged.
@@ -124,7 +128,7 @@ class Probe:
             raise UsageError(f"--classes: {path} is no probe: a JSON object with labels, weight and bias") from None
         if weight.ndim != 2 or not len(labels) == len(weight) == len(bias) >= 2:
             raise UsageError(f"--classes: {path}: labels, weight and bias do not fit together")
-        return cls(labels, weight, bias)
+        return cls(labels, weight, bias, bool(data.get("hard", False)))
 
 
 def clip_extractor(clip: ClipFeatures) -> Extractor:

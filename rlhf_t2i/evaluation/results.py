@@ -69,9 +69,13 @@ def class_entropy(probe: Probe, features: np.ndarray, per_prompt: int, name: str
     within = probabilities.reshape(-1, per_prompt, len(probe.labels)).mean(1)
     unit = f"nats within a prompt, at most ln {len(probe.labels)} = {math.log(len(probe.labels)):.3f}, {name}"
     shares = dict(zip(probe.labels, probabilities.mean(0).tolist(), strict=True))
-    extra = {"shares": shares, "entropy_of_shares": statistics.entropy(probabilities.mean(0))}
     values = [statistics.entropy(row) for row in within]
-    return [Measured("class_entropy", unit, values, None, statistics.mean(values).value, extra=extra)]
+    whole = Measured.single("class_entropy_overall", unit.replace("within a prompt", "over all images"),
+                            statistics.entropy(probabilities.mean(0)))  # fmt: skip
+    return [
+        Measured("class_entropy", unit, values, None, statistics.mean(values).value, extra={"shares": shares}),
+        whole,
+    ]
 
 
 def write(

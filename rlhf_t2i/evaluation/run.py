@@ -101,12 +101,12 @@ class Work:
     def measure(self) -> list[Measured]:
         """Every metric, in the order it was asked for."""
         measured: list[Measured] = []
-        for name in self.settings.metrics:
-            measured += _SPECIAL[name](self) if name in SPECIAL else [self._reward(name)]
+        for label, name in self.settings.named.items():
+            measured += _SPECIAL[name](self) if name in SPECIAL else [self._reward(label, name)]
         return measured
 
-    def _reward(self, name: str) -> Measured:
-        options = self.settings.options.get(name, {})
+    def _reward(self, label: str, name: str) -> Measured:
+        options = self.settings.options.get(label, {})
         key = f"{name} {fingerprints.of_options(options)}"
         cls: Any = registry.load_class(registry.REWARDS, name)
         loaded: list[Any] = []
@@ -120,12 +120,12 @@ class Work:
                 raise RunError(f"metric {name!r} gave {len(values)} scores for {len(prompts)} images")
             return values
 
-        values = self._over_batches(f"scoring {name}", key, score)
+        values = self._over_batches(f"scoring {label}", key, score)
         if loaded:
             # An instance may know its unit better than its class (PickScore as a logit).
             self.journal.put(f"unit {key}", 0, [str(loaded[0].unit)])
         unit = (self.journal.get(f"unit {key}", 0) or [cls.unit])[0]
-        return Measured.of_images(name, unit, values, self.settings.images_per_prompt, cls.higher_is_better)
+        return Measured.of_images(label, unit, values, self.settings.images_per_prompt, cls.higher_is_better)
 
     def _over_batches(
         self, what: str, key: str, score: Callable[[Tensor, list[str]], list[float | None]]

@@ -35,12 +35,19 @@ class Settings(BaseModel):
     batch_size: int = Field(16, ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    metrics: list[str] = Field(default_factory=lambda: ["clip"])
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="a metric's own options")
+    metrics: list[str] = Field(
+        default_factory=lambda: ["clip"], description="names, or LABEL=NAME to measure one reward twice"
+    )
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="a reward's own options, by label")
     features: str = Field(DEFAULT_FEATURES, description="CLIP for diversity and frechet_clip, or 'vae'")
     real: str | None = Field(None, description="folder of real images, for fid and frechet_clip")
     inception: str | None = Field(None, description="Inception weights file, for fid")
     classes: str | None = Field(None, description="labels 'a|b|c' or a probe's JSON, for class_entropy")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Each metric's name by its label."""
+        return dict(map(_label, self.metrics))
 
     @property
     def image_settings(self) -> dict[str, Any]:
@@ -56,27 +63,29 @@ def check(settings: Settings) -> None:
         UsageError: An unknown metric, or one that lacks what it needs.
     """
     known = [*registry.registered(registry.REWARDS), *SPECIAL]
-    for name in settings.metrics:
+    for name in settings.named.values():
         if name not in known and ".py:" not in name:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
             raise UsageError(f"--metrics: unknown metric {name!r}{hint}")
-    stray = next((name for name in settings.options if name not in settings.metrics), None)
+    if len(settings.named) < len(settings.metrics):
+        raise UsageError(f"--metrics {','.join(settings.metrics)}: two have one label: write LABEL=NAME")
+    stray = next((name for name in settings.options if name not in settings.named), None)
     if stray:
-        raise UsageError(f"--set {stray}.…: {stray!r} is not among the metrics {', '.join(settings.metrics)}")
+        raise UsageError(f"--set {stray}.…: {stray!r} is not among the metrics {', '.join(settings.named)}")
     for name in ("diversity", "class_entropy"):
-        if name in settings.metrics and settings.images_per_prompt < 2:
+        if name in settings.named.values() and settings.images_per_prompt < 2:
             raise UsageError(f"--metrics {name} compares images of one prompt: give --images-per-prompt 2 or more")
     for name in ("fid", "frechet_clip"):
-        if name not in settings.metrics:
+        if name not in settings.named.values():
             continue
         if settings.real is None:
             raise UsageError(f"--metrics {name} compares with real images: give their folder with --real")
         if not Path(settings.real).is_dir():
             raise UsageError(f"--real: no such folder: {settings.real}")
-    if "frechet_clip" in settings.metrics and settings.features == "vae":
+    if "frechet_clip" in settings.named.values() and settings.features == "vae":
         raise UsageError("--metrics frechet_clip needs the features of a CLIP: give --features a CLIP model")
-    if "class_entropy" in settings.metrics and not settings.classes:
+    if "class_entropy" in settings.named.values() and not settings.classes:
         raise UsageError("--metrics class_entropy needs --classes: labels written 'a|b|c', or a probe's JSON file")
     if settings.timestep is not None and settings.steps not in (None, 1):
         raise UsageError("--timestep samples in one step: give --timestep or --steps, not both")
@@ -101,3 +110,8 @@ def build(values: dict[str, Any]) -> Settings:
         raise UsageError(f"evaluation, {name}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
     check(settings)
     return settings
+
+
+def _label(metric: str) -> tuple[str, str]:
+    label, equals, name = metric.partition("=")
+    return (label, name) if equals else (metric, metric)

@@ -193,6 +193,13 @@ def test_other_weights_in_the_same_place_are_refused(settings, run_folder_with_m
         evaluate(chosen, tmp_path / "out")
 
 
+def test_one_reward_measured_twice(settings, tmp_path):
+    found = evaluate(settings(metrics=[f"one={BRIGHTNESS}", f"two={BRIGHTNESS}"]), tmp_path)
+    assert [row["metric"] for row in found.rows] == ["one", "two"]
+    with pytest.raises(UsageError, match="write LABEL=NAME"):
+        settings(metrics=[BRIGHTNESS, BRIGHTNESS])
+
+
 def test_two_evaluations_never_share_a_folder(settings, tmp_path):
     def second(what, done, total):
         with pytest.raises(UsageError, match="another evaluation works in this folder"):

@@ -80,20 +80,23 @@ def test_class_entropy_by_hand():
     # Features of length 1 and a steep probe: each image is surely of one class.
     probe = Probe(["a", "b", "c"], 100 * np.eye(3), np.zeros(3))
     own = np.eye(3)[[0, 1, 0, 0]]  # prompt one: a and b; prompt two: a twice
-    (found,) = results.class_entropy(probe, own, 2, "test")
+    found, overall = results.class_entropy(probe, own, 2, "test")
     assert found.by_prompt == pytest.approx([math.log(2), 0], abs=1e-9)
     assert found.extra["shares"] == pytest.approx({"a": 0.75, "b": 0.25, "c": 0}, abs=1e-9)
+    assert overall.value == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    flat = Probe(["a", "b", "c"], 0.01 * np.eye(3), np.zeros(3), hard=True)
+    assert results.class_entropy(flat, own, 2, "test")[0].by_prompt == pytest.approx(found.by_prompt)
 
 
 def test_class_entropy_with_labels_and_with_a_probe(settings, tiny_clip, tmp_path):
     clip = str(tiny_clip)
     chosen = settings(metrics=["class_entropy"], features=clip, classes="a red thing|a blue thing")
-    (row,) = evaluate(chosen, tmp_path / "labels").rows
+    row, _ = evaluate(chosen, tmp_path / "labels").rows
     assert 0 <= row["mean"] <= math.log(2)
     probe = {"labels": ["x", "y"], "weight": np.zeros((2, 16)).tolist(), "bias": [0, 0]}
     (tmp_path / "probe.json").write_text(json.dumps(probe))
     chosen = settings(metrics=["class_entropy"], features=clip, classes=str(tmp_path / "probe.json"))
-    (row,) = evaluate(chosen, tmp_path / "probe").rows
+    row, _ = evaluate(chosen, tmp_path / "probe").rows
     assert row["mean"] == pytest.approx(math.log(2))
 
 

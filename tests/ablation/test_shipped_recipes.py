@@ -1,0 +1,59 @@
+"""The two shipped ablations: every row of the paper's Table 2, each a valid training recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_t2i.ablation import execute, schema
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+# algorithm.md 3.2: (divergence, mode, alpha_r, alpha_cfg)
+TABLE_2 = {
+    "dipp_r0_cfg0": ("kl", "inner", 0, 0),
+    "dipp_r0_cfg7.5": ("kl", "inner", 0, 7.5),
+    "dipp_r100_cfg7.5": ("kl", "inner", 100, 7.5),
+    "distar_out_r100_cfg7.5": ("pseudo_huber", "outer", 100, 7.5),
+    "distar_r0_cfg0": ("pseudo_huber", "inner", 0, 0),
+    "distar_r0_cfg7.5": ("pseudo_huber", "inner", 0, 7.5),
+    "distar_r1_cfg7.5": ("pseudo_huber", "inner", 1, 7.5),
+    "distar_r10_cfg7.5": ("pseudo_huber", "inner", 10, 7.5),
+    "distar_r100_cfg4.5": ("pseudo_huber", "inner", 100, 4.5),
+    "distar_r100_cfg7.5": ("pseudo_huber", "inner", 100, 7.5),
+    "distar_r100_cfg7.5_long": ("pseudo_huber", "inner", 100, 7.5),
+}
+
+
+@pytest.mark.parametrize("name", ["ablation_table2.yaml", "emoji64/ablation_table2.yaml"])
+def test_every_row_of_table_2_is_there_and_valid(name, tmp_path):
+    ablation = schema.load(RECIPES / name)
+    tasks = execute.tasks(ablation, tmp_path, [])
+    recipes = {task.row.name: task.recipe for task in tasks}
+    assert set(TABLE_2) < set(recipes)
+    guidance = {7.5: recipes["distar_r0_cfg7.5"].algorithm.cfg.scale, 0: 0.0,
+                4.5: recipes["distar_r100_cfg4.5"].algorithm.cfg.scale}  # fmt: skip
+    for row, (divergence, mode, scale, cfg) in TABLE_2.items():
+        algorithm = recipes[row].algorithm
+        assert (algorithm.divergence.name, algorithm.cfg.mode) == (divergence, mode)
+        assert algorithm.rewards[0].scale == pytest.approx(scale * ablation.scale_unit)
+        assert algorithm.cfg.scale == guidance[cfg]
+    longer = recipes["distar_r100_cfg7.5_long"].steps / recipes["distar_r100_cfg7.5"].steps
+    assert longer > 2
+    assert not tasks[0].row.train
+
+
+def test_the_papers_figures_stand_beside_the_large_rows_only():
+    large = schema.load(RECIPES / "ablation_table2.yaml")
+    assert all(len(row.paper) == 4 for row in large.rows if not row.note)
+    best = next(row for row in large.rows if row.name == "distar_r100_cfg7.5_long")
+    assert best.paper == {"image_reward": 1.140, "aesthetic": 5.83, "pickscore": 0.2331, "clip": 32.75}
+    assert not any(row.paper for row in schema.load(RECIPES / "emoji64" / "ablation_table2.yaml").rows)
+
+
+def test_the_small_ablation_repeats_its_main_rows_over_three_seeds():
+    ablation = schema.load(RECIPES / "emoji64" / "ablation_table2.yaml")
+    seeds = {row.name: row.seeds or ablation.seeds for row in ablation.rows}
+    for claim in ablation.claims:
+        for name in (claim.more, claim.less):
+            assert name not in ("dipp_r100_cfg7.5", "distar_r100_cfg7.5") or len(seeds[name]) >= 3
