@@ -165,6 +165,9 @@ class Placement(Section):
     groups: dict[Name, Group] = Field(
         default_factory=lambda: {"all": Group(roles=list(ROLES))}, description="by a name of your choice"
     )
+    share_devices: bool = Field(
+        False, description="with fewer GPUs than processes, let several groups share one; small models only"
+    )
 
     @model_validator(mode="before")
     @classmethod

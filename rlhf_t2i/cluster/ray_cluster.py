@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ class RayCluster:
         self._specs = _specs(recipe, self._roles, failures)
         self._gpus = torch.cuda.is_available() if address is None else None
         self._started_ray = False
+        self._share = 1.0  # of a device, for each process
         self._group: Any = None
         self._actors: dict[str, list[Any]] = {}
         try:
@@ -76,12 +78,14 @@ class RayCluster:
         kind = "GPU" if self._gpus else "CPU"
         available = ray.available_resources().get(kind, 0)
         needed = len(self._all_specs)
-        if available < needed:
+        if self._gpus and self._recipe.placement.share_devices and available >= 1:
+            self._share = 1.0 / math.ceil(needed / available)
+        if available < needed * self._share:
             raise UsageError(
                 f"placement needs {needed} {kind}s ({', '.join(f'{g}: {len(s)}' for g, s in self._specs.items())}) "
                 f"but the cluster has {available:g} free: use fewer devices or let roles share a group"
             )
-        self._group = placement_group([{kind: 1.0} for _ in self._all_specs], strategy="PACK")
+        self._group = placement_group([{kind: self._share} for _ in self._all_specs], strategy="PACK")
         if not self._group.wait(_START_TIMEOUT_S):
             raise RunError(f"Ray could not place {needed} processes within {_START_TIMEOUT_S:g} s")
 
@@ -93,7 +97,7 @@ class RayCluster:
                 restarts = 0 if spec.trains or "generator" in spec.roles else -1
                 actor = ray.remote(WorkerActor).options(
                     num_cpus=0 if self._gpus else 1,
-                    num_gpus=1 if self._gpus else 0,
+                    num_gpus=self._share if self._gpus else 0,
                     max_restarts=restarts,
                     max_task_retries=restarts,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
