@@ -25,7 +25,7 @@ def predict(network: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Condition
         cond: The conditioning of the batch.
         dtype: The compute precision. float32 weights run under autocast, weights of that dtype as they are.
     """
-    module = getattr(network, "module", network)
+    module: Any = getattr(network, "module", network)
     weights = next(module.parameters()).dtype
     mixed = weights == torch.float32 and dtype != torch.float32
     with torch.autocast(x_t.device.type, dtype) if mixed else nullcontext():
@@ -70,5 +70,5 @@ class LatentDecoder(nn.Module):
         """Images in [0, 1], float32; gradients flow."""
         weights = next(self.vae.parameters()).dtype
         scaled = latents.float() / self.scaling_factor + self.shift_factor
-        image = self.vae.decode(scaled.to(weights), return_dict=False)[0]  # type: ignore[operator]
+        image = self.vae.decode(scaled.to(weights), return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
