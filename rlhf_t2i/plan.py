@@ -84,6 +84,7 @@ class Plan:
     """Everything :func:`make` found out."""
 
     mode: str
+    share_devices: bool
     precision: str
     zero_stage: int
     offload: bool
@@ -141,7 +142,8 @@ class _Networks:
     def _vae(self, recipe: Recipe) -> Config | None:
         if recipe.models.vae is None:
             return self._config("vae")
-        return self._read(sources.parse(recipe.models.vae), "config.json")
+        source = sources.parse(recipe.models.vae)
+        return architectures.PUBLISHED_VAES.get(source.location) or self._read(source, "config.json")
 
     def _latents(self, resolution: int) -> tuple[int, int, int]:
         channels = int((self.unet or {}).get("in_channels", 4))
@@ -206,6 +208,7 @@ def make(recipe: Recipe) -> Plan:
         groups.append(_group(recipe, name, devices, roles, networks, parts, batch["learner"]["micro"], ranks))
     return Plan(
         mode=recipe.placement.mode,
+        share_devices=recipe.placement.share_devices,
         precision=settings.precision,
         zero_stage=settings.zero_stage if recipe.placement.mode == "ray" else 0,
         offload=settings.offload_optimizer and recipe.placement.mode == "ray",

@@ -61,7 +61,8 @@ def cluster_resources(address: str) -> dict[str, float]:
 
 def _compare(plan: Plan, cluster: dict[str, float]) -> None:
     kind = "GPU" if cluster["GPU"] else "CPU"
-    if plan.mode == "ray" and cluster[kind] < plan.devices:
+    needed = 1 if plan.share_devices and kind == "GPU" else plan.devices
+    if plan.mode == "ray" and cluster[kind] < needed:
         sizes = ", ".join(f"{group.name}: {group.devices}" for group in plan.groups)
         raise UsageError(
             f"placement needs {plan.devices} {kind}s ({sizes}) but the cluster has {cluster[kind]:g}: "
@@ -131,7 +132,7 @@ def _print_traffic(console: Any, plan: Plan) -> None:
     if not plan.traffic and not plan.weights_sync:
         console.print("traffic between processes: none")
     for when in dict.fromkeys(item.when for item in plan.traffic):
-        console.print(f"traffic of an image in a {when}:")
+        console.print(f"traffic of an image, {when}:")
         for item in plan.traffic:
             if item.when == when:
                 route = f"{item.source} -> {item.target}"

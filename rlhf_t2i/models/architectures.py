@@ -154,6 +154,10 @@ PUBLISHED: Mapping[str, Family] = {
 """Hub repositories whose architecture is known here, so that a plan needs no network."""
 
 
+PUBLISHED_VAES: Mapping[str, Config] = {"madebyollin/sdxl-vae-fp16-fix": VAE}
+"""Hub repositories that hold a VAE alone."""
+
+
 def count_parameters(config: Config) -> int:
     """Parameters of the network a configuration describes, counted on the meta device (no memory).
 

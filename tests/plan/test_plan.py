@@ -166,6 +166,7 @@ def test_published_sizes_need_no_network() -> None:
             "models": {
                 "reference": "stabilityai/stable-diffusion-xl-base-1.0",
                 "generator": "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin",
+                "vae": "madebyollin/sdxl-vae-fp16-fix",
             },
             "data": {"prompts": "p"},
             "algorithm": {"rewards": [{"name": "pickscore"}]},
@@ -251,6 +252,8 @@ def test_a_cluster_that_is_too_small_is_refused(file: Path, app: typer.Typer, mo
     assert "cluster: 4 GPUs, 64 CPUs" in ran.output
     assert isinstance(ran.exception, UsageError)
     assert "needs 6 GPUs" in str(ran.exception)
+    shared = [str(file), "--address", "10.0.0.1:6379", "--set", "placement.share_devices=true"]
+    assert CliRunner().invoke(app, shared).exit_code == 0
     monkeypatch.setattr(command, "cluster_resources", lambda address: {"CPU": 64.0, "GPU": 0.0})
     assert CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"]).exit_code == 0
 
