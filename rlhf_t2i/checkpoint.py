@@ -76,7 +76,7 @@ def find(out: Path) -> tuple[Path, Progress, list[str]]:
     Raises:
         UsageError: There is none.
     """
-    warnings = []
+    warnings: list[str] = []
     for folder in _newest_first(out):
         damage = _damage(folder)
         if damage is None:

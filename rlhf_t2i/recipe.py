@@ -142,7 +142,7 @@ class Optimisation(Section):
     batch_size: Count = Field(128, description="images a generator update (and an assistant update), over all ranks")
     micro_batch: Count | None = Field(None, description="images a rank handles at once; all of its share when absent")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute; master weights are float32")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of learner and assistant")
+    zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimiser states in host memory")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     generator: Optimiser = Optimiser()

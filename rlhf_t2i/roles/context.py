@@ -54,7 +54,7 @@ class RankContext:
         """The training engine of a network."""
         micro, accumulation = self.geometry()
         if self.recipe.optimisation.gradient_checkpointing:
-            module.enable_gradient_checkpointing()  # type: ignore[operator]
+            module.enable_gradient_checkpointing()
         module.train().requires_grad_(True)
         if self.distributed:
             return DeepSpeedEngine(module, optimiser, accumulation, micro, self.recipe.optimisation)

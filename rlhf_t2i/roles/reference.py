@@ -22,7 +22,7 @@ class ReferenceRole(DenoiserServer):
         self._unet, self._schedule, self._conditioner = store.reference_unet(), store.schedule, store.conditioner
         if context.recipe.optimisation.gradient_checkpointing:
             # diffusers checkpoints only networks in training mode; a diffusion UNet has no dropout to wake.
-            self._unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            self._unet.enable_gradient_checkpointing()
             self._unet.train()
         self._dtype = context.dtype
         cfg = context.recipe.algorithm.cfg
