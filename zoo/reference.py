@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from rich.progress import track
 from torch import Tensor, nn
 
 from rlhf_t2i.diffusion import NoiseSchedule
 from zoo import data, text
-from zoo.training import load_average, train
+from zoo.training import join, load_average, train
 
-STEPS, BATCH, VARIANTS = 5000, 64, 20
+STEPS, BATCH, VARIANTS = 20000, 24, 20
 WIDTHS = (96, 160)  # of the two text encoders
 TIME_IDS = (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)
 
@@ -30,12 +30,12 @@ def unet() -> UNet2DConditionModel:
     """SDXL's structure at 16x16 latents: attention to the prompt at 8x8, text_time embeddings."""
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(96, 192),
+        block_out_channels=(64, 160),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=1,
         transformer_layers_per_block=1,
-        attention_head_dim=(4, 6),
+        attention_head_dim=(4, 5),
         cross_attention_dim=sum(WIDTHS),
         addition_embed_type="text_time",
         addition_time_embed_dim=32,
@@ -108,21 +108,33 @@ def _encode_all(world: data.World, train_split: bool) -> dict[str, Tensor]:
 
 
 def loss_fn(
-    modules: nn.ModuleDict, latents: Latents, schedule: NoiseSchedule, seed: int, size: int, dropout: float = 0.1
+    modules: nn.ModuleDict,
+    latents: Latents,
+    schedule: NoiseSchedule,
+    seed: int,
+    size: int,
+    dropout: float = 0.1,
+    gamma: float = math.inf,
 ) -> Tensor:
-    """Mean squared error of the predicted noise; a tenth of the prompts dropped to SDXL's zero embeddings."""
+    """Mean squared error of the predicted noise, min-SNR-weighted (arXiv 2303.09556) if ``gamma`` is finite.
+
+    ``dropout`` of the prompts become SDXL's zero embeddings.
+    """
     generator = torch.Generator().manual_seed(seed)
     x0, ids = latents.batch(generator, size)
     t = torch.randint(1000, (size,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
+    alpha, sigma = schedule.coefficients(t, x0)
     keep = (torch.rand(size, generator=generator) >= dropout).float()
     with torch.autocast("cpu", torch.bfloat16):
         embeds, pooled = encode(modules, ids)
         added = {"text_embeds": pooled * keep[:, None], "time_ids": torch.tensor(TIME_IDS).expand(size, -1)}
         output = modules["unet"](
-            schedule.add_noise(x0, noise, t), t, embeds * keep[:, None, None], added_cond_kwargs=added
+            alpha * x0 + sigma * noise, t, embeds * keep[:, None, None], added_cond_kwargs=added
         ).sample
-    return F.mse_loss(output.float(), noise)
+    snr = (alpha / sigma).square().flatten()
+    weight = (gamma / snr).clamp(max=1).float()
+    return (weight * (output.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
 def export(modules: nn.ModuleDict) -> StableDiffusionXLPipeline:
@@ -161,7 +173,9 @@ def main() -> None:
     """Train (or resume), then export and draw a preview."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end the training (and its schedule) by then")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -174,9 +188,11 @@ def main() -> None:
         average = load_average("reference", modules)
     else:
         average = train(
-            "reference", modules, lambda step: loss_fn(modules, latents, schedule, step, BATCH), steps=args.steps,
-            lr=1.2e-3, ema_decay=0.9985,
+            "reference", modules, lambda step: loss_fn(modules, latents, schedule, step, BATCH, gamma=5.0),
+            steps=args.steps, minutes=args.minutes, lr=args.lr, ema_decay=0.998,
         )  # fmt: skip
+    if join()[0] > 0:
+        return
     average.eval()
     held_out = Latents(world, train_split=False)
     with torch.no_grad():
