@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 from rlhf_t2i.ablation import execute, page, schema
 from rlhf_t2i.ablation.execute import EVALUATE, TRAIN, Executor, Task
-from rlhf_t2i.ablation.schema import Ablation
+from rlhf_t2i.ablation.schema import Ablation, Row
 from rlhf_t2i.ablation.tables import Table
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import journal
-from rlhf_t2i.report.run_folder import metrics
+from rlhf_t2i.report.run_folder import metrics, read_json
 
 FORCE_RATIO = 0.3
 """The reward's share of the regulariser's force at x0 that the paper's alpha_r = 100 stands for (docs/ablation.md)."""
@@ -54,8 +55,10 @@ def ablate(
         RunError: Rows failed; the table of the others is written.
     """
     ablation = _with_seeds(schema.load(recipe), seeds)
-    tasks = execute.tasks(ablation, out, list(more), only)
+    execute.tasks(ablation, out, list(more), only)  # refuses a bad row before anything is started
     with journal.exclusive(out, "ablation"), _terminable():
+        ablation = _with_unit(ablation, out, more, say, train)
+        tasks = execute.tasks(ablation, out, list(more), only)
         for task in tasks:
             task.claim()
         todo = [task for task in tasks if not task.finished]
@@ -75,26 +78,46 @@ def ablate(
     return table.markdown()
 
 
-def calibrate(recipe: Path, out: Path, steps: int, more: Sequence[str], train: Sequence[str] = TRAIN) -> str:
-    """Measure both forces at x0 with scale 1, and say what ``scale_unit`` makes alpha_r = 100 their agreed ratio.
+def calibrate(ablation: Ablation, out: Path, more: Sequence[str], train: Sequence[str] = TRAIN) -> tuple[float, str]:
+    """Measure both forces at x0 in a short run with scale 1.
+
+    Returns:
+        What ``scale_unit`` makes alpha_r = 100 push as the paper's is taken to do, and the measurement in words.
 
     Raises:
         RunError: The training run failed, or logged no gradient norms.
     """
-    ablation = schema.load(recipe)
     run = out / "calibration"
-    texts = [*more, f"{ablation.scale_key}=1.0", f"steps={steps}"]
+    shutil.rmtree(run, ignore_errors=True)
+    texts = [*more, f"{ablation.scale_key}=1.0", f"steps={ablation.calibration_steps}"]
     rows = [row for row in ablation.rows if row.train and row.paper_scale]
     if not rows:
-        raise UsageError(f"{recipe}: no row has a paper_scale, so there is nothing to calibrate")
+        raise UsageError("no row has a paper_scale, so there is nothing to calibrate")
     command = [*train, ablation.base]
-    for text in schema.overrides(ablation, rows[-1].model_copy(update={"paper_scale": None}), 0, texts):
+    for text in schema.overrides(ablation, Row(name="calibration", label="calibration"), 0, texts):
         command += ["--set", text]
     done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"the calibration run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    unit, words = scale_unit(metrics(run / "metrics.jsonl"))
-    return f"{words}\nscale_unit: {unit:.4g}"
+    return scale_unit(metrics(run / "metrics.jsonl"))
+
+
+def _with_unit(
+    ablation: Ablation, out: Path, more: Sequence[str], say: Callable[[str], None], train: Sequence[str]
+) -> Ablation:
+    """The ablation with its ``scale_unit: auto`` measured, once a folder."""
+    if ablation.scale_unit != "auto":
+        return ablation
+    path = out / "scale_unit.json"
+    if not path.is_file():
+        say("calibration: measuring the forces at x0 with scale 1")
+        unit, words = calibrate(ablation, out, more, train)
+        journal.write_atomic(path, journal.dumps({"scale_unit": float(f"{unit:.3g}"), "measured": words}))
+    found = read_json(path)
+    if not isinstance(found.get("scale_unit"), float):
+        raise UsageError(f"{path} is damaged: remove it to measure again")
+    say(f"scale_unit {found['scale_unit']:g}: {found.get('measured', '')}")
+    return ablation.model_copy(update={"scale_unit": found["scale_unit"]})
 
 
 def scale_unit(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:

@@ -57,7 +57,10 @@ class Ablation(Section):
     seeds: list[int] = Field(default=[0], min_length=1)
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
     scale_key: str = "algorithm.rewards.0.scale"
-    scale_unit: float = Field(default=1.0, gt=0, description="what one unit of the paper's alpha_r is in this world")
+    scale_unit: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default=1.0, description="what one unit of the paper's alpha_r is in this world; auto measures it first"
+    )
+    calibration_steps: int = Field(default=10, ge=1)
     discard_checkpoints: bool = Field(default=False, description="remove a row's checkpoints once it is finished")
     evaluation: dict[str, Any] = Field(description="the settings of rlhf-t2i eval, the same for every row")
     initial: str = Field(description="the row that differences are taken from")
@@ -122,7 +125,9 @@ def overrides(ablation: Ablation, row: Row, seed: int, more: list[str]) -> list[
     """The ``--set`` arguments of one training run; later ones win."""
     settings = dict(ablation.set)
     if row.paper_scale is not None:
-        settings[ablation.scale_key] = row.paper_scale * ablation.scale_unit
+        # "auto" stands for a unit that is measured before the first row; until then the recipe is only checked.
+        unit = 1.0 if ablation.scale_unit == "auto" else ablation.scale_unit
+        settings[ablation.scale_key] = row.paper_scale * unit
     settings |= row.set
     texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     return [*texts, *more, f"seed={seed}"]

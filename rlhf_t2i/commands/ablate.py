@@ -17,17 +17,11 @@ def ablate_command(
     rows: Annotated[str, typer.Option(help="Only these rows, comma-separated; the initial one is always there.")] = "",
     seeds: Annotated[str, typer.Option(help="Other seeds for every row, comma-separated.")] = "",
     parallel: Annotated[int | None, typer.Option(min=1, help="Rows side by side.")] = None,
-    calibrate: Annotated[
-        int | None, typer.Option(min=1, help="Instead, train this many steps and print what scale_unit should be.")
-    ] = None,
 ) -> None:
     """Train and evaluate the rows of an ablation; run again to go on after a kill. Writes tables, plots and a page."""
     from rlhf_t2i.ablation import runner
 
     folder = out or Path("runs") / recipe.stem
-    if calibrate is not None:
-        typer.echo(runner.calibrate(recipe, folder, calibrate, set_ or []))
-        return
     only = [name.strip() for name in rows.split(",") if name.strip()]
     markdown = runner.ablate(recipe, folder, more=set_ or [], only=only, seeds=seeds, parallel=parallel, say=_say)
     typer.echo(markdown)

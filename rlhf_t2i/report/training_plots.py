@@ -73,7 +73,7 @@ def _reward(rows: Rows, key: str, unit: str) -> Plot:
 
 
 def _timing(rows: Rows) -> list[Plot]:
-    phases = [k for k in _all(rows, "timing/") if k.count("/") == 1 and k != "timing/step"]
+    phases = [k for k in _all(rows, "timing/") if k.count("/") == 1 and k not in ("timing/step", "timing/bytes")]
     whole = [row for row in rows if all(isinstance(row.get(k), int | float) for k in phases)]
     found = []
     if phases and whole:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_t2i.ablation import execute
-from rlhf_t2i.ablation.runner import ablate, calibrate, scale_unit
+from rlhf_t2i.ablation.runner import ablate, scale_unit
 from rlhf_t2i.errors import RunError, UsageError
 from tests.ablation.conftest import MEASURE, TRAIN, small
 from tests.report.test_report import check_in_browser
@@ -160,10 +160,14 @@ def test_a_bad_row_is_refused_before_anything_starts(recipe_file, tmp_path):
             run(recipe_file(), tmp_path / "out", seeds=seeds)
 
 
-def test_calibration(recipe_file, tmp_path):
-    text = calibrate(recipe_file(), tmp_path / "out", 2, [], train=TRAIN)
+def test_the_unit_is_measured_once(recipe_file, tmp_path):
     # Pull 2.0, push 0.5 at scale 1: scale 1.2 makes their ratio 0.3, and that is 100 of the paper's units.
-    assert text.splitlines()[-1] == "scale_unit: 0.012"
+    said = []
+    for _ in range(2):
+        run(recipe_file(scale_unit="auto"), tmp_path / "out", only=["ph_100"], seeds="0", say=said.append)
+    assert sum(line.startswith("calibration:") for line in said) == 1
+    model = tmp_path / "out" / "rows" / "ph_100" / "seed_0" / "model" / "fake.json"
+    assert json.loads(model.read_text())["scale"] == pytest.approx(1.2)
     with pytest.raises(RunError, match="no gradient norms"):
         scale_unit([{"step": 1}])
 

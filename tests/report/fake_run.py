@@ -78,7 +78,7 @@ def step_row(step: int) -> dict:
         "delta_norm": 3.1, "delta_norm/t000-249": 1.0, "delta_norm/t250-499": 2.0, "delta_norm/t500-749": 3.0,
         "delta_norm/t750-999": 6.0, "assistant_loss": 0.1 - 0.0003 * step, "param_grad_norm/generator": 2 + noise,
         "param_grad_norm/assistant": 1.0, "lr/generator": 1e-5, "lr/assistant": 1e-5,
-        "timing": {"step": 2.0, "assistant": 0.8, "generator": 1.2, "busy": {"models/0/learner": 1.0},
+        "timing": {"step": 2.0, "assistant": 0.8, "generator": 1.2, "bytes": 4096, "busy": {"models/0/learner": 1.0},
                    "idle": {"models/0": 0.3, "scores/0": 0.5}},
         "memory": {"models/0": 1.5e9, "scores/0": 2e9},
     }  # fmt: skip

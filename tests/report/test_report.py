@@ -116,3 +116,10 @@ def test_slider_moves_the_cut(run_folder):
         assert "20%" in browser.script(clip)
         browser.script("document.querySelector('[data-mode=side]').click()")
         assert browser.script(clip) == "none"
+
+
+def test_bytes_are_no_seconds(run_folder):
+    page = write_report(run_folder).read_text("utf-8")
+    drawing = page[page.index("<h3>Seconds a step</h3>") :]
+    assert ">bytes<" not in drawing[: drawing.index("</figure>")]
+    assert ">assistant<" in drawing[: drawing.index("</figure>")]
