@@ -1,0 +1,93 @@
+"""What happens when a process dies or a reward fails, over Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from rlhf_t2i import rng
+from rlhf_t2i.cluster.local import LocalCluster
+from rlhf_t2i.cluster.ray_cluster import RayCluster
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.recipe import Recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+MakeRecipe = Callable[..., Recipe]
+PROMPTS = ["a red cat", "a blue dog", "a green owl", "a gold bee"]
+GROUPS = (
+    "{train: {roles: [learner, generator, assistant], threads: 1}, "
+    "score: {roles: [reference], threads: 1}, judge: {roles: [reward], threads: 1}}"
+)
+
+
+@pytest.fixture
+def cluster(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> Iterator[RayCluster]:
+    started = RayCluster(make_recipe(placement__mode="ray", placement__groups=GROUPS), tmp_path / "failures")
+    yield started
+    started.close()
+
+
+def gradient(cluster: Any) -> torch.Tensor:
+    keys = [(3, "probe", i) for i in range(4)]
+    x0 = rng.normal((4, 8, 8), keys)
+    return cluster.call_all("learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, {})[0]
+
+
+def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_recipe: MakeRecipe) -> None:
+    before = gradient(cluster)
+    for group in ("score", "judge"):
+        ray.kill(cluster._actors[group][0], no_restart=False)
+    after = gradient(cluster)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    local = gradient(LocalCluster(make_recipe()))
+    assert float((after - local).norm() / local.norm()) < 1e-5
+
+
+def test_a_killed_learner_ends_the_run_with_a_sentence(cluster: RayCluster) -> None:
+    ray.kill(cluster._actors["train"][0])
+    with pytest.raises(RunError, match="a process of the learner died"):
+        cluster.call_all("learner", "step", 0, PROMPTS)
+
+
+BAD_REWARD = """
+import torch
+from rlhf_t2i.plugin import Reward
+
+class Bad(Reward):
+    def score(self, images, prompts):
+        values = images.mean((1, 2, 3))
+        return torch.where(torch.tensor([p == "a blue dog" for p in prompts]), values * float("nan"), values)
+"""
+
+
+def test_a_nan_reward_names_itself_and_saves_the_sample(
+    ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    plugin = tmp_path / "bad.py"
+    plugin.write_text(BAD_REWARD, "utf-8")
+    recipe = make_recipe(
+        placement__mode="ray", placement__groups=GROUPS, algorithm__rewards=f"[{{name: '{plugin}:Bad', label: bad}}]"
+    )
+    failures = tmp_path / "failures"
+    cluster = RayCluster(recipe, failures)
+    try:
+        with pytest.raises(RunError, match=r"bad.*a blue dog"):
+            cluster.call_all("learner", "step", 0, PROMPTS)
+    finally:
+        cluster.close()
+    assert list(failures.rglob("*.png"))
+
+
+def test_an_impossible_placement_is_refused_at_once(ray_instance: None, make_recipe: MakeRecipe) -> None:
+    groups = (
+        "{train: {devices: 16, roles: [learner, generator]}, "
+        "rest: {devices: 16, roles: [assistant, reference, reward]}}"
+    )
+    recipe = make_recipe(placement__mode="ray", placement__groups=groups, optimisation__batch_size=16)
+    with pytest.raises(UsageError, match="needs 32 CPUs"):
+        RayCluster(recipe)
