@@ -226,8 +226,8 @@ def check_plugins(recipe: Recipe) -> None:
                 )
             if kind == "eval_rewards" and issubclass(cls, LatentReward):
                 raise UsageError(
-                    f"algorithm.eval_rewards: {reward.name!r} is computed on latents with the reference beside the learner, "
-                    "so it can train but not be measured here"
+                    f"algorithm.eval_rewards: {reward.name!r} is computed on latents beside the learner: "
+                    "it can train, but not be measured here"
                 )
 
 
