@@ -38,14 +38,37 @@ class Kind:
     seed: int
     lr: float
     batch: int
+    contrastive_steps: int
     mirror: bool
     light: float
     grain: float
 
 
 KINDS = {
-    "pickscore": Kind(width=128, layers=4, patch=8, seed=1, lr=1e-3, batch=24, mirror=False, light=0.1, grain=0.03),
-    "judge": Kind(width=160, layers=5, patch=16, seed=2, lr=8e-4, batch=48, mirror=True, light=0.2, grain=0.06),
+    "pickscore": Kind(
+        width=128,
+        layers=4,
+        patch=8,
+        seed=1,
+        lr=1e-3,
+        batch=24,
+        contrastive_steps=1000,
+        mirror=False,
+        light=0.1,
+        grain=0.03,
+    ),
+    "judge": Kind(
+        width=160,
+        layers=5,
+        patch=16,
+        seed=2,
+        lr=8e-4,
+        batch=48,
+        contrastive_steps=500,
+        mirror=True,
+        light=0.2,
+        grain=0.06,
+    ),
 }
 
 
@@ -282,10 +305,9 @@ def main() -> None:
     print(f"{sum(p.numel() for p in modules.parameters()) / 1e6:.2f} M parameters", flush=True)
 
     def loss(number: int) -> Tensor:
-        alone = number // join()[1] < args.contrastive_steps
+        alone = number // join()[1] < kind.contrastive_steps
         return loss_fn(modules["clip"], pictures, kind, number, alone)
 
-    args.contrastive_steps = args.steps * 2 // 5
     if args.export_only:
         average = load_average(args.kind, modules)
     else:
