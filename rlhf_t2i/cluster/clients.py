@@ -85,7 +85,9 @@ class RemoteCalls:
     ) -> Any:
         """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
         parts = [(ticket, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))]
-        return self._start("forward", parts, self._join_predictions(branch))
+        return self._start(
+            "forward", parts, lambda answers: self._join(answers, len(x_t), 1 if branch == "both" else 0)
+        )
 
     def start_vjp(
         self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, cotangent: Tensor
@@ -96,62 +98,67 @@ class RemoteCalls:
             (ticket, x_t[s], t[s], list(prompts[s]), branch, cotangent[:, s] if branch == "both" else cotangent[s])
             for s in self._slices(len(x_t))
         ]
-        return self._start("vjp", parts, self._join_tensors)
+        return self._start("vjp", parts, lambda answers: self._join(answers, len(x_t)))
 
     def start_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Any:
         """See :class:`rlhf_t2i.roles.generator.GeneratorClient`."""
         parts = [(list(prompts[s]), list(keys[s]), weights) for s in self._slices(len(prompts))]
-        return self._start("sample", parts, self._join_tensors)
+        return self._start("sample", parts, lambda answers: self._join(answers, len(prompts)))
 
     def start_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Any:
         """See :class:`rlhf_t2i.roles.learner.RewardClient`."""
-        return self._start("value_and_grad", self._image_parts(latents, prompts), self._join_gradients)
+        parts = self._image_parts(latents, prompts)
+        return self._start("value_and_grad", parts, lambda answers: self._join_gradients(answers, len(latents)))
 
     def start_scores(self, latents: Tensor, prompts: Sequence[str]) -> Any:
         """Every reward's value."""
-        return self._start("score", self._image_parts(latents, prompts), self._join_scores)
+        parts = self._image_parts(latents, prompts)
+        return self._start("score", parts, lambda answers: self._join_scores(answers, len(latents)))
 
     def start_decode(self, latents: Tensor) -> Any:
         """Images in [0, 1]."""
-        return self._start("decode", [(latents[s],) for s in self._slices(len(latents))], self._join_tensors)
+        parts = [(latents[s],) for s in self._slices(len(latents))]
+        return self._start("decode", parts, lambda answers: self._join(answers, len(latents)))
 
     def _image_parts(self, latents: Tensor, prompts: Sequence[str]) -> list[tuple[Any, ...]]:
         return [(latents[s], list(prompts[s])) for s in self._slices(len(latents))]
 
     def _slices(self, batch: int) -> list[slice]:
-        """One contiguous share a server, the first ones larger by one where it does not divide."""
-        share, rest = divmod(batch, len(self.servers))
-        bounds = [i * share + min(i, rest) for i in range(len(self.servers) + 1)]
-        return [slice(a, b) for a, b in pairwise(bounds)]
+        """One contiguous share a server, the first ones larger by one where it does not divide.
+
+        With fewer samples than servers the last sample is repeated and its extra answers dropped: under ZeRO-3 a call
+        is collective, and a server left out would leave the others waiting for ever.
+        """
+        count = len(self.servers)
+        if batch < count:
+            return [slice(min(i, batch - 1), min(i, batch - 1) + 1) for i in range(count)]
+        share, rest = divmod(batch, count)
+        return [slice(a, b) for a, b in pairwise(i * share + min(i, rest) for i in range(count + 1))]
 
     def _start(self, method: str, parts: list[tuple[Any, ...]], join: Callable[[list[Any]], Any]) -> RemotePending:
         references = []
         for server, part in zip(self.servers, parts, strict=True):
             cpu = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in part)
-            if any(isinstance(a, Tensor | list) and len(a) == 0 for a in cpu):
-                continue  # fewer samples than servers
             stopwatch.bytes_sent += sum(a.numel() * a.element_size() for a in cpu if isinstance(a, Tensor))
             references.append(server.call.remote(self.role, method, *cpu))
         return RemotePending(references, join, self.timeout_s, self.role)
 
-    def _received(self, tensor: Tensor) -> Tensor:
-        stopwatch.bytes_sent += tensor.numel() * tensor.element_size()
-        return tensor if self.device is None else tensor.to(self.device)
+    def _join(self, answers: list[Tensor], batch: int, dim: int = 0) -> Tensor:
+        """The servers' answers as one batch, on the caller's device."""
+        joined = torch.cat(answers, dim).narrow(dim, 0, batch)
+        stopwatch.bytes_sent += joined.numel() * joined.element_size()
+        return joined if self.device is None else joined.to(self.device)
 
-    def _join_tensors(self, parts: list[Tensor]) -> Tensor:
-        return self._received(torch.cat(parts))
+    def _join_scores(self, answers: list[dict[str, Tensor]], batch: int) -> dict[str, Tensor]:
+        return {label: self._join([answer[label] for answer in answers], batch) for label in answers[0]}
 
-    def _join_predictions(self, branch: str) -> Callable[[list[Any]], Tensor]:
-        return lambda parts: self._received(torch.cat(parts, dim=1 if branch == "both" else 0))
-
-    def _join_scores(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {label: self._join_tensors([part[label] for part in parts]) for label in parts[0]}
-
-    def _join_gradients(self, parts: list[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _join_gradients(
+        self, answers: list[dict[str, tuple[Tensor, Tensor]]], batch: int
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         return {
             label: (
-                self._join_tensors([part[label][0] for part in parts]),
-                self._join_tensors([part[label][1] for part in parts]),
+                self._join([answer[label][0] for answer in answers], batch),
+                self._join([answer[label][1] for answer in answers], batch),
             )
-            for label in parts[0]
+            for label in answers[0]
         }

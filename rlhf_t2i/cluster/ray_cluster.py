@@ -168,10 +168,7 @@ class RayCluster:
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents from the generator, spread over its replicas."""
         servers = self._actors[self._roles["generator"][0]]
-        # Under ZeRO-3 every replica must take part: a short batch is filled up and trimmed.
-        missing = -len(prompts) % len(servers)
-        filled = [*prompts, *[prompts[-1]] * missing], [*keys, *[keys[-1]] * missing]
-        return RemoteCalls("generator", servers).start_sample(*filled, weights).result()[: len(prompts)]
+        return RemoteCalls("generator", servers).start_sample(prompts, keys, weights).result()
 
     def rewards(self, method: str, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's value [B]."""
