@@ -53,7 +53,7 @@ def evaluate(
         keys = [(_SEED, "evaluation", i) for i in range(start, start + len(part))]
         x0 = cluster.sample(part, keys, weights)
         latents.append(x0)
-        for label, values in cluster.rewards("score", x0, part).items():
+        for label, values in cluster.rewards(x0, part).items():
             scores.setdefault(label, []).extend(float(v) for v in values)
         for index, image in enumerate(cluster.decode(x0), start):
             name = f"{when}/{index:05d}.png"

@@ -19,8 +19,8 @@ class Cluster(Protocol):
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents [B, C, h, w] from the generator, spread over its replicas."""
 
-    def rewards(self, method: str, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every reward's value [B] (``score``)."""
+    def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Every reward's value [B]."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""

@@ -28,9 +28,9 @@ class LocalCluster:
         """Latents [B, C, h, w] from the generator."""
         return self._worker.call("generator", "sample", prompts, keys, weights)
 
-    def rewards(self, method: str, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's value [B]."""
-        return self._worker.call("reward", method, latents, prompts)
+        return self._worker.call("reward", "score", latents, prompts)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""

@@ -170,7 +170,7 @@ class RayCluster:
         servers = self._actors[self._roles["generator"][0]]
         return RemoteCalls("generator", servers).start_sample(prompts, keys, weights).result()
 
-    def rewards(self, method: str, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's value [B]."""
         groups = self._reward_groups(trained=False)
         pending = [RemoteCalls("reward", self._actors[g], t).start_scores(latents, prompts) for g, t in groups.items()]

@@ -98,21 +98,6 @@ class DenoiserServer:
         return leaf, output
 
 
-@dataclass
-class LocalDenoiser:
-    """The client of a denoiser in this process."""
-
-    server: DenoiserServer
-
-    def start_forward(self, *args: Any) -> Pending:
-        """See :class:`DenoiserClient`."""
-        return Deferred(lambda: self.server.forward(*args))
-
-    def start_vjp(self, *args: Any) -> Pending:
-        """See :class:`DenoiserClient`."""
-        return Deferred(lambda: self.server.vjp(*args))
-
-
 @dataclass(frozen=True)
 class DenoiserCall:
     """One denoiser of a step and the branch asked of it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_t2i import rng
 from rlhf_t2i.models.networks import one_step
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoise import Deferred, Pending
+from rlhf_t2i.roles.denoise import Pending
 
 
 class GeneratorClient(Protocol):
@@ -34,16 +33,10 @@ class GeneratorRole:
         self._store, self._dtype, self._device = context.store, context.dtype, context.device
         self._timestep = context.recipe.models.generator_timestep
         self._networks: dict[str, Callable[..., Any]] = {}
-        self._shares_live = live is not None
         self._networks["live"] = live if live is not None else self._frozen()
 
     def _frozen(self) -> nn.Module:
         return self._store.generator_unet().eval().requires_grad_(False)
-
-    @property
-    def shares_live(self) -> bool:
-        """Whether the live weights are the learner's own, so that none need to be sent."""
-        return self._shares_live
 
     def load(self, weights: str, state: dict[str, Tensor]) -> None:
         """Take over weights, as ``live`` or ``averaged``."""
@@ -59,14 +52,3 @@ class GeneratorRole:
         z = rng.normal(self._store.latent_shape, keys).to(self._device)
         cond = self._store.conditioner.encode(prompts)
         return one_step(self._networks[weights], z, cond, self._timestep, self._store.schedule, self._dtype)
-
-
-@dataclass
-class LocalGenerator:
-    """The client of a generator in this process."""
-
-    role: GeneratorRole
-
-    def start_sample(self, *args: Any) -> Pending:
-        """See :class:`GeneratorClient`."""
-        return Deferred(lambda: self.role.sample(*args))
