@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from rlhf_t2i import statistics
+from rlhf_t2i import registry, statistics
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import features, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Probe
@@ -37,6 +38,47 @@ def test_clip_features_agree_with_transformers(tiny_clip, tmp_path):
     with torch.no_grad():
         theirs = CLIPModel.from_pretrained(tiny_clip).get_image_features(**inputs).pooler_output
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+class PooledClip(torch.nn.Module):
+    """A CLIPModel with the method results torchmetrics expects: tensors, as transformers returned before 5.0."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixels):
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def get_text_features(self, ids, mask):
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+
+
+def test_clip_score_agrees_with_torchmetrics(tmp_path):
+    clip_score = pytest.importorskip("torchmetrics.multimodal.clip_score")
+    from transformers import AutoProcessor, CLIPModel
+
+    emoji64 = Path(__file__).parents[2] / "zoo/emoji64"  # trained: its cosines differ between prompts
+    with Image.open(emoji64 / "data/noto.png") as sheet:
+        for index in range(3):
+            drawing = sheet.convert("RGBA").crop((64 * index, 0, 64 * index + 64, 64))
+            Image.alpha_composite(Image.new("RGBA", (64, 64), "red"), drawing).convert("RGB").save(
+                tmp_path / f"{index}.png"
+            )
+    names = json.loads((emoji64 / "data/names.json").read_text("utf-8"))[:3]
+    images, prompts = read_images(sorted(tmp_path.iterdir())), [f"{name}, on a red background" for name in names]
+    judge = emoji64 / "judge"
+    parts = PooledClip(CLIPModel.from_pretrained(judge, dtype=torch.float32)), AutoProcessor.from_pretrained(judge)
+    metric = clip_score.CLIPScore(lambda: parts)
+    theirs = []
+    with torch.no_grad():
+        ours = 100 * registry.reward("clip", model=str(judge)).score(images, prompts)
+        for image, text in zip((images * 255).round().byte(), prompts, strict=True):
+            metric.reset()
+            metric.update(image, text)
+            theirs.append(float(metric.compute()))
+    assert ours.min() > 10  # torchmetrics raises negative scores to zero
+    assert ours.tolist() == pytest.approx(theirs, abs=1e-3)
 
 
 def test_frechet_distance_agrees_with_torchmetrics():
