@@ -13,9 +13,6 @@ from rlhf_t2i import registry
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugin import Divergence, LatentReward, Reward
 
-# Names of models are the longest words of the table: they get the room at 80 columns.
-_RATIOS = {"needs": 5, "runs here": 3}
-
 
 @dataclass(frozen=True)
 class Row:
@@ -46,8 +43,8 @@ def gradient(cls: type[Reward]) -> str:
 
 
 def needs(cls: type[Reward]) -> str:
-    """Models and packages beyond the core's."""
-    return "\n".join([*_models(cls), *cls.requires, *(f"own env: {spec}" for spec in cls.pip)]) or "-"
+    """Models and packages beyond the core's; empty if there are none."""
+    return ", ".join([*_models(cls), *cls.requires, *(f"own env: {spec}" for spec in cls.pip)])
 
 
 def runs_here(cls: type[Reward]) -> str:
@@ -79,15 +76,21 @@ def _is_cached(model: str) -> bool:
 
 
 def print_rewards() -> None:
-    """The table of rewards."""
-    table = _table("name", "package", "gradient", "unit", "needs", "runs here")
+    """The table of rewards, and below it what they need: hub ids are too long for a column at 80 characters."""
+    table = _table("name", "package", "gradient", "unit", "runs here")
+    needed = _table("name", "needs")
     for row in rows(registry.REWARDS):
         if row.cls is None:
-            table.add_row(row.name, row.package, "?", "?", "?", _no(row.problem))
-        else:
-            cls = row.cls
-            table.add_row(row.name, row.package, gradient(cls), cls.unit or "-", needs(cls), runs_here(cls))
+            table.add_row(row.name, row.package, "?", "?", _no(row.problem))
+            continue
+        cls = row.cls
+        table.add_row(row.name, row.package, gradient(cls), cls.unit or "-", runs_here(cls))
+        if needs(cls):
+            needed.add_row(row.name, needs(cls))
     _print(table)
+    if needed.row_count:
+        _print("")
+        _print(needed)
 
 
 def print_divergences() -> None:
@@ -109,7 +112,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index == 0, overflow="fold", ratio=_RATIOS.get(column))
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
     return table
 
 

@@ -70,6 +70,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     source = _Source(Path(path))
     data = _read(source)
+    if {"base", "rows"} <= data.keys():
+        raise UsageError(f"{source.path} is an ablation of several runs: give it to `rlhf-t2i ablate`")
     data = _resolve_paths(data, source.path.resolve().parent)
     for override in overrides:
         _apply_override(data, override, source)

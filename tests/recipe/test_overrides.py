@@ -117,3 +117,8 @@ def test_a_refusal_is_quick_and_imports_no_torch(recipe: Path) -> None:
         assert "did you mean 'steps'" in sentence
         assert modules == "[]"
     assert min(seconds) < 0.5
+
+
+def test_an_ablation_is_sent_to_its_own_command() -> None:
+    with pytest.raises(UsageError, match=r"ablation_table2.yaml is an ablation .* `rlhf-t2i ablate`"):
+        recipe_io.load(Path(__file__).parents[2] / "recipes/ablation_table2.yaml")
