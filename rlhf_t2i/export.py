@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_t2i import files
 from rlhf_t2i.models import sources
+from rlhf_t2i.models.loading import only_fp16_variant
 from rlhf_t2i.recipe import Recipe
 
 ONE_STEP = "one_step.json"
@@ -37,6 +38,7 @@ def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> 
         for name, entry in index.items():
             if isinstance(entry, list) and entry[0] is not None and name not in ("unet", "scheduler"):
                 shutil.copytree(reference / name, folder / name)
+                _drop_variant(folder / name)
         if recipe.models.vae:
             _replace_vae(recipe.models.vae, folder, index)
         with torch.device("meta"):
@@ -63,7 +65,18 @@ def _replace_vae(text: str, folder: Path, index: dict[str, Any]) -> None:
     path = Path(source.location) if source.is_local else _snapshot(source)
     shutil.rmtree(folder / "vae", ignore_errors=True)
     shutil.copytree(path, folder / "vae")
+    _drop_variant(folder / "vae")
     index["vae"] = ["diffusers", json.loads((path / "config.json").read_text("utf-8"))["_class_name"]]
+
+
+def _drop_variant(folder: Path) -> None:
+    """Give ``*.fp16.safetensors`` that stand alone their plain names, so that no ``variant=`` is needed to load."""
+    if not only_fp16_variant(folder):
+        return
+    for file in list(folder.glob("*.fp16*")):
+        if file.suffix == ".json":  # the index of shards names them
+            file.write_text(file.read_text("utf-8").replace(".fp16", ""), "utf-8")
+        file.rename(folder / file.name.replace(".fp16", ""))
 
 
 def _snapshot(source: sources.ModelSource) -> Path:

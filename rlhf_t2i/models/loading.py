@@ -198,7 +198,7 @@ def _load(source: ModelSource, subfolder: str | None, loader: Callable[..., Any]
         raise UsageError(f"{where} is missing: {source.location} is not a complete model folder")
     if subfolder:
         kwargs["subfolder"] = subfolder
-    if source.is_local and _only_fp16_variant(Path(where)):
+    if source.is_local and only_fp16_variant(Path(where)):
         kwargs["variant"] = "fp16"
     if "from_pretrained" in getattr(loader, "__qualname__", "") and _is_model(loader):
         kwargs.setdefault("use_safetensors", True)
@@ -245,7 +245,7 @@ def _is_model(loader: Callable[..., Any]) -> bool:
     return isinstance(owner, type) and issubclass(owner, nn.Module)
 
 
-def _only_fp16_variant(folder: Path) -> bool:
+def only_fp16_variant(folder: Path) -> bool:
     """Published folders sometimes hold ``*.fp16.safetensors`` alone."""
     names = [p.name for p in folder.glob("*.safetensors")]
     return bool(names) and all(".fp16" in name for name in names)
