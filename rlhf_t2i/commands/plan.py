@@ -10,7 +10,7 @@ import typer
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_t2i.plan import Memory, Plan
+    from rlhf_t2i.planning import Memory, Plan
 
 
 def plan_command(
@@ -26,7 +26,7 @@ def plan_command(
 
     loaded = recipe_io.load(recipe, set_ or [])
     geometry.check_placement(loaded)
-    from rlhf_t2i import plan as planning
+    from rlhf_t2i import planning
 
     plan = planning.make(loaded)
     cluster = None if address is None else cluster_resources(address)

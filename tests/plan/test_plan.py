@@ -14,11 +14,11 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from rlhf_t2i import plan as planning
+from rlhf_t2i import planning
 from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.plan import trained_memory
+from rlhf_t2i.planning import trained_memory
 from rlhf_t2i.recipe import ROLES, Recipe
 from tests import tiny
 

@@ -1,0 +1,158 @@
+"""Memory of a process by role and kind, before anything starts.
+
+Parameters are counted on the meta device from configurations, activations by letting shapes flow through the networks
+there. The CUDA context, fragmentation and library workspaces are not included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rlhf_t2i.planning.networks import Networks
+from rlhf_t2i.recipe import Recipe
+
+TRAINED = ("learner", "assistant")
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one role in one process, by kind; ``host`` is in the machine's memory, not on the device."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    activations: int = 0
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimiser + self.activations
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """One role of a group: its parameters and what they cost in one process."""
+
+    role: str
+    parameters: int | None
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """A set of devices, one process each, and what every process holds."""
+
+    name: str
+    devices: int
+    roles: tuple[RolePlan, ...]
+
+    @property
+    def memory(self) -> Memory:
+        """The sum of a process. Roles that share one take turns: the learner's graph waits while each other runs."""
+        total = Memory()
+        for item in self.roles:
+            total = Memory(*(getattr(total, k) + getattr(item.memory, k) for k in Memory.__dataclass_fields__))
+        serving = [r.memory.activations for r in self.roles if r.role.startswith("reward")]
+        scoring = [r.memory.activations for r in self.roles if r.role in ("assistant", "reference")]
+        idle = min(sum(serving), sum(scoring))
+        return replace(total, activations=total.activations - idle)
+
+
+def trained_memory(parameters: int, ranks: int, stage: int, precision: str, offload: bool, distributed: bool) -> Memory:
+    """Weights, gradients and optimiser states of a network under AdamW in one process.
+
+    ZeRO keeps float32 master weights beside the compute weights from stage 1 on, and divides optimiser states (1),
+    gradients (2) and weights (3) by the ranks; one process without Ray is plain float32 PyTorch.
+    """
+    if not distributed:
+        return Memory(weights=4 * parameters, gradients=4 * parameters, optimiser=8 * parameters)
+    width = _BYTES[precision]
+    share = -(-parameters // ranks)
+    master = 4 if stage or precision == "bf16" else 0
+    states = (share if stage else parameters) * (8 + master)
+    return Memory(
+        weights=width * (share if stage == 3 else parameters),
+        gradients=width * (share if stage >= 2 else parameters),
+        optimiser=0 if offload and stage else states,
+        host=states if offload and stage else 0,
+    )
+
+
+def of_group(
+    recipe: Recipe,
+    name: str,
+    devices: int,
+    roles: list[str],
+    networks: Networks,
+    parts: Mapping[str, int | None],
+    micro: int,
+    ranks: Mapping[str, int],
+) -> GroupPlan:
+    """What every process of a group holds; ``micro`` is the learner's micro-batch, ``ranks`` those of trained roles."""
+    from rlhf_t2i import activations
+
+    settings = recipe.optimisation
+    width = _BYTES[settings.precision]
+    distributed = recipe.placement.mode == "ray"
+    unet = parts["unet"] or 0
+    # Several servers share a micro-batch; a server of several learner ranks keeps the graphs of all, but a reward call
+    # is over when it returns.
+    images = -(-micro * ranks["learner"] // devices)
+    scored = min(micro, images)
+    saved = activations.of_recipe(networks.unet, networks.vae, networks.latents[1], settings.precision)
+
+    def kept(kind: str) -> int:
+        item = saved.get(kind)
+        return 0 if item is None else (item.checkpointed if settings.gradient_checkpointing else item.plain)
+
+    plans = []
+    needs_vjp = recipe.algorithm.divergence.name != "kl"
+    for role in roles:
+        if role in TRAINED:
+            memory = trained_memory(
+                unet, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, distributed
+            )
+            if role == "learner" and settings.ema is not None:
+                memory = replace(memory, host=memory.host + 4 * unet)
+            # The assistant trains on micro-batches of its own, and serves the learner's.
+            batch = micro if role == "learner" else max(images, settings.micro_batch or settings.batch_size // devices)
+            plans.append(RolePlan(role, unet or None, replace(memory, activations=batch * kept("train"))))
+        elif role == "generator":
+            shared = "learner" in roles
+            own = Memory() if shared else Memory(weights=4 * unet)
+            plans.append(RolePlan(role, 0 if shared else unet or None, own))
+        elif role == "reference":
+            branches = 2 if recipe.algorithm.cfg.scale not in (0, 1) and recipe.algorithm.cfg.mode == "inner" else 1
+            active = images * branches * kept("frozen") if needs_vjp else 0
+            plans.append(RolePlan(role, unet or None, Memory(weights=width * unet, activations=active)))
+    if any(r.role in ("learner", "generator", "assistant", "reference") for r in plans):
+        text = parts["text encoders"]
+        plans.append(RolePlan("text encoders", text, Memory(weights=width * (text or 0))))
+    plans += _rewards(recipe, roles, networks, parts, scored * kept("decoder"), scored)
+    return GroupPlan(name, devices, tuple(plans))
+
+
+def _rewards(
+    recipe: Recipe, roles: list[str], networks: Networks, parts: Mapping[str, int | None], decoding: int, images: int
+) -> list[RolePlan]:
+    """The VAE and the rewards of a process; rewards that name one model share it."""
+    hosted = [role for role in roles if role.startswith("reward:")]
+    if not hosted:
+        return []
+    from rlhf_t2i import activations
+
+    vae = parts["vae"]
+    plans = [RolePlan("reward: VAE", vae, Memory(weights=4 * (vae or 0), activations=decoding))]
+    seen: set[str] = set()
+    for role in hosted:
+        where, config, counted = networks.rewards[role.partition(":")[2]]
+        fresh = where not in seen
+        seen.add(where)
+        saved = activations.of_reward(config)
+        kept = saved.checkpointed if recipe.optimisation.gradient_checkpointing else saved.plain
+        weights = 4 * (counted or 0) if fresh else 0
+        plans.append(RolePlan(role, counted if fresh else 0, Memory(weights=weights, activations=images * kept)))
+    return plans

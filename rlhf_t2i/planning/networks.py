@@ -1,0 +1,113 @@
+"""The networks a recipe names, as far as their configurations are at hand: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import architectures, sources
+from rlhf_t2i.models.architectures import Config
+from rlhf_t2i.recipe import Recipe
+
+
+class Networks:
+    """The configurations of a recipe's networks, as far as they are at hand."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.notes: list[str] = []
+        self._reference = sources.parse(recipe.models.reference)
+        self.unet = self._config("unet")
+        self.text = [c for c in (self._config("text_encoder"), self._config("text_encoder_2", optional=True)) if c]
+        self.vae = self._vae(recipe)
+        self.latents = self._latents(recipe.models.resolution)
+        self.rewards = {
+            choice.key: self._reward(choice.key, choice.name, choice.options)
+            for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards)
+        }
+
+    def _config(self, part: str, optional: bool = False) -> Config | None:
+        file = f"{part}/config.json"
+        if not self._reference.is_local:
+            family = architectures.PUBLISHED.get(self._reference.location)
+            if family is not None:
+                return family.parts.get(part)
+        return self._read(self._reference, file, optional)
+
+    def _read(self, source: sources.ModelSource, file: str, optional: bool = False) -> Config | None:
+        if source.is_local:
+            if optional and not (Path(source.location) / file).is_file():
+                return None
+            return sources.read_json(source, file)
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(source.location, file, revision=source.revision)
+        if isinstance(cached, str):
+            return sources.read_json(sources.ModelSource(str(Path(cached).parent.resolve())), Path(cached).name)
+        if not optional:
+            self.notes.append(f"{source.location} is not in the hub cache: {file} is not counted")
+        return None
+
+    def _vae(self, recipe: Recipe) -> Config | None:
+        if recipe.models.vae is None:
+            return self._config("vae")
+        source = sources.parse(recipe.models.vae)
+        return architectures.PUBLISHED_VAES.get(source.location) or self._read(source, "config.json")
+
+    def _latents(self, resolution: int) -> tuple[int, int, int]:
+        channels = int((self.unet or {}).get("in_channels", 4))
+        vae = self.vae or {}
+        levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or [0] * 4
+        factor = 2 ** (len(levels) - 1)
+        if resolution % factor:
+            raise UsageError(f"models.resolution: {resolution} is not a multiple of the VAE's {factor}")
+        return channels, resolution // factor, resolution // factor
+
+    def _reward(self, label: str, name: str, options: Mapping[str, Any]) -> tuple[str, Config | None, int | None]:
+        """(where its weights are, configuration, parameters) of a reward's model."""
+        model = options.get("model")
+        if not isinstance(model, str):
+            known = name in ("pickscore", "hpsv2")
+            config = architectures.CLIP_H if known else None
+            if not known:
+                self.notes.append(f"reward {label!r}: its model's configuration is not at hand, so it is not counted")
+            return f"default of {name}", config, architectures.count_parameters(config) if config else None
+        source = sources.parse(model)
+        if source.location == "yuvalkirstain/PickScore_v1":
+            return source.location, architectures.CLIP_H, architectures.count_parameters(architectures.CLIP_H)
+        config = self._read(source, "config.json", optional=True)
+        counted = count_parameters(config) if config else None
+        if counted is None and source.is_local:
+            counted = count_files(Path(source.location))
+        if counted is None:
+            self.notes.append(f"reward {label!r}: {model} has no configuration this project can count")
+        return source.location, config, counted
+
+
+def count_parameters(config: Config | None) -> int | None:
+    """Parameters of a configuration; None where it is absent or not one this project builds."""
+    if config is None:
+        return None
+    try:
+        return architectures.count_parameters(config)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def count_files(folder: Path) -> int | None:
+    """Parameters in a folder's safetensors, from their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - not a dict
+                    size = 1
+                    for length in weights.get_slice(key).get_shape():
+                        size *= length
+                    total += size
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+    return total or None
