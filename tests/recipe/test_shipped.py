@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import plan, recipe_io
+from rlhf_t2i import planning, recipe_io
 from rlhf_t2i.geometry import check_placement
 from rlhf_t2i.roles.worker import check_plugins
 
@@ -84,14 +84,14 @@ def test_the_four_recipes_differ_in_the_objective_alone() -> None:
 @pytest.mark.parametrize(("name", "devices", "size"), [("di_star_pickscore", 8, 80), ("sd15/di_star_pickscore", 4, 40)])
 def test_the_placements_fit_by_the_plan(name: str, devices: int, size: int) -> None:
     path = RECIPES / f"{name}.yaml"
-    made = plan.make(recipe_io.load(path))
+    made = planning.make(recipe_io.load(path))
     assert made.notes == ()  # every network is counted
     assert made.devices == devices
     assert all(group.memory.device < 0.9 * size * GIGABYTE for group in made.groups)
     alone = placements(path)
     assert alone
     for gpu, overrides in alone.items():
-        (group,) = plan.make(recipe_io.load(path, overrides)).groups
+        (group,) = planning.make(recipe_io.load(path, overrides)).groups
         assert group.devices == 1
         assert group.memory.device < 0.9 * gpu * GIGABYTE
 
@@ -100,5 +100,5 @@ def test_one_80_gb_gpu_needs_the_offload_its_header_sets() -> None:
     path = RECIPES / "di_star_pickscore.yaml"
     overrides = [o for o in placements(path)[80] if "offload" not in o]
     assert len(overrides) == len(placements(path)[80]) - 1
-    (group,) = plan.make(recipe_io.load(path, overrides)).groups
+    (group,) = planning.make(recipe_io.load(path, overrides)).groups
     assert group.memory.device > 80 * GIGABYTE
