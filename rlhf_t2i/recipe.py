@@ -36,6 +36,12 @@ class Models(Section):
     )
     assistant: Source | None = Field(None, description="where the assistant starts; the reference when absent")
     vae: Source | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
+    vae_slicing: bool = Field(
+        False, description="decode one image at a time: the same pictures, less memory where no gradient is taken"
+    )
+    vae_tiling: bool = Field(
+        False, description="decode in overlapping tiles, blended: less memory, but slightly other pictures"
+    )
     generator_timestep: int = Field(399, ge=0, le=999, description="the timestep of the one-step generator")
     resolution: int = Field(1024, ge=8, le=8192, description="pixels; sets latent size and SDXL's time_ids")
 
@@ -116,9 +122,22 @@ class Algorithm(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters: they alone are trained, and are merged into the weights that are sampled and exported."""
+
+    rank: int = Field(64, ge=1, le=4096, description="inner dimension of an adapter")
+    alpha: Positive | None = Field(None, description="an adapter is scaled by alpha / rank; the rank when absent")
+    targets: list[Name] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="ends of the names of linear layers"
+    )
+
+
 class Optimiser(Section):
     """AdamW with a linear warm-up to a constant rate, and clipping by global norm."""
 
+    kind: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw is torch's fused one; adamw_8bit has states of a byte (bitsandbytes, CUDA only)"
+    )
     lr: Positive = Field(1e-6, description="the learning rate after warm-up")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.0, 0.999], min_length=2, max_length=2, description="Adam's decay rates"
@@ -127,6 +146,7 @@ class Optimiser(Section):
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="updates of linear warm-up")
     max_grad_norm: Positive = Field(10.0, description="gradients are clipped to this global norm")
+    lora: Lora | None = Field(None, description="train adapters instead of the whole network")
 
 
 class Ema(Section):
@@ -148,6 +168,16 @@ class Optimisation(Section):
     generator: Optimiser = Optimiser()
     assistant: Optimiser = Optimiser()
     ema: Ema | None = None
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Optimisation:
+        for role in ("generator", "assistant"):
+            optimiser: Optimiser = getattr(self, role)
+            if optimiser.lora and self.zero_stage == 3:
+                raise ValueError(f"{role}.lora does not work under ZeRO-3: set zero_stage to 2 (adapters are small)")
+            if optimiser.kind == "adamw_8bit" and self.offload_optimizer:
+                raise ValueError(f"{role}.kind adamw_8bit runs on the GPU: use it or offload_optimizer, not both")
+        return self
 
 
 class Group(Section):

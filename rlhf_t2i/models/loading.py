@@ -132,6 +132,10 @@ class ModelStore:
             vae = _load(sources.parse(self.models.vae), None, cls.from_pretrained)
         else:
             vae = self._part("vae", cls.from_pretrained)
+        if self.models.vae_slicing:
+            vae.enable_slicing()
+        if self.models.vae_tiling:
+            vae.enable_tiling()
         return LatentDecoder(vae.float()).to(self.device)
 
     def reference_unet(self) -> nn.Module:

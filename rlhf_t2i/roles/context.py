@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rlhf_t2i.geometry import batch_geometry
+from rlhf_t2i.models import lora
 from rlhf_t2i.models.loading import ModelStore
 from rlhf_t2i.models.networks import DTYPES
 from rlhf_t2i.recipe import Optimiser, Recipe
@@ -56,6 +57,8 @@ class RankContext:
         if self.recipe.optimisation.gradient_checkpointing:
             module.enable_gradient_checkpointing()
         module.train().requires_grad_(True)
+        if optimiser.lora is not None:
+            lora.add(module, optimiser.lora, self.recipe.seed)
         if self.distributed:
             return DeepSpeedEngine(module, optimiser, accumulation, micro, self.recipe.optimisation)
         return LocalEngine(module, optimiser, accumulation)

@@ -6,6 +6,7 @@ what distributed runs are compared with.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import lora
 from rlhf_t2i.recipe import Optimisation, Optimiser
 
 
@@ -32,7 +35,7 @@ class Engine(Protocol):
         """Update after the last micro-batch; returns the gradient norm before clipping."""
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole, in float32 on the device; all ranks must iterate together."""
+        """Every parameter, whole, adapters merged, in float32 on the device; all ranks must iterate together."""
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of the state into an existing folder."""
@@ -49,15 +52,37 @@ def learning_rate(optimiser: Optimiser, step: int) -> float:
 
 
 def adamw(parameters: Any, optimiser: Optimiser) -> torch.optim.Optimizer:
-    """The optimiser of both engines; fused, since ZeRO's flat partition makes the loop of operators 20 times slower."""
-    return torch.optim.AdamW(
-        parameters,
-        fused=True,
-        lr=optimiser.lr,
-        betas=(optimiser.betas[0], optimiser.betas[1]),
-        eps=optimiser.eps,
-        weight_decay=optimiser.weight_decay,
-    )
+    """The optimiser of both engines; fused, since ZeRO's flat partition makes the loop of operators 20 times slower.
+
+    Raises:
+        UsageError: 8-bit states without bitsandbytes or without a GPU.
+    """
+    settings: dict[str, Any] = {
+        "lr": optimiser.lr,
+        "betas": (optimiser.betas[0], optimiser.betas[1]),
+        "eps": optimiser.eps,
+        "weight_decay": optimiser.weight_decay,
+    }
+    if optimiser.kind == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    check_eight_bit()
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def check_eight_bit() -> None:
+    """Refuse ``kind: adamw_8bit`` where it cannot run.
+
+    Raises:
+        UsageError: bitsandbytes is not installed, or there is no GPU.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "optimisation: kind adamw_8bit needs bitsandbytes: pip install 'rlhf-t2i[8bit]', or set kind to adamw"
+        )
+    if not torch.cuda.is_available():
+        raise UsageError("optimisation: kind adamw_8bit needs an NVIDIA GPU, and none is here: set kind to adamw")
 
 
 class LocalEngine:
@@ -66,7 +91,8 @@ class LocalEngine:
     def __init__(self, module: nn.Module, optimiser: Optimiser, accumulation: int) -> None:
         self.module = module
         self._settings, self._accumulation = optimiser, accumulation
-        self._optimizer = adamw(module.parameters(), optimiser)
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = adamw(self._trained, optimiser)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward."""
@@ -80,24 +106,27 @@ class LocalEngine:
         """Clip, update, clear."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._settings.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters as they are."""
-        for name, parameter in self.module.named_parameters():
-            yield name, parameter.detach().float()
+        """The parameters as they are, adapters merged."""
+        return lora.merged(self.module, lambda parameter: parameter.detach().float())
 
     def save(self, folder: Path) -> None:
-        """Write ``local.pt``."""
-        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "local.pt")
+        """Write ``local.pt``, without what is frozen."""
+        frozen = lora.frozen(self.module)
+        module = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+        torch.save({"module": module, "optimizer": self._optimizer.state_dict()}, folder / "local.pt")
 
     def load(self, folder: Path) -> None:
         """Read ``local.pt``."""
         state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
-        self.module.load_state_dict(state["module"])
+        missing, unexpected = self.module.load_state_dict(state["module"], strict=False)
+        if unexpected or set(missing) != lora.frozen(self.module):
+            raise RuntimeError(f"{folder / 'local.pt'} holds other weights than this recipe trains")
         self._optimizer.load_state_dict(state["optimizer"])
 
 
@@ -147,20 +176,27 @@ class DeepSpeedEngine:
         return float(norm) if norm is not None else 0.0
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The float32 master weights, gathered one at a time."""
+        """The float32 master weights, gathered one at a time, adapters merged."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            yield name, (parameter.detach() if full is None else full).float()
+        def full(parameter: nn.Parameter) -> Tensor:
+            # What is frozen has no master copy.
+            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            return (parameter.detach() if master is None else master).float()
+
+        return lora.merged(self.module, full)
 
     def save(self, folder: Path) -> None:
-        """Write the ZeRO shards with DeepSpeed's own format."""
-        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+        """Write the ZeRO shards with DeepSpeed's own format, without what is frozen."""
+        partial = bool(lora.frozen(self.module))
+        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False, exclude_frozen_parameters=partial)
 
     def load(self, folder: Path) -> None:
         """Read the ZeRO shards."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        whole = not lora.frozen(self.module)
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag="zero", load_module_strict=whole, load_lr_scheduler_states=False
+        )
         if path is None:
             raise RuntimeError(f"no ZeRO checkpoint in {folder}")
 

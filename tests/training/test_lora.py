@@ -1,0 +1,124 @@
+"""Training adapters: the whole run, what a checkpoint holds, resuming bit for bit, and ZeRO against local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_t2i import training
+from rlhf_t2i.cluster.local import LocalCluster
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import Optimisation, Recipe
+from tests.training.test_distributed import PROMPTS, flat, ray_recipe, relative, start_ray, train
+from tests.training.test_run import StopAt, metrics, model_bytes
+
+MakeRecipe = Callable[..., Recipe]
+ADAPTERS = {
+    "optimisation__generator__lora": "{rank: 4}",
+    "optimisation__assistant__lora": "{rank: 2, alpha: 4}",
+}
+
+
+def test_the_assistant_starts_as_the_reference(make_recipe: MakeRecipe) -> None:
+    cluster = LocalCluster(make_recipe(**ADAPTERS))
+    roles = cluster._worker.roles
+    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    request = ("ticket", x_t, torch.tensor([100, 700]), PROMPTS[:2], "conditional", False)
+    torch.testing.assert_close(
+        roles["assistant"].forward(*request), roles["reference"].forward(*request), rtol=0, atol=0
+    )
+
+
+def test_resume_is_bit_identical_and_the_export_is_plain(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sdxl: Path
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    recipe = make_recipe(optimisation__ema="{half_life_kimg: 0.01}", optimisation__micro_batch=2, **ADAPTERS)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    training.run(recipe, whole)
+    with monkeypatch.context() as patch:
+        display = StopAt(patch, 2, 0)
+        with pytest.raises(training.Stopped):
+            training.run(recipe, broken, display=display)
+    training.run(recipe, broken, resume=True)
+    assert model_bytes(broken) == model_bytes(whole)
+    assert metrics(broken) == metrics(whole)
+    for role in ("learner", "assistant"):
+        state = torch.load(whole / f"checkpoints/step_000003/{role}/local.pt", weights_only=True)
+        assert all(".lora_" in name for name in state["module"])
+
+    start = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet").state_dict()
+    trained = UNet2DConditionModel.from_pretrained(whole / "model", subfolder="unet").state_dict()
+    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert moved == {n for n in start if n.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))}
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    LocalCluster(make_recipe(**ADAPTERS)).call_all("learner", "save", str(tmp_path))
+    with pytest.raises(RuntimeError, match="other weights than this recipe trains"):
+        LocalCluster(make_recipe()).call_all("learner", "load", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"zero_stage": 3, "generator": {"lora": {}}}, "generator.lora does not work under ZeRO-3"),
+        ({"offload_optimizer": True, "assistant": {"kind": "adamw_8bit"}}, "use it or offload_optimizer"),
+    ],
+)
+def test_impossible_combinations(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Optimisation.model_validate(settings)
+
+
+@pytest.mark.parametrize(("installed", "sentence"), [(False, "needs bitsandbytes"), (True, "needs an NVIDIA GPU")])
+def test_eight_bit_states_say_what_they_need(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool, sentence: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    from rlhf_t2i.roles import engine
+
+    optimiser = make_recipe(optimisation__generator__kind="adamw_8bit").optimisation.generator
+    with pytest.raises(UsageError, match=sentence):
+        engine.adamw([torch.nn.Parameter(torch.zeros(2))], optimiser)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_eight_bit_states_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    cluster = LocalCluster(make_recipe(optimisation__generator__kind="adamw_8bit"))
+    start = flat(cluster.call_all("learner", "weights", "live")[0])
+    assert relative(train(cluster, 3), start) > 1e-3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    local = LocalCluster(make_recipe(**ADAPTERS))
+    start = flat(local.call_all("learner", "weights", "live")[0])
+    expected = train(local, 4)
+    assert relative(expected, start) > 1e-4
+    cluster = start_ray(ray_recipe(make_recipe, 2, 2, 1, **ADAPTERS))
+    try:
+        halfway = train(cluster, 2)
+        for role in ("learner", "assistant"):
+            (tmp_path / role).mkdir()
+            cluster.call_all(role, "save", str(tmp_path / role))
+        for step in (2, 3):
+            cluster.call_all("assistant", "train", step, PROMPTS)
+            cluster.call_all("learner", "step", step, PROMPTS)
+            cluster.sync_generator()
+        assert relative(flat(cluster.call_all("learner", "weights", "live")[0]), expected) < 1e-5
+        for role in ("learner", "assistant"):
+            cluster.call_all(role, "load", str(tmp_path / role))
+        assert torch.equal(flat(cluster.call_all("learner", "weights", "live")[0]), halfway)
+    finally:
+        cluster.close()
