@@ -7,3 +7,7 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """The run failed while running: one sentence; exit code 1."""
+
+
+class ProcessLost(RunError):
+    """A process that holds training state died: the run can go on from its newest checkpoint."""

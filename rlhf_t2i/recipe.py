@@ -198,6 +198,10 @@ class Placement(Section):
     share_devices: bool = Field(
         False, description="with fewer GPUs than processes, let several groups share one; small models only"
     )
+    max_restarts: int = Field(
+        3, ge=0, le=1000, description="how often a run that lost a trained process restores itself"
+    )
+    step_timeout_s: Positive = Field(3600.0, description="a call without an answer for this long ends the run")
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rlhf_t2i import checkpoint, export, measure, prompts, report
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.metrics import MetricsFile, step_metrics
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.run_folder import RunFolder
@@ -88,16 +88,22 @@ class Trainer:
             Stopped: A signal arrived; a checkpoint was written.
         """
         self._metrics.drop_after(self.progress.step)
-        with self._signals():
-            if self.progress == Progress():
-                self._measure("before")
-            self._loop()
-            checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints.keep)
-            self._measure("after")
-        self.display.phase("writing the model")
-        weights = self.cluster.call_all("learner", "weights", self._weights)[0]
-        export.write_pipeline(self.recipe, weights, self.out.model)
-        self._metrics.close()
+        try:
+            with self._signals():
+                if self.progress == Progress():
+                    self._measure("before")
+                self._loop()
+                checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints.keep)
+                self._measure("after")
+            self.display.phase("writing the model")
+            weights = self.cluster.call_all("learner", "weights", self._weights)[0]
+            export.write_pipeline(self.recipe, weights, self.out.model)
+        except ProcessLost as lost:
+            if self._stop is not None:  # who asked to stop shall not wait for a restart
+                raise RunError(f"{lost}, while stopping; continue with --resume") from lost
+            raise
+        finally:
+            self._metrics.close()
 
     def _loop(self) -> None:
         """Algorithm 1: K assistant rounds on fresh samples, then one generator update on fresh prompts."""
@@ -246,17 +252,49 @@ def run(
         if not resume:
             folder.discard()
         raise
+    with folder.record(recipe, command):
+        restarts = 0
+        while True:
+            try:
+                _train(recipe, folder, cluster, display, saved, progress)
+                break
+            except ProcessLost as lost:
+                if restarts == recipe.placement.max_restarts:
+                    raise RunError(f"{lost}; restored {restarts} times already (placement.max_restarts)") from lost
+                restarts += 1
+                saved, progress = _newest(out, display)
+                display.note(
+                    f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
+                    f"(restart {restarts} of {recipe.placement.max_restarts})"
+                )
+                cluster = start(recipe, folder, address)
+    display.phase("writing the report")
+    report.write_report(out)
+
+
+def _train(
+    recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display, saved: Path | None, progress: Progress
+) -> None:
+    """Train on a fresh cluster, from a checkpoint or the beginning; the cluster is closed whatever happens."""
     try:
         if saved is not None:
             checkpoint.restore(cluster, saved)
             cluster.sync_generator()
             display.note(f"resuming from {saved.name}")
-        with folder.record(recipe, command):
-            Trainer(recipe, folder, cluster, display, progress).run()
+        Trainer(recipe, folder, cluster, display, progress).run()
     finally:
         cluster.close()
-    display.phase("writing the report")
-    report.write_report(out)
+
+
+def _newest(out: Path, display: Display) -> tuple[Path | None, Progress]:
+    """The newest whole checkpoint; before the first one, the beginning: every draw is a function of seed and step."""
+    try:
+        saved, progress, warnings = checkpoint.find(out)
+    except UsageError:
+        return None, Progress()
+    for warning in warnings:
+        display.note(warning)
+    return saved, progress
 
 
 __all__ = ["Display", "RunError", "Silent", "Stopped", "Trainer", "UsageError", "run"]

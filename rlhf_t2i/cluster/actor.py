@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import Any
 
 import ray
@@ -12,16 +13,17 @@ import ray
 class WorkerActor:
     """Builds its roles on request (trained ones need their peers' address first) and answers calls.
 
-    A process without trained roles keeps nothing between calls, so Ray may restart it and repeat the call: the first
-    call after a restart builds the roles again.
+    A process without trained roles keeps nothing between calls but the generator's weights, so Ray may restart it and
+    repeat the call: the first call after a restart builds the roles again, with the weights that ``keeper`` holds.
     """
 
-    def __init__(self, spec: Any) -> None:
+    def __init__(self, spec: Any, keeper: Any = None) -> None:
         from rlhf_t2i.roles.worker import set_threads
 
-        self._spec = spec
+        self._spec, self._keeper = spec, keeper
         set_threads(spec.threads)
         self._worker: Any = None
+        self._call, self._since = "starting", time.monotonic()
 
     def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on rank 0's machine for torch.distributed."""
@@ -47,15 +49,49 @@ class WorkerActor:
 
     def call(self, role: str, method: str, *args: Any) -> Any:
         """Call a role's method."""
-        if self._worker is None:
-            self.build(None)
-        return self._worker.call(role, method, *args)
+        self._call, self._since = f"{role}.{method}", time.monotonic()
+        try:
+            if self._worker is None:
+                self._rebuild()
+            return self._worker.call(role, method, *args)
+        finally:
+            self._call, self._since = "idle", time.monotonic()
+
+    def _rebuild(self) -> None:
+        """After a restart: the roles, and the newest weights of the generator."""
+        self.build(None)
+        if self._keeper is not None:
+            for name, stored in ray.get(self._keeper.newest.remote()).items():
+                self._worker.call("generator", "load", name, ray.get(stored))
+
+    @ray.method(concurrency_group="watch")
+    def status(self) -> str:
+        """What this process does, and since when; answered in a thread of its own, whatever the others do."""
+        from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
+
+        waiting = ", waiting for another process" if stopwatch.current() == WAIT else ""
+        return f"{self._call} for {time.monotonic() - self._since:.0f} s{waiting}"
 
     def readings(self) -> dict[str, Any]:
         """Timings and memory since the last reading."""
         if self._worker is None:
             return {"seconds": {}, "bytes": 0, "memory": 0, "rank": self._spec.rank}
         return self._worker.readings()
+
+
+class Keeper:
+    """Holds the newest weights of a generator in a group of its own, for when its process is restarted."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, Any] = {}
+
+    def keep(self, name: str, stored: list[Any]) -> None:
+        """Remember a reference to weights; in a list, for Ray would fetch a bare one."""
+        self._newest[name] = stored[0]
+
+    def newest(self) -> dict[str, Any]:
+        """References by name."""
+        return self._newest
 
 
 def _join(rank: int, world: int, master: tuple[str, int]) -> None:

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import rng
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
+
+
+class NoAnswer(RunError):
+    """A call took longer than its limit."""
 
 
 def partners(caller: int, callers: int, servers: int) -> list[int]:
@@ -31,12 +35,14 @@ def get(references: Any, timeout_s: float | None, role: str) -> Any:
     """``ray.get`` that raises this project's own errors.
 
     Raises:
-        RunError: The role failed, died or took longer than ``timeout_s``.
+        ProcessLost: The role's process died, and Ray may not restart it.
+        NoAnswer: The role took longer than ``timeout_s``.
+        RunError: The role failed.
     """
     try:
         return ray.get(references, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError:
-        raise RunError(f"the {role} did not answer within {timeout_s:g} s") from None
+        raise NoAnswer(f"the {role} did not answer within {timeout_s:g} s") from None
     except ray.exceptions.RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
@@ -46,7 +52,7 @@ def get(references: Any, timeout_s: float | None, role: str) -> Any:
         raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
     except ray.exceptions.RayActorError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"a process of the {role} died: {reason}") from error
+        raise ProcessLost(f"a process of the {role} died: {reason}") from error
 
 
 @dataclass

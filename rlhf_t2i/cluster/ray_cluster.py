@@ -15,14 +15,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from rlhf_t2i import geometry, rng
-from rlhf_t2i.cluster.actor import WorkerActor
-from rlhf_t2i.cluster.clients import RemoteCalls, get, partners
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.cluster.actor import Keeper, WorkerActor
+from rlhf_t2i.cluster.clients import NoAnswer, RemoteCalls, get, partners
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
-_STATELESS = {"reference", "reward"}
 _START_TIMEOUT_S = 600.0
+_STATUS_TIMEOUT_S = 10.0
 
 
 class RayCluster:
@@ -42,6 +42,7 @@ class RayCluster:
         self._started_ray = False
         self._share = 1.0  # of a device, for each process
         self._group: Any = None
+        self._keeper: Any = None
         self._actors: dict[str, list[Any]] = {}
         try:
             self._connect_ray(address)
@@ -90,12 +91,15 @@ class RayCluster:
             raise RunError(f"Ray could not place {needed} processes within {_START_TIMEOUT_S:g} s")
 
     def _create(self) -> None:
+        if self._roles["generator"][0] != self._roles["learner"][0]:
+            self._keeper = ray.remote(Keeper).options(num_cpus=0).remote()
         bundle = 0
         for group, specs in self._specs.items():
             self._actors[group] = []
             for spec in specs:
-                restarts = 0 if spec.trains or "generator" in spec.roles else -1
-                actor = ray.remote(WorkerActor).options(
+                restarts = 0 if spec.trains else -1
+                keeper = self._keeper if "generator" in spec.roles else None
+                actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
                     num_cpus=0 if self._gpus else 1,
                     num_gpus=self._share if self._gpus else 0,
                     max_restarts=restarts,
@@ -103,7 +107,7 @@ class RayCluster:
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
                     runtime_env={"env_vars": _actor_environment(spec.threads)},
                 )
-                self._actors[group].append(actor.remote(spec))
+                self._actors[group].append(actor.remote(spec, keeper))
                 bundle += 1
 
     def _build(self) -> None:
@@ -163,12 +167,66 @@ class RayCluster:
         # Large arguments (weights) are stored once for all ranks.
         stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
         actors = self._actors[self._roles[role][0]]
-        return get([actor.call.remote(role, method, *stored) for actor in actors], None, role)
+        if self._keeper is not None and (role, method) == ("generator", "load"):
+            self._wait([self._keeper.keep.remote(stored[0], stored[1:])], role)
+        return self._wait([actor.call.remote(role, method, *stored) for actor in actors], role)
+
+    def _wait(self, references: list[Any], role: str) -> list[Any]:
+        """The answers; a lost or stuck process is told from one that failed.
+
+        Raises:
+            ProcessLost: A process that holds training state died.
+            RunError: A role failed, or nothing came within ``placement.step_timeout_s``.
+        """
+        try:
+            return list(get(references, self._recipe.placement.step_timeout_s, role))
+        except NoAnswer as error:
+            raise RunError(f"{error} (placement.step_timeout_s); {self._standing()}") from None
+        except ProcessLost:
+            raise
+        except RunError as error:
+            # The peers of a dead rank fail too, in their collectives, and may be heard first.
+            lost = self._lost()
+            if lost is not None:
+                raise ProcessLost(f"process {lost} died while the {role} worked") from error
+            raise
+
+    def _lost(self) -> str | None:
+        """The name of a trained process that is dead; those that work do not answer and count as alive."""
+        trained = {f"{s.group}/{s.rank}": self._actors[s.group][s.rank] for s in self._all_specs if s.trains}
+        asked = {name: actor.status.remote() for name, actor in trained.items()}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_STATUS_TIMEOUT_S)
+        for name, reference in asked.items():
+            try:
+                ray.get(reference, timeout=0)
+            except ray.exceptions.RayActorError:
+                return name
+            except ray.exceptions.GetTimeoutError:
+                continue
+        return None
+
+    def _standing(self) -> str:
+        """Where every process stands, for the one who must find out what hangs."""
+        asked = {f"{s.group}/{s.rank}": self._actors[s.group][s.rank].status.remote() for s in self._all_specs}
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_STATUS_TIMEOUT_S)
+        told = []
+        for name, reference in asked.items():
+            try:
+                told.append(f"{name}: {ray.get(reference, timeout=0)}")
+            except ray.exceptions.GetTimeoutError:
+                told.append(f"{name}: does not answer")
+            except ray.exceptions.RayActorError:
+                told.append(f"{name}: dead")
+        return "; ".join(told)
 
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents from the generator, spread over its replicas."""
         servers = self._actors[self._roles["generator"][0]]
-        return RemoteCalls("generator", servers).start_sample(prompts, keys, weights).result()
+        return RemoteCalls("generator", servers, self._patience).start_sample(prompts, keys, weights).result()
+
+    @property
+    def _patience(self) -> float:
+        return self._recipe.placement.step_timeout_s
 
     def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's value [B]."""
@@ -179,7 +237,7 @@ class RayCluster:
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
         group = next(iter(self._reward_groups(trained=False)))
-        return RemoteCalls("reward", self._actors[group]).start_decode(latents).result()
+        return RemoteCalls("reward", self._actors[group], self._patience).start_decode(latents).result()
 
     def sync_generator(self) -> None:
         """Send the learner's weights to a generator that lives elsewhere."""
@@ -190,14 +248,14 @@ class RayCluster:
     def readings(self) -> dict[str, dict[str, Any]]:
         """Timings and memory of every process."""
         named = {f"{g}/{i}": a for g, actors in self._actors.items() for i, a in enumerate(actors)}
-        return dict(zip(named, get([a.readings.remote() for a in named.values()], None, "process"), strict=True))
+        return dict(zip(named, self._wait([a.readings.remote() for a in named.values()], "process"), strict=True))
 
     def close(self) -> None:
         """End the actors, free their devices, and stop Ray if this run started it."""
-        for actors in self._actors.values():
-            for actor in actors:
+        for actor in [a for actors in self._actors.values() for a in actors] + [self._keeper]:
+            if actor is not None:
                 ray.kill(actor)
-        self._actors = {}
+        self._actors, self._keeper = {}, None
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None

@@ -31,6 +31,10 @@ class Stopwatch:
             self._charge()
             self._open.pop()
 
+    def current(self) -> str | None:
+        """The label of the innermost open span; may be asked from another thread."""
+        return next(iter(self._open[-1:]), None)
+
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._open:

@@ -1,0 +1,108 @@
+"""Lost processes: the run restores itself and continues to the same numbers; a stuck one is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_t2i import training
+from rlhf_t2i.checkpoint import Progress
+from rlhf_t2i.cluster import start as starting
+from rlhf_t2i.cluster.ray_cluster import RayCluster
+from rlhf_t2i.errors import RunError
+from rlhf_t2i.recipe import Recipe
+from tests.training.test_run import metrics, model_bytes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+MakeRecipe = Callable[..., Recipe]
+GROUPS = (
+    "{train: {roles: [learner], threads: 1}, draw: {roles: [generator], threads: 1}, "
+    "model: {roles: [assistant, reference], threads: 1}, score: {roles: [reward], threads: 1}}"
+)
+
+
+class Killer(training.Silent):
+    """Sends SIGKILL to the first process of a group after a step, once for each entry of ``plan``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, plan: dict[int, str]) -> None:
+        self.plan, self.notes = dict(plan), list[str]()
+        self.cluster: Any = None
+        original = starting.start
+
+        def start(*args: Any) -> Any:
+            self.cluster = original(*args)
+            return self.cluster
+
+        monkeypatch.setattr(starting, "start", start)
+
+    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        group = self.plan.pop(progress.step, None)
+        if group is not None:
+            actor = self.cluster._actors[group][0]
+            os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_run_survives_the_loss_of_every_role_bit_for_bit(
+    ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(
+        placement="{mode: ray, groups: " + GROUPS + "}", steps=6, checkpoints__every=2, algorithm__assistant_steps=2
+    )
+    training.run(recipe, tmp_path / "whole")
+    killer = Killer(monkeypatch, {1: "draw", 2: "score", 3: "train", 5: "model"})
+    training.run(recipe, tmp_path / "killed", display=killer)
+    assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    restarts = [note for note in killer.notes if "restart" in note]
+    assert ["step_000002" in restarts[0], "step_000004" in restarts[1], len(restarts)] == [True, True, 2]
+    assert "learner" in restarts[0]
+
+
+def test_a_run_that_keeps_losing_processes_ends(
+    ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
+    recipe = make_recipe(placement="{mode: ray, max_restarts: 0, groups: " + groups + "}", checkpoints__every=1)
+    with pytest.raises(RunError, match=r"a process of the .* died.*placement\.max_restarts"):
+        training.run(recipe, tmp_path / "out", display=Killer(monkeypatch, {2: "all"}))
+    saved = list((tmp_path / "out/checkpoints").iterdir())
+    assert [folder.name for folder in saved] == ["step_000001"]
+    training.run(recipe, tmp_path / "out", resume=True)
+
+
+STUCK = """
+import time
+from rlhf_t2i.plugin import Reward
+
+class Stuck(Reward):
+    def score(self, images, prompts):
+        time.sleep(3600)
+"""
+
+
+def test_a_stuck_process_is_named(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    plugin = tmp_path / "stuck.py"
+    plugin.write_text(STUCK, "utf-8")
+    groups = "{train: {roles: [learner, generator, assistant, reference], threads: 1}, score: {roles: [reward]}}"
+    recipe = make_recipe(
+        placement="{mode: ray, step_timeout_s: 15, groups: " + groups + "}",
+        algorithm__rewards=f"[{{name: '{plugin}:Stuck', label: stuck}}]",
+    )
+    cluster = RayCluster(recipe)
+    try:
+        with pytest.raises(RunError, match=r"learner did not answer within 15 s") as error:
+            cluster.call_all("learner", "step", 0, ["a", "b", "c", "d"])
+    finally:
+        cluster.close()
+    assert "train/0: learner.step for" in str(error.value)
+    assert "waiting for another process" in str(error.value)
+    assert "score/0: reward.value_and_grad for" in str(error.value)
