@@ -5,12 +5,17 @@ BIN := $(VENV)/bin
 # Without a GPU the CPU build of torch is enough; with one, pip's newest CUDA build is wanted.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test chaos setup lint clean
 demo: setup
 	$(BIN)/rlhf-t2i run recipes/quickstart.yaml --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Half an hour of SIGKILLs on two cores; KILLS=6 for a taste.
+KILLS ?= 60
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
 
 lint: setup
 	$(BIN)/ruff check .

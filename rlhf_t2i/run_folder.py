@@ -94,7 +94,7 @@ class RunFolder:
         )
 
 
-_HARMLESS = ("logging.", "checkpoints.", "steps")
+_HARMLESS = ("logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
 """Changing these does not change what the steps already done mean."""
 
 

@@ -105,7 +105,7 @@ class RayCluster:
                     max_restarts=restarts,
                     max_task_retries=restarts,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
-                    runtime_env={"env_vars": _actor_environment(spec.threads)},
+                    runtime_env={"env_vars": _actor_environment(spec)},
                 )
                 self._actors[group].append(actor.remote(spec, keeper))
                 bundle += 1
@@ -304,9 +304,11 @@ def _ray_environment(loopback: bool) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
-def _actor_environment(threads: int | None) -> dict[str, str]:
+def _actor_environment(spec: WorkerSpec) -> dict[str, str]:
     """Environment of an actor's process, set before it imports torch."""
+    threads = spec.threads
     kept = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR") if name in os.environ}
+    kept["RLHF_T2I_PROCESS"] = f"{spec.group}/{spec.rank}"  # so that `ps e` tells who is who
     if threads is not None:
         kept["OMP_NUM_THREADS"] = str(threads)
         # Threads that spin while they wait steal the cores of the other processes.
