@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 
 from rlhf_t2i import training
 from rlhf_t2i.checkpoint import Progress
@@ -17,7 +18,7 @@ from rlhf_t2i.cluster import start as starting
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.recipe import Recipe
-from tests.training.test_run import metrics, model_bytes
+from tests.training.test_run import StopAt, metrics, model_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 MakeRecipe = Callable[..., Recipe]
@@ -77,6 +78,53 @@ def test_a_run_that_keeps_losing_processes_ends(
     saved = list((tmp_path / "out/checkpoints").iterdir())
     assert [folder.name for folder in saved] == ["step_000001"]
     training.run(recipe, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(("zero", "devices"), [(1, 1), (2, 2), (3, 2)])
+def test_resume_over_ray_is_bit_identical(
+    ray_instance: None,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    zero: int,
+    devices: int,
+) -> None:
+    groups = f"{{all: {{devices: {devices}, threads: 1, roles: [learner, generator, assistant, reference, reward]}}}}"
+    recipe = make_recipe(
+        placement="{mode: ray, groups: " + groups + "}",
+        optimisation__zero_stage=zero,
+        optimisation__micro_batch=1,  # accumulates
+        optimisation__ema="{half_life_kimg: 0.01}",
+        algorithm__assistant_steps=2,
+        steps=2,
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    training.run(recipe, whole)
+    with monkeypatch.context() as patch:
+        display = StopAt(patch, 1, 1)  # in the middle of a cycle
+        with pytest.raises(training.Stopped):
+            training.run(recipe, broken, display=display)
+    training.run(recipe, broken, resume=True)
+    assert model_bytes(broken) == model_bytes(whole)
+    assert metrics(broken) == metrics(whole)
+    for state in sorted((whole / "checkpoints/step_000002").rglob("*.pt")):
+        other = broken / state.relative_to(whole)
+        assert_equal_states(torch.load(state, weights_only=False), torch.load(other, weights_only=False))
+
+
+def assert_equal_states(one: Any, other: Any) -> None:
+    """Optimiser states, weights and averages, whatever DeepSpeed nests them in."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_states(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal_states(a, b)
 
 
 STUCK = """
