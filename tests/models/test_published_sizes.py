@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from rlhf_t2i.models import architectures as published
+from rlhf_t2i.models import lora
+from rlhf_t2i.recipe import Lora
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,19 @@ from rlhf_t2i.models import architectures as published
 )
 def test_parameter_counts(config: dict, count: int) -> None:
     assert published.count_parameters(config) == count
+
+
+def test_adapters_of_the_full_sdxl_unet() -> None:
+    """70 transformer blocks, two attentions each, four layers: the default targets, counted without memory."""
+    unet = published.build_on_meta(published.SDXL_UNET)
+    names = set(unet.state_dict())
+    assert len(names) == 1680
+    with torch.device("meta"):
+        lora.add(unet, Lora(rank=64), seed=0)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    assert len(trained) == 70 * 2 * 4 * 2
+    assert sum(p.numel() for p in trained) == 92_897_280
+    assert {name for name, _ in lora.merged(unet, lambda p: p)} == names
 
 
 def test_counting_takes_no_memory() -> None:

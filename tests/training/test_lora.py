@@ -58,6 +58,23 @@ def test_resume_is_bit_identical_and_the_export_is_plain(
     assert moved == {n for n in start if n.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))}
 
 
+def test_checkpointed_activations_and_bf16_reach_every_adapter(make_recipe: MakeRecipe) -> None:
+    """With a frozen base no input of a block wants a gradient: re-entrant checkpointing would give none."""
+    options = {"optimisation__gradient_checkpointing": True, "optimisation__precision": "bf16", **ADAPTERS}
+    found = []
+    for recipe in (make_recipe(**options), make_recipe(**ADAPTERS)):
+        cluster = LocalCluster(recipe)
+        for role, method in (("assistant", "train"), ("learner", "step")):
+            cluster.call_all(role, method, 0, PROMPTS)
+        for engine in (cluster._worker.roles["assistant"]._engine, cluster._worker.roles["learner"].engine):
+            factors = {n: p for n, p in engine.module.named_parameters() if ".lora_B." in n}
+            assert factors
+            assert all(float(p.detach().abs().max()) > 0 for p in factors.values())  # they started at zero
+            found.append(torch.cat([p.detach().flatten() for p in factors.values()]))
+    for frugal, plain in zip(found[:2], found[2:], strict=True):
+        assert torch.cosine_similarity(frugal, plain, dim=0) > 0.9
+
+
 def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     LocalCluster(make_recipe(**ADAPTERS)).call_all("learner", "save", str(tmp_path))
     with pytest.raises(RuntimeError, match="other weights than this recipe trains"):
