@@ -195,6 +195,15 @@ def test_unknown_hub_models_are_noted_not_guessed() -> None:
     assert any("who/knows" in note for note in plan.notes)
 
 
+def test_what_needs_less_than_planned_is_noted(tiny_sdxl: Path) -> None:
+    optimisation = {"generator": {"lora": {"rank": 4}}, "assistant": {"kind": "adamw_8bit"}}
+    notes = planning.make(build(tiny_sdxl, optimisation=optimisation)).notes
+    assert [note.split(" is counted")[0] for note in notes] == [
+        "optimisation.generator.lora",
+        "optimisation.assistant.kind: adamw_8bit",
+    ]
+
+
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{")
