@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_t2i import files
+from rlhf_t2i import files, flops
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.roles.engine import learning_rate
@@ -58,6 +58,12 @@ def step_metrics(
     metrics["lr/generator"] = learning_rate(optimisation.generator, progress.step - 1)
     metrics["lr/assistant"] = learning_rate(optimisation.assistant, max(progress.rounds - 1, 0))
     metrics["timing"] = {**seconds, **_timing(seconds["step"], readings)}
+    rates = [reading["matmul_rate"] for reading in readings.values()]
+    if all(rates):
+        work = flops.of_recipe(recipe).update(optimisation.batch_size, len(assistant))
+        mfu = flops.utilisation(work, seconds["step"], rates)
+        if mfu is not None:
+            metrics["mfu"] = mfu
     metrics["memory"] = {process: reading["memory"] for process, reading in readings.items()}
     return metrics
 

@@ -10,7 +10,8 @@ import typer
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_t2i.planning import Memory, Plan
+    from rlhf_t2i.planning import Device, Fit, Memory, Plan, StepTime
+    from rlhf_t2i.recipe import Recipe
 
 
 def plan_command(
@@ -20,24 +21,75 @@ def plan_command(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[str | None, typer.Option(help="Compare with what this Ray cluster has.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Plan for this GPU (h100-80gb, h200-141gb, a100-80gb, ...): fit and seconds.")
+    ] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="GIB", help="Memory of a device [default: --device's, or the GPU's]."),
+    ] = None,
 ) -> None:
-    """Show placement, parameters, memory, traffic and batches of a recipe. Needs no GPU and starts no Ray."""
+    """Show placement, parameters, memory, traffic and batches of a recipe. Needs no GPU and starts no Ray.
+
+    Exit code 1 means that it does not fit the device.
+    """
     from rlhf_t2i import geometry, recipe_io
 
     loaded = recipe_io.load(recipe, set_ or [])
     geometry.check_placement(loaded)
     from rlhf_t2i import planning
 
+    profile = None if device is None else planning.named(device)
     plan = planning.make(loaded)
+    fit = _fit(loaded, plan, device_memory or (profile.memory if profile else None))
+    seconds = _seconds(loaded, profile)
     cluster = None if address is None else cluster_resources(address)
     if json_:
         import json
 
-        typer.echo(json.dumps(as_json(plan, cluster), indent=2))
+        typer.echo(json.dumps(as_json(plan, cluster, fit, seconds), indent=2))
     else:
         show(plan, cluster)
+        if device is not None:
+            typer.echo(_time_sentence(device, seconds))
+        if fit is not None:
+            typer.echo(fit.sentence())
     if cluster is not None:
         _compare(plan, cluster)
+    if fit is not None and fit.group is not None:
+        raise typer.Exit(1)
+
+
+def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
+    """Against the memory given, or a GPU of this machine; None where neither is."""
+    from rlhf_t2i import planning
+
+    if memory is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return planning.check(recipe, plan, memory)
+
+
+def _seconds(recipe: Recipe, profile: Device | None) -> StepTime | None:
+    if profile is None:
+        return None
+    from rlhf_t2i import flops, geometry, planning
+
+    return planning.step_time(recipe, geometry.check_placement(recipe), flops.of_recipe(recipe), profile)
+
+
+def _time_sentence(device: str, seconds: StepTime | None) -> str:
+    from rlhf_t2i.planning import ACHIEVED
+
+    if seconds is None:
+        return f"seconds a step on {device}: no estimate (precision must be bf16 and the UNet's configuration at hand)"
+    return (
+        f"seconds a step on {device}, at an assumed {ACHIEVED:.0%} of its peak: {seconds.step:.3g} "
+        f"(generator {seconds.generator:.3g}, assistant {seconds.assistant:.3g})"
+    )
 
 
 def cluster_resources(address: str) -> dict[str, float]:
@@ -70,7 +122,9 @@ def _compare(plan: Plan, cluster: dict[str, float]) -> None:
         )
 
 
-def as_json(plan: Plan, cluster: dict[str, float] | None = None) -> dict[str, Any]:
+def as_json(
+    plan: Plan, cluster: dict[str, float] | None = None, fit: Fit | None = None, seconds: StepTime | None = None
+) -> dict[str, Any]:
     """The plan as plain data; sizes in bytes."""
     from dataclasses import asdict
 
@@ -80,6 +134,10 @@ def as_json(plan: Plan, cluster: dict[str, float] | None = None) -> dict[str, An
     data["devices"] = plan.devices
     if cluster is not None:
         data["cluster"] = cluster
+    if fit is not None:
+        data["fit"] = asdict(fit)
+    if seconds is not None:
+        data["seconds"] = {**asdict(seconds), "step": seconds.step}
     return data
 
 

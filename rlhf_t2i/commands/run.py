@@ -84,7 +84,8 @@ class ProgressDisplay:
         seconds = metrics["timing"]["step"]
         self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         rewards = [f"{k.removeprefix('reward/')} {v:.4f}" for k, v in metrics.items() if k.startswith("reward/")]
-        details = ", ".join([*rewards[:2], f"{self._seconds:.2f} s/step"])
+        used = [f"MFU {metrics['mfu']:.0%}"] if "mfu" in metrics else []
+        details = ", ".join([*rewards[:2], f"{self._seconds:.2f} s/step", *used])
         self._bar.update(self._task, description="training", completed=progress.step, details=details)
         if not self._console.is_terminal and time.monotonic() - self._spoke > 10:
             total = self._bar.tasks[self._task].total or 0

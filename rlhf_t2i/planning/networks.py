@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +89,14 @@ class Networks:
 
 def count_parameters(config: Config | None) -> int | None:
     """Parameters of a configuration; None where it is absent or not one this project builds."""
-    if config is None:
-        return None
+    return None if config is None else _counted(json.dumps(config, sort_keys=True, default=str))
+
+
+@cache
+def _counted(config: str) -> int | None:
+    """Looking for a change that fits plans many times over the same networks."""
     try:
-        return architectures.count_parameters(config)
+        return architectures.count_parameters(json.loads(config))
     except (ValueError, TypeError, KeyError):
         return None
 

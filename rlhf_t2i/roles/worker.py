@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_t2i import registry, rng
+from rlhf_t2i import flops, registry, rng
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugin import LatentReward
 from rlhf_t2i.recipe import Recipe, RewardChoice
@@ -62,6 +62,9 @@ class Worker:
         self.spec = spec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
+        # Before the networks: afterwards there may be no room. Processes that share a GPU would measure each other.
+        shared = spec.recipe.placement.share_devices
+        self._matmul_rate = flops.matmul_rate() if self.device.type == "cuda" and not shared else None
         self.roles: dict[str, Any] = {}
         for role in ("learner", "generator", "assistant", "reference"):
             if role in spec.roles:
@@ -129,9 +132,15 @@ class Worker:
         return _to(result, torch.device("cpu"))
 
     def readings(self) -> dict[str, Any]:
-        """Seconds by role, bytes sent, and peak memory in bytes since the last reading."""
+        """Seconds by role, bytes sent, and peak memory in bytes since the last reading; the device's matmul rate."""
         seconds, sent = stopwatch.read()
-        return {"seconds": seconds, "bytes": sent, "memory": _peak_memory(), "rank": self.spec.rank}
+        return {
+            "seconds": seconds,
+            "bytes": sent,
+            "memory": _peak_memory(),
+            "rank": self.spec.rank,
+            "matmul_rate": self._matmul_rate,
+        }
 
 
 @dataclass

@@ -1,0 +1,109 @@
+"""What fits a device, what makes it fit, and the seconds of a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from rlhf_t2i import flops, planning
+from rlhf_t2i.commands import plan as command
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.flops import StepFlops
+from rlhf_t2i.geometry import check_placement
+from rlhf_t2i.planning import USABLE, Device
+from rlhf_t2i.recipe import ROLES, Recipe
+from tests import tiny
+
+GIB = 2**30
+
+
+def build(folder: Path, devices: int = 2, **optimisation: object) -> Recipe:
+    settings = {"batch_size": 8, "zero_stage": 1, **optimisation}
+    placement = {"mode": "ray", "groups": {"all": {"devices": devices, "roles": list(ROLES)}}}
+    return Recipe.model_validate(tiny.recipe_dict(folder, Path("/nowhere"), optimisation=settings, placement=placement))
+
+
+def needs(recipe: Recipe) -> float:
+    """GiB of a device on which the recipe just fits."""
+    return planning.make(recipe).groups[0].memory.device / GIB / USABLE * 1.0001
+
+
+def test_what_fits_needs_no_change(tiny_sdxl: Path) -> None:
+    recipe = build(tiny_sdxl)
+    fit = planning.check(recipe, planning.make(recipe), needs(recipe))
+    assert fit.group is None
+    assert fit.sentence().startswith("fits")
+
+
+def test_smaller_micro_batches_come_first(tiny_sdxl: Path) -> None:
+    recipe = build(tiny_sdxl)
+    half = needs(planning.changed(recipe, {"optimisation.micro_batch": 2}))
+    fit = planning.check(recipe, planning.make(recipe), half)
+    assert (fit.group, fit.change) == ("all", {"optimisation.micro_batch": 2})
+    assert "--set optimisation.micro_batch=2" in fit.sentence()
+
+
+def test_changes_are_combined_and_do_fit(tiny_sdxl: Path) -> None:
+    """Smaller than any one change can make it; the answer, planned again, does fit."""
+    recipe = build(tiny_sdxl, gradient_checkpointing=True, precision="bf16", micro_batch=1)
+    offloaded = needs(planning.changed(recipe, {"optimisation.offload_optimizer": True}))
+    fit = planning.check(recipe, planning.make(recipe), offloaded)
+    assert fit.change
+    assert needs(planning.changed(recipe, fit.change)) <= offloaded
+    assert needs(recipe) > offloaded
+
+
+def test_the_impossible_is_said(tiny_sdxl: Path) -> None:
+    recipe = build(tiny_sdxl)
+    fit = planning.check(recipe, planning.make(recipe), 1e-6)
+    assert fit.change == {}
+    assert "no change" in fit.sentence()
+
+
+def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
+    device = Device(80, 1 / planning.ACHIEVED)  # one FLOP a second
+    work = StepFlops(
+        {"learner": 3, "assistant": 2, "reference": 4, "decoder": 2, "rewards": 1}, {"generator": 1, "assistant": 3}
+    )
+    together = build(tiny_sdxl, devices=1, precision="bf16", batch_size=1)
+
+    def seconds(recipe: Recipe) -> tuple[float, float]:
+        found = planning.step_time(recipe, check_placement(recipe), work, device)
+        assert found is not None
+        return found.generator, found.assistant
+
+    # The decoder runs at half the rate.
+    assert seconds(together) == pytest.approx((3 + 2 + 4 + 2 * 2 + 1, 1 + 3))
+    groups = {"a": {"roles": ["learner", "generator", "reward"]}, "b": {"roles": ["assistant", "reference"]}}
+    apart = planning.changed(together, {"placement.groups": groups})
+    assert seconds(apart) == pytest.approx((3 + max(2 + 4, 2 * 2 + 1), 1 + 3))
+    again = planning.changed(together, {"optimisation.gradient_checkpointing": True})
+    assert seconds(again) == pytest.approx((4 + 3 + 6 + 2 * 3 + 1.5, 1 + 4))
+    fp32 = planning.changed(together, {"optimisation.precision": "fp32"})
+    assert planning.step_time(fp32, check_placement(fp32), work, device) is None
+
+
+def test_the_command(tiny_sdxl: Path, tmp_path: Path) -> None:
+    recipe = build(tiny_sdxl, precision="bf16")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump()))
+    app = typer.Typer()
+    app.command()(command.plan_command)
+    fits = CliRunner().invoke(app, [str(file), "--device", "h100-80gb", "--json"])
+    assert fits.exit_code == 0, fits.output
+    data = json.loads(fits.output)
+    assert data["fit"]["group"] is None
+    work = flops.of_recipe(recipe).update(8, recipe.algorithm.assistant_steps)
+    assert data["seconds"]["step"] >= work / (2 * 989e12 * planning.ACHIEVED) > 0
+    large = CliRunner().invoke(app, [str(file), "--device-memory", str(needs(recipe) * 0.9)])
+    assert large.exit_code == 1
+    assert "does not fit: a process of group 'all' needs" in large.output
+    assert "cheapest that fits: --set" in large.output
+    unknown = CliRunner().invoke(app, [str(file), "--device", "h1000"])
+    assert isinstance(unknown.exception, UsageError)
+    assert "known: h100-80gb" in str(unknown.exception)
