@@ -6,7 +6,7 @@ a backward follows from its forward F, whose every product ``y = x w`` has two g
 
 - a trained network needs both, ``dx`` and ``dw``: 3 F with the forward;
 - a frozen one through which a gradient flows (assistant and reference in the generator step, decoder, reward) needs
-  ``dx`` alone: 2 F;
+  ``dx`` alone: 2 F; so does one whose adapters alone are trained, whose own products are small beside it;
 - one that only predicts (the generator drawing samples, denoisers under the KL): F.
 
 Recomputed activations are the implementation's choice and do not count: this is the model's work, not the machine's.
@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 from rlhf_t2i.objective import guidance_omega
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import Optimiser, Recipe
 
 TRAINED, PULLED, PREDICTED = 3, 2, 1
 """Forwards' worth of work of a trained network, of a frozen one with a gradient through it, and of a prediction."""
@@ -88,6 +88,10 @@ def of_networks(recipe: Recipe, networks: Any) -> StepFlops:
 
 def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
     """The work of Algorithm 1 from one forward of each network (algorithm.md 2.1)."""
+
+    def trained(optimiser: Optimiser) -> int:
+        return PULLED if optimiser.lora else TRAINED
+
     algorithm = recipe.algorithm
     gradient = PREDICTED if algorithm.divergence.name == "kl" else PULLED
     cfg = algorithm.cfg
@@ -98,7 +102,7 @@ def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
         reference = branches * gradient
     implicit = sum(choice.name == "cfg_implicit" for choice in algorithm.rewards)
     generator = {
-        "learner": TRAINED * forward.unet,
+        "learner": trained(recipe.optimisation.generator) * forward.unet,
         "assistant": gradient * forward.unet,
         "reference": (reference + 2 * PREDICTED * implicit) * forward.unet,
     }
@@ -107,7 +111,8 @@ def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
         # One decode serves all rewards; each pulls its own gradient back through the decoder.
         generator["decoder"] = (PREDICTED + len(images) * (PULLED - PREDICTED)) * forward.decoder
         generator["rewards"] = PULLED * sum(forward.rewards[label] for label in images)
-    return StepFlops(generator, {"generator": PREDICTED * forward.unet, "assistant": TRAINED * forward.unet})
+    assistant = trained(recipe.optimisation.assistant) * forward.unet
+    return StepFlops(generator, {"generator": PREDICTED * forward.unet, "assistant": assistant})
 
 
 def utilisation(flops: float, seconds: float, rates: Sequence[float | None]) -> float | None:

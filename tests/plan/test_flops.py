@@ -60,6 +60,13 @@ def test_every_objective_has_its_own_work(algorithm: dict[str, Any], reference: 
     assert (step.generator["reference"], step.generator["assistant"]) == (reference, assistant)
 
 
+def test_adapters_spare_the_gradient_of_the_weights() -> None:
+    adapted = recipe().model_dump()
+    adapted["optimisation"]["assistant"]["lora"] = {"rank": 4}
+    step = flops.of_step(Recipe.model_validate(adapted), Forward(1, 0, {"pickscore": 0}))
+    assert (step.generator["learner"], step.assistant["assistant"]) == (3, 2)
+
+
 def test_rewards_share_a_decode_but_not_its_backward() -> None:
     two = [{"name": "pickscore", "label": label} for label in ("one", "two")]
     step = flops.of_step(recipe(rewards=two), Forward(0, 10, {"one": 1, "two": 2}))
