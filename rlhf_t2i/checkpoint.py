@@ -24,12 +24,16 @@ class Progress:
         round: Assistant updates done in the current cycle (or warm-up).
         rounds: Assistant updates done in all.
         reports: What the rounds of the current cycle measured, for the next line of metrics.
+        bad_steps: Updates of generator or assistant skipped in all, their gradients not being finite.
+        bad_in_a_row: Those since the last good update.
     """
 
     step: int = 0
     round: int = 0
     rounds: int = 0
     reports: list[dict[str, float]] = field(default_factory=list)
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
 
 
 def folder_of(out: Path, progress: Progress) -> Path:

@@ -54,6 +54,7 @@ def step_metrics(
         metrics["assistant_loss"] = float(np.mean([r["loss"] for r in assistant]))
         metrics["param_grad_norm/assistant"] = assistant[-1]["grad_norm"]
     metrics["param_grad_norm/generator"] = learner[0]["grad_norm"]
+    metrics["bad_steps"] = progress.bad_steps
     optimisation = recipe.optimisation
     metrics["lr/generator"] = learning_rate(optimisation.generator, progress.step - 1)
     metrics["lr/assistant"] = learning_rate(optimisation.assistant, max(progress.rounds - 1, 0))
@@ -104,7 +105,7 @@ class MetricsFile:
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(files.finite(metrics), allow_nan=False) + "\n")
         for writer in self._writers:
             writer.log(metrics["step"], metrics)
 

@@ -164,6 +164,9 @@ class Optimisation(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute; master weights are float32")
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimiser states in host memory")
+    max_bad_steps: int = Field(
+        3, ge=0, le=1_000_000, description="updates in a row that may be skipped, their gradient not being finite"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     generator: Optimiser = Optimiser()
     assistant: Optimiser = Optimiser()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -124,6 +125,7 @@ class Trainer:
             self.display.phase(f"assistant warm-up, round {state.round} of {self.recipe.algorithm.assistant_warmup}")
         batch = self._assistant_prompts.batch(state.rounds * size, size)
         reports = self.cluster.call_all("assistant", "train", state.rounds, batch)
+        self._judge("assistant", reports)
         state.reports.append(
             {"loss": sum(r["loss"] for r in reports) / len(reports), "grad_norm": reports[0]["grad_norm"]}
         )
@@ -135,6 +137,7 @@ class Trainer:
         batch = self._generator_prompts.batch(state.step * size, size)
         generator_began = time.perf_counter()
         reports = self.cluster.call_all("learner", "step", state.step, batch)
+        self._judge("generator", reports)
         self.cluster.sync_generator()
         ended = time.perf_counter()
         assistant_reports, state.reports = state.reports, []
@@ -147,6 +150,27 @@ class Trainer:
             self._preview()
         if state.step % self.recipe.checkpoints.every == 0 and state.step < self.recipe.steps:
             checkpoint.save(self.cluster, self.out.path, state, self.recipe.checkpoints.keep)
+
+    def _judge(self, network: str, reports: list[dict[str, Any]]) -> None:
+        """Count an update that the engines skipped.
+
+        Raises:
+            RunError: More in a row than ``optimisation.max_bad_steps``.
+        """
+        state, limit = self.progress, self.recipe.optimisation.max_bad_steps
+        if math.isfinite(reports[0]["grad_norm"]):
+            state.bad_in_a_row = 0
+            return
+        state.bad_steps += 1
+        state.bad_in_a_row += 1
+        prompt = next((p for report in reports for p in report.get("bad", [])), None)
+        found = f"the {network}'s gradient is not finite" + (f" (prompt {prompt!r})" if prompt else "")
+        if state.bad_in_a_row > limit:
+            raise RunError(
+                f"step {state.step}: {found}, for the {state.bad_in_a_row}. update in a row "
+                f"(optimisation.max_bad_steps: {limit}); lower the learning rate or look at that prompt"
+            )
+        self.display.note(f"step {state.step}: {found}; the update is skipped")
 
     @property
     def _weights(self) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
 
 
@@ -65,7 +65,7 @@ def write_atomic(path: Path, data: bytes | str) -> Path:
 
 def dumps(data: Any) -> str:
     """JSON that any reader takes: numbers that are none become null, and the same data gives the same bytes."""
-    return json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
@@ -109,13 +109,3 @@ def claim(out: Path, name: str, identity: dict[str, Any]) -> None:
                 f"--out {out} holds other work: {key} is {there.get(key)!r} there and {identity[key]!r} now; "
                 "give another --out"
             )
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data

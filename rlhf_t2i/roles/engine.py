@@ -7,6 +7,7 @@ what distributed runs are compared with.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,10 @@ class Engine(Protocol):
         """Accumulate the gradient of a micro-batch's mean loss."""
 
     def step(self, learning_rate: float) -> float:
-        """Update after the last micro-batch; returns the gradient norm before clipping."""
+        """Update after the last micro-batch; returns the gradient norm over all ranks before clipping.
+
+        Where that norm is not finite nothing is updated, on any rank, and it is returned as infinite.
+        """
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, adapters merged, in float32 on the device; all ranks must iterate together."""
@@ -106,10 +110,11 @@ class LocalEngine:
         """Clip, update, clear."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, self._settings.max_grad_norm)
-        self._optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, self._settings.max_grad_norm))
+        if math.isfinite(norm):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm if math.isfinite(norm) else math.inf
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters as they are, adapters merged."""
@@ -171,9 +176,21 @@ class DeepSpeedEngine:
         """Reduce, clip, update."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._stage == 0 and not self._finite():
+            # Without ZeRO DeepSpeed would update all the same: leave its step out, but for the count of micro-batches.
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+            return math.inf
         self._engine.step()
+        if not self._engine.was_step_applied():
+            return math.inf
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
+
+    def _finite(self) -> bool:
+        """Whether the gradients are, which the last backward has averaged over the ranks."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 master weights, gathered one at a time, adapters merged."""

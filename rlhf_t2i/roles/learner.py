@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -65,7 +66,7 @@ class LearnerRole:
         """Learn where the other roles are called."""
         self._assistant, self._reference, self._rewards = assistant, reference, rewards
 
-    def step(self, step: int, prompts: Sequence[str]) -> dict[str, Samples | float]:
+    def step(self, step: int, prompts: Sequence[str]) -> dict[str, Samples | float | list[str]]:
         """One generator update.
 
         Args:
@@ -73,9 +74,11 @@ class LearnerRole:
             prompts: The global batch; this rank takes its share.
 
         Returns:
-            ``samples``: per-sample measurements of this rank; ``grad_norm``: over all ranks, before clipping.
+            ``samples``: per-sample measurements of this rank; ``grad_norm``: over all ranks, before clipping, infinite
+            if the update was skipped; ``bad``: this rank's prompts whose gradient at x_0 was not finite.
         """
         measured: Samples = {}
+        bad: list[str] = []
         for number, micro in enumerate(self._context.micro_batches()):
             chosen = [prompts[i] for i in micro]
             keys = [(self._recipe.seed, "generator", step, i) for i in micro]
@@ -85,11 +88,12 @@ class LearnerRole:
             x0 = one_step(self.engine, z, cond, timestep, self.schedule, self._context.dtype)
             ticket = f"{step}.{self._context.rank}.{number}"
             gradient = self.gradient_at_x0(ticket, x0.detach(), chosen, keys, measured)
+            bad += [chosen[int(i)] for i in (~gradient.flatten(1).isfinite().all(1)).nonzero()]
             self.engine.backward((x0 * gradient).sum() / len(micro))
         norm = self.engine.step(learning_rate(self._settings, step))
-        if self._averaged is not None:
+        if self._averaged is not None and math.isfinite(norm):
             self._update_average((step + 1) * self._recipe.optimisation.batch_size)
-        return {"samples": measured, "grad_norm": norm}
+        return {"samples": measured, "grad_norm": norm, "bad": bad}
 
     def gradient_at_x0(
         self, ticket: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
@@ -114,11 +118,9 @@ class LearnerRole:
         pull = self._reward_gradient(x0, values, measured)
         _measure(measured, "grad_norm/divergence", _norm(divergence))
         _measure(measured, "grad_cosine", torch.cosine_similarity(divergence.flatten(1), pull.flatten(1)))
-        total = divergence + pull
-        if not bool(torch.isfinite(total).all()):
-            index = int((~torch.isfinite(total.flatten(1)).all(1)).nonzero()[0])
-            raise RunError(f"the gradient at x_0 is not finite for the prompt {prompts[index]!r}")
-        return total
+        # A value that is not finite goes on into the parameters' gradients: there the engines skip the update, on all
+        # ranks alike.
+        return divergence + pull
 
     def _divergence_gradient(
         self, ticket: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples

@@ -1,0 +1,102 @@
+"""Updates whose gradient is not finite are skipped on all ranks alike, counted, and end the run if they go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_t2i import checkpoint, training
+from rlhf_t2i.errors import RunError
+from rlhf_t2i.recipe import Recipe
+from tests.training.test_run import metrics
+
+MakeRecipe = Callable[..., Recipe]
+# Not finite in the calls FIRST to LAST of the first process alone, so that ranks must agree to skip.
+POISON = """
+import os
+from rlhf_t2i_plugins.divergences.l2 import L2
+
+class Poison(L2):
+    calls = 0
+
+    def derivative(self, delta):
+        Poison.calls += 1
+        bad = FIRST <= Poison.calls <= LAST and os.environ.get("RLHF_T2I_PROCESS", "all/0") == "all/0"
+        return super().derivative(delta) * (float("nan") if bad else 1.0)
+"""
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path, make_recipe: MakeRecipe) -> Callable[..., Recipe]:
+    def build(first: int, last: int, **overrides: object) -> Recipe:
+        plugin = tmp_path / "poison.py"
+        plugin.write_text(POISON.replace("FIRST", str(first)).replace("LAST", str(last)), "utf-8")
+        return make_recipe(
+            algorithm__divergence=f"{{name: '{plugin}:Poison'}}",
+            optimisation__ema="{half_life_kimg: 0.01}",
+            checkpoints="{every: 1, keep: 9}",
+            **overrides,
+        )
+
+    return build
+
+
+class Notes(training.Silent):
+    def __init__(self) -> None:
+        self.heard = list[str]()
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
+    out, notes = tmp_path / "out", Notes()
+    training.run(poisoned(2, 2), out, display=notes)
+    assert [row["bad_steps"] for row in metrics(out)] == [0, 1, 1]
+    assert [row["param_grad_norm/generator"] is None for row in metrics(out)] == [False, True, False]
+    assert "NaN" not in (out / "metrics.jsonl").read_text("utf-8")
+    assert [n for n in notes.heard if "the generator's gradient is not finite (prompt '" in n and "skipped" in n]
+    folders = [out / f"checkpoints/step_{step:06d}/learner" for step in (1, 2, 3)]
+    states = [torch.load(folder / "local.pt", weights_only=True) for folder in folders]
+    averages = [torch.load(folder / "average.pt", weights_only=True) for folder in folders]
+    for name, before in states[0]["module"].items():
+        assert torch.equal(before, states[1]["module"][name]), name
+        assert torch.equal(averages[0][name], averages[1][name]), name
+    assert all(
+        torch.equal(states[0]["optimizer"]["state"][i][key], states[1]["optimizer"]["state"][i][key])
+        for i in states[0]["optimizer"]["state"]
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    )
+    assert any(not torch.equal(states[1]["module"][n], states[2]["module"][n]) for n in states[1]["module"])
+
+
+def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"step 2: the generator's gradient .* 2. update in a row .*max_bad_steps: 1"):
+        training.run(poisoned(2, 99, optimisation__max_bad_steps=1, algorithm__assistant_steps=0), out)
+    folder, progress, warnings = checkpoint.find(out)
+    assert (folder.name, progress.bad_steps, progress.bad_in_a_row, warnings) == ("step_000002", 1, 1, [])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_all_ranks_skip_together(
+    ray_instance: None, poisoned: Callable[..., Recipe], tmp_path: Path, zero: int
+) -> None:
+    out = tmp_path / "out"
+    groups = "{all: {devices: 2, threads: 1, roles: [learner, generator, assistant, reference, reward]}}"
+    training.run(poisoned(2, 2, optimisation__zero_stage=zero, placement="{mode: ray, groups: " + groups + "}"), out)
+    assert [row["bad_steps"] for row in metrics(out)] == [0, 1, 1]
+    averages = [
+        torch.load(out / f"checkpoints/step_{step:06d}/learner/average.pt", weights_only=True) for step in (1, 2, 3)
+    ]
+    assert all(torch.equal(value, averages[1][name]) for name, value in averages[0].items())
+    assert all(value.isfinite().all() for value in averages[2].values())
+    assert any(not torch.equal(value, averages[2][name]) for name, value in averages[1].items())
+    assert json.loads((out / "evaluation/after.json").read_text("utf-8"))["step"] == 3
