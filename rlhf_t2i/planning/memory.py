@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from rlhf_t2i.planning.networks import Networks
+from rlhf_t2i.planning.networks import Networks, count_adapters
 from rlhf_t2i.recipe import Recipe
 
 TRAINED = ("learner", "assistant")
@@ -81,6 +81,25 @@ def trained_memory(parameters: int, ranks: int, stage: int, precision: str, offl
     )
 
 
+def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks) -> Memory:
+    """A trained role's states: of the network, or of its adapters beside the frozen network."""
+    settings = recipe.optimisation
+    distributed = recipe.placement.mode == "ray"
+    optimiser = settings.generator if role == "learner" else settings.assistant
+    trained = unet if optimiser.lora is None else count_adapters(networks.unet, optimiser.lora)
+    memory = trained_memory(
+        trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, distributed
+    )
+    if optimiser.kind == "adamw_8bit":
+        # Both moments take a byte instead of four; their scales, one number in 256, are left out.
+        ranks = devices if distributed and settings.zero_stage else 1
+        memory = replace(memory, optimiser=memory.optimiser - 6 * -(-trained // ranks))
+    if optimiser.lora is not None:
+        width = _BYTES[settings.precision] if distributed else 4
+        memory = replace(memory, weights=memory.weights + width * unet)
+    return memory
+
+
 def of_group(
     recipe: Recipe,
     name: str,
@@ -96,7 +115,6 @@ def of_group(
 
     settings = recipe.optimisation
     width = _BYTES[settings.precision]
-    distributed = recipe.placement.mode == "ray"
     unet = parts["unet"] or 0
     # Several servers share a micro-batch; a server of several learner ranks keeps the graphs of all, but a reward call
     # is over when it returns.
@@ -112,9 +130,7 @@ def of_group(
     needs_vjp = recipe.algorithm.divergence.name != "kl"
     for role in roles:
         if role in TRAINED:
-            memory = trained_memory(
-                unet, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, distributed
-            )
+            memory = _trained(recipe, role, unet, devices, networks)
             if role == "learner" and settings.ema is not None:
                 memory = replace(memory, host=memory.host + 4 * unet)
             # The assistant trains on micro-batches of its own, and serves the learner's.

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models import architectures, sources
 from rlhf_t2i.models.architectures import Config
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import Lora, Recipe
 
 
 class Networks:
@@ -90,6 +90,23 @@ class Networks:
 def count_parameters(config: Config | None) -> int | None:
     """Parameters of a configuration; None where it is absent or not one this project builds."""
     return None if config is None else _counted(json.dumps(config, sort_keys=True, default=str))
+
+
+def count_adapters(config: Config | None, settings: Lora) -> int:
+    """Parameters of a UNet's low-rank adapters, ``rank * (inputs + outputs)`` a layer; 0 without its configuration."""
+    if config is None:
+        return 0
+    return _adapters(json.dumps(config, sort_keys=True, default=str), settings.rank, tuple(settings.targets))
+
+
+@cache
+def _adapters(config: str, rank: int, targets: tuple[str, ...]) -> int:
+    network = architectures.build_on_meta(json.loads(config))
+    return sum(
+        rank * (layer.in_features + layer.out_features)
+        for name, layer in network.named_modules()
+        if any(name == target or name.endswith(f".{target}") for target in targets) and hasattr(layer, "in_features")
+    )
 
 
 @cache

@@ -15,6 +15,7 @@ from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.flops import StepFlops
 from rlhf_t2i.geometry import check_placement
+from rlhf_t2i.models import lora as adapters
 from rlhf_t2i.planning import USABLE, Device
 from rlhf_t2i.recipe import ROLES, Recipe
 from tests import tiny
@@ -63,6 +64,21 @@ def test_the_impossible_is_said(tiny_sdxl: Path) -> None:
     fit = planning.check(recipe, planning.make(recipe), 1e-6)
     assert fit.change == {}
     assert "no change" in fit.sentence()
+
+
+def test_adapters_and_8_bit_states_are_planned(tiny_sdxl: Path) -> None:
+    lora = {"rank": 2, "targets": ["to_q", "to_out.0"]}
+    recipe = build(tiny_sdxl, assistant={"lora": lora}, generator={"kind": "adamw_8bit"})
+    network = tiny.sdxl_unet()
+    count = sum(p.numel() for p in network.parameters())
+    adapters.add(network, recipe.optimisation.assistant.lora, seed=0)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    memory = {item.role: item.memory for item in planning.make(recipe).groups[0].roles}
+    # Two ranks under ZeRO-1 in fp32: frozen weights, adapters, their gradients, half of their states each.
+    assert memory["assistant"].weights == 4 * (count + trained)
+    assert memory["assistant"].gradients == 4 * trained
+    assert memory["assistant"].optimiser == 12 * -(-trained // 2)
+    assert memory["learner"].optimiser == (2 + 4) * -(-count // 2)
 
 
 def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
