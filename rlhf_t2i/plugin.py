@@ -7,8 +7,9 @@ recipe is refused before anything starts, with the plugin's and the key's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -142,7 +143,28 @@ class Divergence:
         raise NotImplementedError(f"{type(self).__name__} must define derivative(delta)")
 
 
-@cache
+_loaded: ContextVar[dict[Any, Any] | None] = ContextVar("models that the rewards built now share", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Let the rewards built in this block share their models: those of one role, which has one device and one dtype.
+
+    Not the whole process: a second role of another dtype would round the weights of the first.
+    """
+    token = _loaded.set({})
+    try:
+        yield
+    finally:
+        _loaded.reset(token)
+
+
 def shared(loader: Callable[..., Any], *args: Any) -> Any:
-    """Load a model once a process: two rewards that call ``shared(load, path)`` get the same object."""
-    return loader(*args)
+    """Load a model once a role: two rewards that call ``shared(load, path)`` as they are built get the same object."""
+    loaded = _loaded.get()
+    if loaded is None:
+        return loader(*args)
+    key = (loader, args)
+    if key not in loaded:
+        loaded[key] = loader(*args)
+    return loaded[key]

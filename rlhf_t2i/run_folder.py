@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import time
@@ -57,18 +58,39 @@ class RunFolder:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def require_same_recipe(self, recipe: Recipe) -> None:
-        """Refuse to resume with a recipe that means another run.
+    def compare_recipe(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
+        """Compare the recipe of a run that is resumed with the one it began with.
+
+        Args:
+            recipe: The recipe given now.
+            allow_change: Accept changes that make the rest of the run another one than its beginning.
+
+        Returns:
+            Every difference, as ``key (old -> new)``.
 
         Raises:
-            UsageError: There is no run here, or its recipe differs; the differences are listed.
+            UsageError: There is no run here, or a change means another run; the differences are listed.
         """
         if not self.recipe.is_file():
             raise UsageError(f"--resume: {self.path} holds no run")
         old, new = recipe_io.load(self.recipe).model_dump(), recipe.model_dump()
-        changed = [name for name in _differences(old, new) if not name.startswith(_HARMLESS)]
-        if changed:
-            raise UsageError(f"--resume: the recipe has changed since the run began: {', '.join(changed)}")
+        changed = _differences(old, new)
+        refused = [name for name in changed if not name.startswith(_HARMLESS)]
+        if refused and not allow_change:
+            raise UsageError(
+                f"--resume: the recipe has changed since the run began: {', '.join(refused)}; "
+                "undo the change, or accept it with --allow-recipe-change"
+            )
+        return changed
+
+    def update_recipe(self, recipe: Recipe, step: int) -> None:
+        """Make a changed recipe the run's own; ``recipe_changes.jsonl`` keeps what changed at which step."""
+        changed = _differences(recipe_io.load(self.recipe).model_dump(), recipe.model_dump())
+        if not changed:
+            return
+        with (self.path / "recipe_changes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "changed": changed}, ensure_ascii=False) + "\n")
+        files.write_text(self.recipe, recipe_io.dump(recipe))
 
     @contextmanager
     def record(self, recipe: Recipe, command: str) -> Iterator[None]:

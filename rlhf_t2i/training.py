@@ -229,6 +229,7 @@ def run(
     out: Path,
     *,
     resume: bool = False,
+    allow_recipe_change: bool = False,
     address: str | None = None,
     display: Display | None = None,
     command: str = "",
@@ -239,6 +240,7 @@ def run(
         recipe: What to do.
         out: The run's folder; created, and refused when it holds another run.
         resume: Continue from the newest whole checkpoint in ``out``.
+        allow_recipe_change: Resume although the recipe's meaning has changed.
         address: An existing Ray cluster to join.
         display: Who is told how it goes.
         command: The command line, for the record.
@@ -263,10 +265,12 @@ def run(
     folder = RunFolder(out)
     progress, saved = Progress(), None
     if resume:
-        folder.require_same_recipe(recipe)
+        changed = folder.compare_recipe(recipe, allow_recipe_change)
         saved, progress, warnings = checkpoint.find(out)
         for warning in warnings:
             display.note(warning)
+        if changed:
+            display.note(f"the recipe has changed: {', '.join(changed)}")
     else:
         folder.create(recipe)
     display.phase("starting the roles")
@@ -304,6 +308,7 @@ def _train(
         if saved is not None:
             checkpoint.restore(cluster, saved)
             cluster.sync_generator()
+            folder.update_recipe(recipe, progress.step)  # only now: what cannot be restored changes nothing
             display.note(f"resuming from {saved.name}")
         Trainer(recipe, folder, cluster, display, progress).run()
     finally:

@@ -20,6 +20,9 @@ def run_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
+    allow_recipe_change: Annotated[
+        bool, typer.Option("--allow-recipe-change", help="Resume although the recipe means another run now.")
+    ] = False,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
 ) -> None:
     """Train a one-step generator with Diff-Instruct* and friends."""
@@ -38,7 +41,10 @@ def run_command(
     command = " ".join(["rlhf-t2i", *sys.argv[1:]])
     with ProgressDisplay(loaded.steps) as display:
         try:
-            training.run(loaded, folder, resume=resume, address=address, display=display, command=command)
+            training.run(
+                loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
+                display=display, command=command,
+            )  # fmt: skip
         except training.Stopped as stopped:
             display.note(str(stopped))
             raise typer.Exit(stopped.exit_code) from None

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i import registry
+from rlhf_t2i import plugin, registry
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import benchmarks, features, fingerprints, journal, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
@@ -101,8 +101,9 @@ class Work:
     def measure(self) -> list[Measured]:
         """Every metric, in the order it was asked for."""
         measured: list[Measured] = []
-        for label, name in self.settings.named.items():
-            measured += _SPECIAL[name](self) if name in SPECIAL else [self._reward(label, name)]
+        with plugin.sharing():
+            for label, name in self.settings.named.items():
+                measured += _SPECIAL[name](self) if name in SPECIAL else [self._reward(label, name)]
         return measured
 
     def _reward(self, label: str, name: str) -> Measured:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.models import lora
 from rlhf_t2i.recipe import Optimisation, Optimiser
 
@@ -131,7 +131,7 @@ class LocalEngine:
         state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
         missing, unexpected = self.module.load_state_dict(state["module"], strict=False)
         if unexpected or set(missing) != lora.frozen(self.module):
-            raise RuntimeError(f"{folder / 'local.pt'} holds other weights than this recipe trains")
+            raise RunError(f"{folder / 'local.pt'} holds other weights than this recipe trains")
         self._optimizer.load_state_dict(state["optimizer"])
 
 
@@ -215,7 +215,7 @@ class DeepSpeedEngine:
             str(folder), tag="zero", load_module_strict=whole, load_lr_scheduler_states=False
         )
         if path is None:
-            raise RuntimeError(f"no ZeRO checkpoint in {folder}")
+            raise RunError(f"no ZeRO checkpoint in {folder}")
 
 
 def import_deepspeed() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_t2i import flops, registry, rng
+from rlhf_t2i import flops, plugin, registry, rng
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugin import LatentReward
 from rlhf_t2i.recipe import Recipe, RewardChoice
@@ -82,7 +82,8 @@ class Worker:
         return AssistantRole(self._context) if role == "assistant" else ReferenceRole(self._context)
 
     def _build_rewards(self, choices: Sequence[RewardChoice]) -> LocalRewards:
-        rewards = {choice.key: self._build_reward(choice) for choice in choices}
+        with plugin.sharing():
+            rewards = {choice.key: self._build_reward(choice) for choice in choices}
         trained = {choice.key for choice in self.spec.recipe.algorithm.rewards}
         role = RewardRole(
             rewards,

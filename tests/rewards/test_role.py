@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlhf_t2i import registry
+from rlhf_t2i import plugin, registry
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.plugin import Reward
 from rlhf_t2i.reward_check import SyntheticContext
@@ -114,9 +114,20 @@ def test_several_rewards_share_one_decode(latents: Tensor) -> None:
 
 
 def test_one_model_shared_by_two_rewards_is_loaded_once(clip_folder: str) -> None:
-    first = registry.reward("pickscore", model=clip_folder)
-    second = registry.reward("clip", model=clip_folder, unit="logit")
+    with plugin.sharing():
+        first = registry.reward("pickscore", model=clip_folder)
+        second = registry.reward("clip", model=clip_folder, unit="logit")
     assert first.clip.model is second.clip.model
+
+
+def test_a_role_in_half_precision_leaves_another_roles_weights_alone(clip_folder: str) -> None:
+    with plugin.sharing():
+        exact = make_role({"p": registry.reward("pickscore", model=clip_folder)})
+    before = exact.score_images(builders.pictures(2), PROMPTS[:2])
+    with plugin.sharing():
+        make_role({"p": registry.reward("pickscore", model=clip_folder)}, dtype=torch.bfloat16)
+    after = exact.score_images(builders.pictures(2), PROMPTS[:2])
+    assert torch.equal(before["p"], after["p"])
 
 
 def test_text_features_are_computed_once_a_prompt(clip_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

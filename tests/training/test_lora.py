@@ -11,7 +11,7 @@ import torch
 
 from rlhf_t2i import training
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.recipe import Optimisation, Recipe
 from tests.training.test_distributed import PROMPTS, flat, ray_recipe, relative, start_ray, train
 from tests.training.test_run import StopAt, metrics, model_bytes
@@ -77,7 +77,7 @@ def test_checkpointed_activations_and_bf16_reach_every_adapter(make_recipe: Make
 
 def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     LocalCluster(make_recipe(**ADAPTERS)).call_all("learner", "save", str(tmp_path))
-    with pytest.raises(RuntimeError, match="other weights than this recipe trains"):
+    with pytest.raises(RunError, match="other weights than this recipe trains"):
         LocalCluster(make_recipe()).call_all("learner", "load", str(tmp_path))
 
 

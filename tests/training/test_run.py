@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import checkpoint, training
+from rlhf_t2i import checkpoint, recipe_io, training
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -128,6 +128,26 @@ def test_refuses_a_folder_with_another_run(make_recipe: MakeRecipe, tmp_path: Pa
     with pytest.raises(UsageError, match="seed"):
         training.run(make_recipe(steps=1, seed=4), out, resume=True)
     assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_a_changed_recipe_is_refused_unless_allowed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    training.run(make_recipe(steps=1), out)
+    started = (out / "recipe.yaml").read_bytes()
+    changed = {"steps": 2, "algorithm__cfg__scale": 5.0, "data__prompts": make_recipe().data.prompts}
+    with pytest.raises(UsageError, match=r"algorithm.cfg.scale \(3.0 -> 5.0\); .*--allow-recipe-change"):
+        training.run(make_recipe(**changed), out, resume=True)
+    other = make_recipe(**changed, optimisation__generator__lora="{rank: 2}")  # another net: nothing to restore it from
+    with pytest.raises(RunError, match="other weights"):
+        training.run(other, out, resume=True, allow_recipe_change=True)
+    assert (out / "recipe.yaml").read_bytes() == started
+    assert not (out / "recipe_changes.jsonl").exists()
+
+    training.run(make_recipe(**changed), out, resume=True, allow_recipe_change=True)
+    assert [row["step"] for row in metrics(out)] == [1, 2]
+    assert recipe_io.load(out / "recipe.yaml") == make_recipe(**changed)
+    change = json.loads((out / "recipe_changes.jsonl").read_text("utf-8"))
+    assert change == {"step": 1, "changed": ["steps (1 -> 2)", "algorithm.cfg.scale (3.0 -> 5.0)"]}
 
 
 def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe) -> None:
