@@ -62,6 +62,8 @@ def ablate(
         for task in tasks:
             task.claim()
         todo = [task for task in tasks if not task.finished]
+        for row, key in schema.overridden(ablation, list(more), only):
+            say(f"--set {key} stands in place of what row {row} sets itself")
         say(f"{len(tasks) - len(todo)} of {len(tasks)} rows are finished")
 
         def finished(task: Task) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,6 +132,13 @@ def overrides(ablation: Ablation, row: Row, seed: int, more: list[str]) -> list[
     settings |= row.set
     texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     return [*texts, *more, f"seed={seed}"]
+
+
+def overridden(ablation: Ablation, more: list[str], only: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Rows, and the keys of their own that ``--set`` takes from them: they may no longer be what their names say."""
+    keys = [text.partition("=")[0] for text in more]
+    rows = [row for row in ablation.rows if not only or row.name in only]
+    return [(row.name, key) for row in rows for key in keys if key in row.set]
 
 
 def training_recipe(ablation: Ablation, row: Row, seed: int, more: list[str]) -> Recipe:

@@ -132,8 +132,10 @@ class Probe:
 
 
 def clip_extractor(clip: ClipFeatures) -> Extractor:
-    """Features of a CLIP, for distances and Frechet distance."""
-    return Extractor(f"CLIP {clip.location}", fingerprints.of_path(clip.location), clip)
+    """Features of a CLIP, for distances and Frechet distance; a local folder goes by its last two names."""
+    local = Path(clip.location).is_dir()
+    name = "/".join(Path(clip.location).resolve().parts[-2:]) if local else clip.location
+    return Extractor(f"CLIP {name}", fingerprints.of_path(clip.location), clip)
 
 
 def vae_extractor(vae: Any, model: str, device: torch.device) -> Extractor:

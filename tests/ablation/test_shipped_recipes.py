@@ -57,3 +57,11 @@ def test_the_small_ablation_repeats_its_main_rows_over_three_seeds():
     for claim in ablation.claims:
         for name in (claim.more, claim.less):
             assert name not in ("dipp_r100_cfg7.5", "distar_r100_cfg7.5") or len(seeds[name]) >= 3
+
+
+def test_an_override_that_takes_a_rows_own_key_is_told():
+    ablation = schema.load(RECIPES / "emoji64" / "ablation_table2.yaml")
+    assert schema.overridden(ablation, ["steps=9", "optimisation.batch_size=4"]) == [
+        ("distar_r100_cfg7.5_long", "steps")
+    ]
+    assert schema.overridden(ablation, ["steps=9"], only=["distar_r100_cfg7.5"]) == []

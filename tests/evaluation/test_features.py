@@ -106,7 +106,7 @@ def test_frechet_clip_names_its_features(settings, tiny_clip, tmp_path):
     found = evaluate(chosen, tmp_path / "out")
     (row,) = found.rows
     assert row["mean"] > 0
-    assert f"CLIP {tiny_clip}" in row["unit"]
+    assert f"CLIP {tiny_clip.parent.name}/{tiny_clip.name}" in row["unit"]
     assert "10 against 8 real" in row["unit"]
     assert row["low"] is None
 
