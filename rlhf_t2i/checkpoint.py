@@ -74,11 +74,14 @@ def _newest_first(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step_*"), reverse=True)
 
 
-def find(out: Path) -> tuple[Path, Progress, list[str]]:
+def find(out: Path) -> tuple[Path | None, Progress, list[str]]:
     """The newest whole checkpoint of a run, and a sentence about each damaged one passed over.
 
+    Before the first one it is None, and the progress the beginning: every draw is a function of seed and step, so that
+    starting again loses time and nothing else.
+
     Raises:
-        UsageError: There is none.
+        UsageError: All are damaged.
     """
     warnings: list[str] = []
     for folder in _newest_first(out):
@@ -87,7 +90,9 @@ def find(out: Path) -> tuple[Path, Progress, list[str]]:
             manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
             return folder, Progress(**manifest["progress"]), warnings
         warnings.append(f"checkpoint {folder.name} is damaged ({damage}); using an older one")
-    raise UsageError(f"--resume: {out} holds no whole checkpoint" + "".join(f"; {w}" for w in warnings))
+    if not warnings:
+        return None, Progress(), []
+    raise UsageError(f"--resume: {out} holds no whole checkpoint; " + "; ".join(warnings))
 
 
 def _damage(folder: Path) -> str | None:

@@ -266,9 +266,7 @@ def run(
     progress, saved = Progress(), None
     if resume:
         changed = folder.compare_recipe(recipe, allow_recipe_change)
-        saved, progress, warnings = checkpoint.find(out)
-        for warning in warnings:
-            display.note(warning)
+        saved, progress = _newest(out, display)
         if changed:
             display.note(f"the recipe has changed: {', '.join(changed)}")
     else:
@@ -308,21 +306,19 @@ def _train(
         if saved is not None:
             checkpoint.restore(cluster, saved)
             cluster.sync_generator()
-            folder.update_recipe(recipe, progress.step)  # only now: what cannot be restored changes nothing
             display.note(f"resuming from {saved.name}")
+        folder.update_recipe(recipe, progress.step)  # only now: what cannot be restored changes nothing
         Trainer(recipe, folder, cluster, display, progress).run()
     finally:
         cluster.close()
 
 
 def _newest(out: Path, display: Display) -> tuple[Path | None, Progress]:
-    """The newest whole checkpoint; before the first one, the beginning: every draw is a function of seed and step."""
-    try:
-        saved, progress, warnings = checkpoint.find(out)
-    except UsageError:
-        return None, Progress()
+    saved, progress, warnings = checkpoint.find(out)
     for warning in warnings:
         display.note(warning)
+    if saved is None:
+        display.note("no checkpoint was written yet: starting from the beginning")
     return saved, progress
 
 

@@ -101,6 +101,17 @@ def test_damaged_checkpoint_is_named_and_an_older_one_used(make_recipe: MakeReci
         checkpoint.find(out)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    training.run(make_recipe(), whole)
+    training.run(make_recipe(steps=1), broken)
+    for folder in ("checkpoints", "model"):
+        shutil.rmtree(broken / folder)
+    training.run(make_recipe(), broken, resume=True)
+    assert model_bytes(broken) == model_bytes(whole)
+    assert metrics(broken) == metrics(whole)
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
