@@ -14,10 +14,11 @@ class WorkerActor:
     """Builds its roles on request (trained ones need their peers' address first) and answers calls.
 
     A process without trained roles keeps nothing between calls but the generator's weights, so Ray may restart it and
-    repeat the call: the first call after a restart builds the roles again, with the weights that ``keeper`` holds.
+    repeat the call: the first call after a restart builds the roles again, with the weights that the :class:`Keeper`
+    named ``keeper`` holds.
     """
 
-    def __init__(self, spec: Any, keeper: Any = None) -> None:
+    def __init__(self, spec: Any, keeper: str | None = None) -> None:
         from rlhf_t2i.roles.worker import set_threads
 
         self._spec, self._keeper = spec, keeper
@@ -61,7 +62,8 @@ class WorkerActor:
         """After a restart: the roles, and the newest weights of the generator."""
         self.build(None)
         if self._keeper is not None:
-            for name, stored in ray.get(self._keeper.newest.remote()).items():
+            keeper = ray.get_actor(self._keeper)
+            for name, stored in ray.get(keeper.newest.remote()).items():
                 self._worker.call("generator", "load", name, ray.get(stored))
 
     @ray.method(concurrency_group="watch")

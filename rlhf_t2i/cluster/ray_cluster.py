@@ -23,6 +23,7 @@ from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
 _START_TIMEOUT_S = 600.0
 _STATUS_TIMEOUT_S = 10.0
+_KEEPER = "rlhf_t2i keeper {}"  # of a placement group
 
 
 class RayCluster:
@@ -92,13 +93,14 @@ class RayCluster:
 
     def _create(self) -> None:
         if self._roles["generator"][0] != self._roles["learner"][0]:
-            self._keeper = ray.remote(Keeper).options(num_cpus=0).remote()
+            self._keeper = ray.remote(Keeper).options(num_cpus=0, name=_KEEPER.format(self._group.id.hex())).remote()
         bundle = 0
         for group, specs in self._specs.items():
             self._actors[group] = []
             for spec in specs:
                 restarts = 0 if spec.trains else -1
-                keeper = self._keeper if "generator" in spec.roles else None
+                # By name: Ray warns of restarts whose arguments hold references.
+                keeper = _KEEPER.format(self._group.id.hex()) if self._keeper and "generator" in spec.roles else None
                 actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
                     num_cpus=0 if self._gpus else 1,
                     num_gpus=self._share if self._gpus else 0,
