@@ -100,6 +100,30 @@ def test_frechet_distance_agrees_with_torchmetrics():
     assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
+def test_fid_with_inceptions_own_network(settings, tmp_path, monkeypatch):
+    """Random weights in the published file's layout: the path from pictures to the distance, without the download."""
+    fidelity = pytest.importorskip("torch_fidelity", exc_type=ImportError)
+    weights = tmp_path / features.INCEPTION_FILE
+    with monkeypatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *a, **k: None)
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+    torch.save(network.state_dict(), weights)
+    real = pictures(tmp_path / "real", 8)
+    found = evaluate(settings(metrics=["fid"], real=str(real), inception=str(weights)), tmp_path / "out")
+    (row,) = found.rows
+    assert "InceptionV3 pool3" in row["unit"]
+
+    def pool3(folder):
+        images = [np.array(Image.open(path).convert("RGB")) for path in sorted(folder.rglob("*.png"))]
+        with torch.no_grad():
+            batches = [network(torch.from_numpy(image).permute(2, 0, 1)[None])[0] for image in images]
+        return torch.cat(batches).double().numpy()
+
+    expected = statistics.frechet_distance(pool3(tmp_path / "out" / "images"), pool3(real))
+    assert row["mean"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_frechet_clip_names_its_features(settings, tiny_clip, tmp_path):
     real = pictures(tmp_path / "real", 8)
     chosen = settings(metrics=["frechet_clip"], features=str(tiny_clip), real=str(real))
