@@ -1,0 +1,146 @@
+"""The framework beside the plain loop: the same losses and gradients first, then seconds a step, taking turns."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from baseline_diffusers import Noise, PlainLoop
+from gpu_sections import StepTimes, Timer, batch
+from torch import Tensor
+
+from rlhf_t2i import rng
+from rlhf_t2i.models.loading import ModelStore
+from rlhf_t2i.models.networks import DTYPES, one_step
+from rlhf_t2i.objective import assistant_loss, guidance_omega
+from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.roles.worker import Worker, WorkerSpec
+
+_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+"""Of the relative difference of gradients; bf16 keeps 8 bits, and the two sides order their sums differently."""
+
+
+def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
+    """Check, then time.
+
+    Both train the same networks with the same torch AdamW. Under bf16 the trained weights are bf16 too: float32
+    masters of both UNets with their states fill a GPU of 80 GB alone.
+
+    Args:
+        recipe: ``placement: local``.
+        steps: Timed steps of each.
+
+    Raises:
+        RuntimeError: The two do not compute the same.
+    """
+    dtype = DTYPES[recipe.optimisation.precision]
+    _train_in(dtype)
+    worker = Worker(WorkerSpec(recipe, "local", ROLES))
+    worker.connect({})
+    loop = plain_loop(recipe, worker)
+    agreement = check(recipe, worker, loop, dtype)
+    framework = StepTimes(recipe, worker.call, [])
+    micro = recipe.optimisation.micro_batch or recipe.optimisation.batch_size
+    taken: dict[str, list[float]] = {"framework": [], "plain": []}
+    for number in range(2 + steps):
+        ours = framework.step(number)["step"]
+        prompts, timer = batch(recipe, number), Timer()
+        timer.lap()
+        loop.update(prompts, micro)
+        theirs = timer.lap()
+        if number >= 2:
+            taken["framework"].append(ours)
+            taken["plain"].append(theirs)
+    median = {name: statistics.median(values) for name, values in taken.items()}
+    images = recipe.optimisation.batch_size
+    return {
+        "agreement": agreement,
+        "batch": images,
+        "steps": steps,
+        "seconds": median,
+        "images_a_second": {name: images / seconds for name, seconds in median.items()},
+        "ratio": median["plain"] / median["framework"],
+        "ratios": [theirs / ours for ours, theirs in zip(taken["framework"], taken["plain"], strict=True)],
+    }
+
+
+def _train_in(dtype: torch.dtype) -> None:
+    """Let the store give trained networks in the compute precision."""
+    for name in ("generator_unet", "assistant_unet"):
+        original = getattr(ModelStore, name)
+        setattr(ModelStore, name, lambda self, original=original: original(self).to(dtype))
+
+
+def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
+    """The plain loop over a worker's networks and optimisers."""
+    learner, assistant, store = worker.roles["learner"], worker.roles["assistant"], worker._context.store
+    choice = recipe.algorithm.rewards[0]
+    clip = worker.roles["reward"].role.rewards[choice.key].clip
+    cfg, timesteps = recipe.algorithm.cfg, recipe.algorithm.timesteps
+    return PlainLoop(
+        generator=learner.engine.module,
+        assistant=assistant._engine.module,
+        reference=worker.roles["reference"]._unet,
+        vae=store.decoder.vae,
+        text_encoders=list(store.conditioner.encoders),
+        tokenizers=store.conditioner._tokenizers,
+        clip=clip.model,
+        clip_tokenizer=clip.tokenizer,
+        generator_optimizer=learner.engine._optimizer,
+        assistant_optimizer=assistant._engine._optimizer,
+        abar=store.schedule.alphas_cumprod,
+        guidance=guidance_omega(cfg.scale, cfg.convention),
+        reward_scale=choice.scale,
+        resolution=recipe.models.resolution,
+        timestep=recipe.models.generator_timestep,
+        ranges=(
+            (timesteps.generator[0], timesteps.generator[1]),
+            (timesteps.assistant[0], timesteps.assistant[1]),
+        ),
+        max_grad_norm=recipe.optimisation.generator.max_grad_norm,
+    )
+
+
+def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -> dict[str, float]:
+    """Relative differences of the assistant's loss, the latents and the gradient at x_0, on the same noise.
+
+    Raises:
+        RuntimeError: One is larger than the precision explains, or nothing was computed.
+    """
+    prompts = batch(recipe, 0)[: recipe.optimisation.micro_batch]
+    keys = [(recipe.seed, "check", i) for i in range(len(prompts))]
+    learner, assistant, store = worker.roles["learner"], worker.roles["assistant"], worker._context.store
+    z = rng.normal(store.latent_shape, [(*k, "z") for k in keys]).to(worker.device)
+    t, eps = learner.draw(keys, z)
+    noise = Noise(z, t, eps)
+    cond = store.conditioner.encode(prompts)
+    with torch.no_grad():
+        x0 = one_step(learner.engine, z, cond, recipe.models.generator_timestep, store.schedule, dtype)
+        x_t = store.schedule.add_noise(x0, eps, t)
+        from rlhf_t2i.models.networks import predict
+
+        raw = predict(assistant._engine, x_t, t, cond, dtype)
+        ours = assistant_loss(raw, x_t, t, eps, store.schedule).mean()
+        theirs = loop.assistant_loss(prompts, noise)
+        embeds = loop.encode(prompts)
+        plain_x0 = loop.one_step(z, embeds)
+    gradient = learner.gradient_at_x0("check", x0, prompts, keys, {})
+    leaf = x0.clone().requires_grad_(True)
+    # The loop's loss is the batch's mean, the framework's gradient every sample's own.
+    loss = loop.generator_loss(leaf, prompts, embeds, noise) * len(prompts)
+    (plain_gradient,) = torch.autograd.grad(loss, leaf)
+    found = {
+        "assistant loss": _difference(ours, theirs),
+        "x_0": _difference(x0, plain_x0),
+        "gradient at x_0": _difference(gradient, plain_gradient),
+    }
+    for name, value in found.items():
+        if not value < _TOLERANCE[recipe.optimisation.precision]:
+            raise RuntimeError(f"the plain loop's {name} differs from the framework's by {value:.2e} of its size")
+    return found
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Relative, by norm; a zero or a NaN gives NaN."""
+    return float((ours - theirs).float().norm() / ours.float().norm())

@@ -1,0 +1,240 @@
+"""What every role of a process really holds, measured: to be put beside what ``rlhf_t2i.planning`` predicts.
+
+On CUDA the allocator's own counts. On a CPU, where torch keeps none, the live tensors of the process are added up, and
+peaks are read from the profiler's allocation events.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf_t2i import planning, rng
+from rlhf_t2i.models.networks import one_step
+from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.roles.worker import Worker, WorkerSpec
+
+
+@dataclass
+class Held:
+    """Bytes of one role; ``host`` only where the networks live on a GPU.
+
+    Attributes:
+        weights: What was allocated for the network itself.
+        gradients: More at the moment of an update than before its first backward.
+        optimiser: Everything else that stays after an update.
+        host: Stays in the machine's memory.
+        activations: Peak over the state during a forward with graph and the gradient of its input.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimiser: int = 0
+    host: int = 0
+    activations: int | None = None
+
+    @property
+    def states(self) -> int:
+        """Everything but activations, wherever it lives."""
+        return self.weights + self.gradients + self.optimiser + self.host
+
+
+def live(kind: str) -> int:
+    """Bytes of tensors alive on a kind of device: the CUDA allocator's, or of distinct storages that Python can see."""
+    gc.collect()
+    if kind == "cuda":
+        return int(torch.cuda.memory_allocated())
+    sizes: dict[int, int] = {}
+    for item in gc.get_objects():
+        if not issubclass(type(item), torch.Tensor):
+            continue
+        # A gradient exists in C++ and shows in Python only once it is asked for.
+        for tensor in (item, item.grad if item.is_leaf else None):
+            if tensor is not None and tensor.device.type == "cpu" and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """The most bytes a call had allocated at once, over what was there before."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+class MeasuredWorker(Worker):
+    """A worker that notes what each role allocates while it is built and while it trains."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.held: dict[str, Held] = {}
+        self._modules: dict[str, Any] = {}
+        super().__init__(spec)
+
+    @contextmanager
+    def _noting(self, role: str) -> Iterator[None]:
+        kind = self.device.type
+        before, host = live(kind), live("cpu") if kind == "cuda" else 0
+        yield
+        held = self.held.setdefault(role, Held())
+        held.optimiser += live(kind) - before  # weights are taken out of it below
+        held.host += live("cpu") - host if kind == "cuda" else 0
+
+    def _build(self, role: str) -> Any:
+        if "text encoders" not in self.held:
+            with self._noting("text encoders"):
+                encoders = self._context.store.conditioner
+            self._own("text encoders", encoders)
+        with self._noting(role):
+            built = super()._build(role)
+        self._own(role, network(role, built))
+        return built
+
+    def _build_rewards(self, choices: Any) -> Any:
+        with self._noting("reward"):
+            built = super()._build_rewards(choices)
+        modules = [*built.role.rewards.values(), self._context.store.decoder]
+        self._own("reward", torch.nn.ModuleList(modules))
+        return built
+
+    def _own(self, role: str, module: Any) -> None:
+        """Split what was allocated into the network's own tensors and the rest."""
+        held = self.held[role]
+        if role == "generator" and held.optimiser < 1024:  # the learner's network, shared
+            held.optimiser = 0
+            return
+        tensors = [*module.parameters(), *module.buffers()]
+        own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        held.weights = min(sum(own.values()), held.optimiser)
+        held.optimiser -= held.weights
+
+    def train_once(self, step: int, prompts: list[str]) -> None:
+        """One assistant and one generator update, noting states and gradients."""
+        for role, method in (("assistant", "train"), ("learner", "step")):
+            engine = self.roles["assistant"]._engine if role == "assistant" else self.roles["learner"].engine
+            update, kind, held = engine.step, self.device.type, self.held[role]
+            before = live(kind)
+
+            def noted(rate: float, update: Any = update, held: Held = held, before: int = before) -> float:
+                held.gradients = max(held.gradients, live(self.device.type) - before)
+                return update(rate)
+
+            engine.step = noted
+            try:
+                with self._noting(role):
+                    self.call(role, method, step, prompts)
+            finally:
+                del engine.step
+            # What a first update allocates and keeps are the moments; later ones only show the gradients.
+            if step == 0:
+                held.gradients = 0
+
+    def measure_activations(self, prompts: list[str]) -> None:
+        """Every role's forward and input gradient by itself on ``prompts``, the roles' own micro-batch."""
+        store, recipe = self._context.store, self.spec.recipe
+        keys = [(0, "memory", i) for i in range(len(prompts))]
+        z = rng.normal(store.latent_shape, keys).to(self.device)
+        t = torch.full((len(prompts),), 500, device=self.device)
+        store.conditioner.encode([*prompts, ""])  # cached: the encoders' own activations are not the networks'
+
+        def served(role: str, branch: str) -> None:
+            server = self.roles[role]
+            prediction = server.forward("memory", z, t, prompts, branch, True)
+            server.vjp("memory", z, t, prompts, branch, torch.ones_like(prediction))
+
+        def drawn() -> None:
+            leaf = z.clone().requires_grad_(True)
+            module = self.roles["learner"].engine.module
+            timestep = recipe.models.generator_timestep
+            cond = store.conditioner.encode(prompts)
+            x0 = one_step(module, leaf, cond, timestep, store.schedule, self._context.dtype)
+            torch.autograd.grad(x0.sum(), leaf)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "learner": drawn,
+            "assistant": lambda: served("assistant", "conditional"),
+            "reference": lambda: served("reference", "guided"),
+            "reward": lambda: self.roles["reward"].value_and_grad(z, prompts),
+        }
+        for role, call in calls.items():
+            call()  # the first one also fills caches and workspaces
+            self.held[role].activations = peak(call)
+
+
+def network(role: str, built: Any) -> Any:
+    """The role's own network."""
+    if role == "learner":
+        return built.engine.module
+    if role == "assistant":
+        return built._engine.module
+    return built._unet if role == "reference" else built._networks["live"]
+
+
+@dataclass
+class Row:
+    """Predicted and measured bytes of a role, by kind."""
+
+    role: str
+    kind: str
+    predicted: int
+    measured: int
+    ratio: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ratio = self.measured / self.predicted if self.predicted else None
+
+
+def compare(recipe: Recipe, worker: MeasuredWorker) -> list[Row]:
+    """Rows by role and kind, and the sum of the states; a one-process recipe only."""
+    (group,) = planning.make(recipe).groups
+    predicted: dict[str, planning.Memory] = {}
+    for item in group.roles:
+        role = "reward" if item.role.startswith("reward") else item.role
+        known = predicted.get(role, planning.Memory())
+        names = planning.Memory.__dataclass_fields__
+        predicted[role] = planning.Memory(*(getattr(known, k) + getattr(item.memory, k) for k in names))
+    rows: list[Row] = []
+    for role, memory in predicted.items():
+        held = worker.held.get(role, Held())
+        on_cpu = worker.device.type == "cpu"
+        optimiser = memory.optimiser + (memory.host if on_cpu else 0)
+        for kind, told, found in (
+            ("weights", memory.weights, held.weights),
+            ("gradients", memory.gradients, held.gradients),
+            ("optimiser", optimiser, held.optimiser),
+            ("host", 0 if on_cpu else memory.host, held.host if memory.host else 0),
+            ("states", memory.weights + memory.gradients + memory.optimiser + memory.host, held.states),
+            ("activations", memory.activations, held.activations or 0),
+        ):
+            if told or found:
+                rows.append(Row(role, kind, told, found))
+    states = [row for row in rows if row.kind == "states"]
+    rows.append(Row("all", "states", sum(r.predicted for r in states), sum(r.measured for r in states)))
+    return rows
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table."""
+    lines = ["| role | kind | predicted, MB | measured, MB | measured / predicted |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
+        lines.append(f"| {row.role} | {row.kind} | {row.predicted / 1e6:.1f} | {row.measured / 1e6:.1f} | {ratio} |")
+    return "\n".join(lines) + "\n"
