@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from rlhf_t2i import rng
 from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.models.networks import DTYPES, one_step
+from rlhf_t2i.models.networks import DTYPES, one_step, predict
 from rlhf_t2i.objective import assistant_loss, guidance_omega
 from rlhf_t2i.recipe import ROLES, Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
@@ -35,8 +37,8 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
         RuntimeError: The two do not compute the same.
     """
     dtype = DTYPES[recipe.optimisation.precision]
-    _train_in(dtype)
-    worker = Worker(WorkerSpec(recipe, "local", ROLES))
+    with _training_in(dtype):
+        worker = Worker(WorkerSpec(recipe, "local", ROLES))
     worker.connect({})
     loop = plain_loop(recipe, worker)
     agreement = check(recipe, worker, loop, dtype)
@@ -65,11 +67,17 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
     }
 
 
-def _train_in(dtype: torch.dtype) -> None:
+@contextmanager
+def _training_in(dtype: torch.dtype) -> Iterator[None]:
     """Let the store give trained networks in the compute precision."""
-    for name in ("generator_unet", "assistant_unet"):
-        original = getattr(ModelStore, name)
+    originals = {name: getattr(ModelStore, name) for name in ("generator_unet", "assistant_unet")}
+    for name, original in originals.items():
         setattr(ModelStore, name, lambda self, original=original: original(self).to(dtype))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(ModelStore, name, original)
 
 
 def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
@@ -118,8 +126,6 @@ def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -
     with torch.no_grad():
         x0 = one_step(learner.engine, z, cond, recipe.models.generator_timestep, store.schedule, dtype)
         x_t = store.schedule.add_noise(x0, eps, t)
-        from rlhf_t2i.models.networks import predict
-
         raw = predict(assistant._engine, x_t, t, cond, dtype)
         ours = assistant_loss(raw, x_t, t, eps, store.schedule).mean()
         theirs = loop.assistant_loss(prompts, noise)

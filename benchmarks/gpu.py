@@ -45,8 +45,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="small networks in float32, for a CPU")
     parser.add_argument("--minutes", type=float, default=9.5, help="what is not done by then has failed")
-    parser.add_argument("--steps", type=int, default=4, help="timed updates of each kind")
-    parser.add_argument("--batch", type=int, default=4, help="images an update")
+    parser.add_argument("--steps", type=int, help="timed updates of each kind [default: 4; 2 with --small]")
+    parser.add_argument("--batch", type=int, help="images an update [default: 4; 2 with --small]")
     parser.add_argument("--sections", default=",".join(ORDER), help="of these, comma-separated; build is always run")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="override of the recipe")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu")))
@@ -60,7 +60,8 @@ def main() -> int:
         parser.error(f"--sections {unknown[0]}: unknown; known: {', '.join(ORDER)}")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rlhf-t2i-gpu-") as folder:
-        settings = Settings(args.small, folder, args.steps, args.batch, tuple(args.overrides))
+        usual = 2 if args.small else 4
+        settings = Settings(args.small, folder, args.steps or usual, args.batch or usual, tuple(args.overrides))
         results = _run(settings, {*chosen, "build"}, args.out, time.monotonic() + 60 * args.minutes)
     print(markdown(results))
     failed = [name for name, result in results["sections"].items() if result["status"] != "done"]
@@ -137,6 +138,11 @@ def _child(section: str, given: str, answer: str) -> int:
     """Run one section here and write what came of it."""
     data = json.loads(Path(given).read_text("utf-8"))
     settings = Settings(**{**data, "overrides": tuple(data["overrides"])})
+    if settings.small:
+        # Random networks meet denormal numbers, on which a CPU is a hundred times slower.
+        import torch
+
+        torch.set_flush_denormal(True)
     try:
         result = {"status": "done", **SECTIONS[section](settings)}
     except BaseException as error:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import random_models
 import torch
 
 from rlhf_t2i import flops, recipe_io
@@ -75,11 +76,9 @@ def machine(_settings: Settings) -> dict[str, Any]:
     return {**found, "device": f"CPU ({platform.machine()})", "matmul_rate": 10 * 2 * 1024**3 / timer.lap()}
 
 
-def build(settings: Settings) -> dict[str, Any]:
+def build(settings: Settings, sizes: random_models.Sizes | None = None) -> dict[str, Any]:
     """Write the random models, and the overrides that name them."""
-    import random_models
-
-    sizes = random_models.small() if settings.small else random_models.FULL
+    sizes = sizes or (random_models.small() if settings.small else random_models.FULL)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(settings.folder)
     overrides = random_models.build(folder, sizes, device, torch.float32 if settings.small else torch.bfloat16)

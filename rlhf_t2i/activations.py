@@ -191,11 +191,11 @@ def of_recipe(unet_config: Any, vae_config: Any, size: int, precision: str) -> d
     return found
 
 
-def of_reward(config: Any) -> Saved:
+def of_reward(config: Any, precision: str) -> Saved:
     """The graph of one image through a reward's image tower; nothing where it cannot be built."""
     if not config or (config.get("architectures") or [""])[0] != "CLIPModel":
         return Saved(0, 0)
-    return _clip_at(json.dumps(config, sort_keys=True))
+    return _clip_at(json.dumps(config, sort_keys=True), precision)
 
 
 @cache
@@ -218,5 +218,5 @@ def _decoder_at(config: str, size: int) -> Saved:
 
 
 @cache
-def _clip_at(config: str) -> Saved:
-    return clip_image(json.loads(config), torch.float32)
+def _clip_at(config: str, precision: str) -> Saved:
+    return clip_image(json.loads(config), torch.bfloat16 if precision == "bf16" else torch.float32)

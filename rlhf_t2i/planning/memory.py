@@ -154,7 +154,7 @@ def of_group(
 def _rewards(
     recipe: Recipe, roles: list[str], networks: Networks, parts: Mapping[str, int | None], decoding: int, images: int
 ) -> list[RolePlan]:
-    """The VAE and the rewards of a process; rewards that name one model share it."""
+    """The VAE, float32 in any case, and the rewards of a process; rewards that name one model share it."""
     hosted = [role for role in roles if role.startswith("reward:")]
     if not hosted:
         return []
@@ -167,8 +167,8 @@ def _rewards(
         where, config, counted = networks.rewards[role.partition(":")[2]]
         fresh = where not in seen
         seen.add(where)
-        saved = activations.of_reward(config)
+        saved = activations.of_reward(config, recipe.optimisation.precision)
         kept = saved.checkpointed if recipe.optimisation.gradient_checkpointing else saved.plain
-        weights = 4 * (counted or 0) if fresh else 0
+        weights = _BYTES[recipe.optimisation.precision] * (counted or 0) if fresh else 0
         plans.append(RolePlan(role, counted if fresh else 0, Memory(weights=weights, activations=images * kept)))
     return plans

@@ -10,7 +10,7 @@ from rlhf_t2i.planning import memory, traffic
 from rlhf_t2i.planning.memory import TRAINED, GroupPlan
 from rlhf_t2i.planning.networks import Networks, count_parameters
 from rlhf_t2i.planning.traffic import Traffic
-from rlhf_t2i.recipe import Optimiser, Recipe
+from rlhf_t2i.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,5 @@ def make(recipe: Recipe) -> Plan:
         parts=parts,
         traffic=traffic.of_image(recipe, placed, networks.latents),
         weights_sync=0 if placed["generator"][0] == placed["learner"][0] else 4 * (parts["unet"] or 0),
-        notes=(*networks.notes, *_counted_as_full_training(recipe)),
+        notes=tuple(networks.notes),
     )
-
-
-def _counted_as_full_training(recipe: Recipe) -> list[str]:
-    """A sentence for every trained network whose optimiser needs less than this plan says."""
-    notes = []
-    for role in ("generator", "assistant"):
-        optimiser: Optimiser = getattr(recipe.optimisation, role)
-        if optimiser.lora is not None or optimiser.kind == "adamw_8bit":
-            what = "lora" if optimiser.lora is not None else "kind: adamw_8bit"
-            notes.append(f"optimisation.{role}.{what} is counted as full training with AdamW: it needs less")
-    return notes

@@ -195,13 +195,14 @@ def test_unknown_hub_models_are_noted_not_guessed() -> None:
     assert any("who/knows" in note for note in plan.notes)
 
 
-def test_what_needs_less_than_planned_is_noted(tiny_sdxl: Path) -> None:
-    optimisation = {"generator": {"lora": {"rank": 4}}, "assistant": {"kind": "adamw_8bit"}}
-    notes = planning.make(build(tiny_sdxl, optimisation=optimisation)).notes
-    assert [note.split(" is counted")[0] for note in notes] == [
-        "optimisation.generator.lora",
-        "optimisation.assistant.kind: adamw_8bit",
-    ]
+def test_a_reward_has_the_compute_precision_and_the_vae_does_not(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    by_precision = {}
+    for precision in ("fp32", "bf16"):
+        plan = planning.make(build(tiny_sdxl, tiny_clip, optimisation={"precision": precision}))
+        by_precision[precision] = {role.role: role.memory.weights for role in plan.groups[0].roles}
+    full, half = by_precision["fp32"], by_precision["bf16"]
+    assert half["reward:pickscore"] == full["reward:pickscore"] / 2 > 0
+    assert half["reward: VAE"] == full["reward: VAE"] > 0
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
