@@ -1,18 +1,23 @@
-"""Checkpoints of a run: whole or absent, verified by a manifest, the oldest pruned."""
+"""Checkpoints of a run: whole or absent, verified by a manifest, pruned but for the newest and the best by reward."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlhf_t2i import files
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.recipe import Checkpoints
 
 MANIFEST = "manifest.json"
 TRAINED_ROLES = ("learner", "assistant")
+_LONGEST_WINDOW = 1000
 
 
 @dataclass
@@ -26,6 +31,7 @@ class Progress:
         reports: What the rounds of the current cycle measured, for the next line of metrics.
         bad_steps: Updates of generator or assistant skipped in all, their gradients not being finite.
         bad_in_a_row: Those since the last good update.
+        rewards: The reward term of the last steps, oldest first: what checkpoints are compared by.
     """
 
     step: int = 0
@@ -34,6 +40,16 @@ class Progress:
     reports: list[dict[str, float]] = field(default_factory=list)
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    rewards: list[float] = field(default_factory=list)
+
+    def remember(self, reward: float | None, window: int) -> None:
+        """Take in a step's reward; one that is not finite, or none, leaves the window as it is."""
+        if reward is not None and math.isfinite(reward):
+            self.rewards = [*self.rewards, reward][-min(window, _LONGEST_WINDOW) :]
+
+    def reward(self) -> float | None:
+        """The mean over the window; None before the first reward."""
+        return math.fsum(self.rewards) / len(self.rewards) if self.rewards else None
 
 
 def folder_of(out: Path, progress: Progress) -> Path:
@@ -42,7 +58,7 @@ def folder_of(out: Path, progress: Progress) -> Path:
     return out / "checkpoints" / f"step_{progress.step:06d}{suffix}"
 
 
-def save(cluster: Cluster, out: Path, progress: Progress, keep: int) -> Path:
+def save(cluster: Cluster, out: Path, progress: Progress, policy: Checkpoints) -> Path:
     """Write a checkpoint and prune old ones.
 
     Raises:
@@ -55,23 +71,65 @@ def save(cluster: Cluster, out: Path, progress: Progress, keep: int) -> Path:
             for role in TRAINED_ROLES:
                 (folder / role).mkdir()
                 cluster.call_all(role, "save", str(folder / role))
-            entries = {
-                str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-                for file in sorted(folder.rglob("*"))
-                if file.is_file()
-            }
-            files.write_json(folder / MANIFEST, {"progress": asdict(progress), "files": entries})
+            manifest = {"progress": asdict(progress), "reward": progress.reward(), "files": _entries(folder)}
+            files.write_json(folder / MANIFEST, manifest)
     except OSError as error:
         raise RunError(
             f"the checkpoint {target} could not be written: {error.strerror or error}; earlier ones are intact"
         ) from error
-    for old in _newest_first(out)[keep:]:
-        shutil.rmtree(old)
+    _prune(out, target, policy)
     return target
 
 
+def _entries(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and digest of every file; digests of several files are taken at once, for training waits."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(files.sha256, found))
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(found, digests, strict=True)
+    }
+
+
+def _prune(out: Path, target: Path, policy: Checkpoints) -> None:
+    """Remove all but the newest and the best; what is newer than ``target`` was passed over, being damaged."""
+    present = _newest_first(out)
+    older = present[present.index(target) :]
+    kept = {*older[: policy.keep]}
+    if policy.keep_best:
+        kept |= {*best(older)}
+    for folder in present:
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def best(folders: Sequence[Path]) -> list[Path]:
+    """The checkpoint with the highest reward, of equals the newest; none where none has a reward.
+
+    Args:
+        folders: Checkpoints, the newest first.
+    """
+    rewards = {folder: _reward(folder) for folder in folders}
+    known = {folder: reward for folder, reward in rewards.items() if reward is not None and math.isfinite(reward)}
+    return [max(known, key=lambda folder: known[folder])] if known else []
+
+
+def _reward(folder: Path) -> float | None:
+    try:
+        reward = json.loads((folder / MANIFEST).read_text("utf-8")).get("reward")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return reward if isinstance(reward, int | float) else None
+
+
 def _newest_first(out: Path) -> list[Path]:
-    return sorted((out / "checkpoints").glob("step_*"), reverse=True)
+    return sorted((out / "checkpoints").glob("step_*"), key=_when, reverse=True)
+
+
+def _when(folder: Path) -> list[int]:
+    """``step_000123_round_004`` as [123, 4]: as text a millionth step would sort before the second."""
+    return [int(part) for part in folder.name.split("_") if part.isdigit()]
 
 
 def find(out: Path) -> tuple[Path | None, Progress, list[str]]:

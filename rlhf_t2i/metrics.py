@@ -78,6 +78,12 @@ def _timing(step: float, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"busy": busy, "idle": idle, "bytes": sum(r["bytes"] for r in readings.values())}
 
 
+def reward_term(recipe: Recipe, metrics: dict[str, Any]) -> float | None:
+    """``sum_i alpha_i r_i`` of (3.3), the mean over the step's batch; None for a recipe without rewards."""
+    rewards = recipe.algorithm.rewards
+    return sum(reward.scale * metrics[f"reward/{reward.key}"] for reward in rewards) if rewards else None
+
+
 class MetricsFile:
     """Appends to ``metrics.jsonl`` and to the optional writers."""
 

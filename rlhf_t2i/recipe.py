@@ -224,7 +224,8 @@ class Checkpoints(Section):
     """When state is saved and how many are kept."""
 
     every: Count = Field(100, description="generator updates between checkpoints")
-    keep: Count = Field(2, description="how many are kept")
+    keep: Count = Field(2, description="how many of the newest are kept")
+    keep_best: bool = Field(True, description="besides them, the one with the highest reward over its last steps")
 
 
 class Evaluation(Section):

@@ -15,7 +15,7 @@ from rlhf_t2i import checkpoint, export, measure, prompts, report
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
-from rlhf_t2i.metrics import MetricsFile, step_metrics
+from rlhf_t2i.metrics import MetricsFile, reward_term, step_metrics
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.run_folder import RunFolder
 
@@ -81,6 +81,7 @@ class Trainer:
         self._held_out = prompts.PromptStream(held_out, 0, "held out")
         self._metrics = MetricsFile(self.out.metrics, self.recipe.logging.writers, self.out.path)
         self._stop: int | None = None
+        self._saving: float | None = None
 
     def run(self) -> None:
         """Train to the end, from wherever ``progress`` stands.
@@ -94,7 +95,7 @@ class Trainer:
                 if self.progress == Progress():
                     self._measure("before")
                 self._loop()
-                checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints.keep)
+                self._save()
                 self._measure("after")
             self.display.phase("writing the model")
             weights = self.cluster.call_all("learner", "weights", self._weights)[0]
@@ -143,13 +144,23 @@ class Trainer:
         assistant_reports, state.reports = state.reports, []
         state.step, state.round = state.step + 1, 0
         seconds = {"step": ended - began, "assistant": generator_began - began, "generator": ended - generator_began}
+        if self._saving is not None:
+            seconds["checkpoint"], self._saving = self._saving, None
         metrics = step_metrics(self.recipe, state, reports, assistant_reports, seconds, self.cluster.readings())
+        state.remember(reward_term(self.recipe, metrics), self.recipe.checkpoints.every)
         self._metrics.write(metrics)
         self.display.step(state, metrics)
         if state.step % self.recipe.logging.samples_every == 0:
             self._preview()
         if state.step % self.recipe.checkpoints.every == 0 and state.step < self.recipe.steps:
-            checkpoint.save(self.cluster, self.out.path, state, self.recipe.checkpoints.keep)
+            self._save()
+
+    def _save(self) -> Path:
+        """Write a checkpoint; the next step's metrics say how long training stood still for it."""
+        began = time.perf_counter()
+        saved = checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints)
+        self._saving = time.perf_counter() - began
+        return saved
 
     def _judge(self, network: str, reports: list[dict[str, Any]]) -> None:
         """Count an update that the engines skipped.
@@ -220,8 +231,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self._stop is not None:
-            saved = checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints.keep)
-            raise Stopped(self._stop, saved)
+            raise Stopped(self._stop, self._save())
 
 
 def run(

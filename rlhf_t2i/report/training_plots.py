@@ -73,7 +73,9 @@ def _reward(rows: Rows, key: str, unit: str) -> Plot:
 
 
 def _timing(rows: Rows) -> list[Plot]:
-    phases = [k for k in _all(rows, "timing/") if k.count("/") == 1 and k not in ("timing/step", "timing/bytes")]
+    # What happens in few steps (a checkpoint, a watch) is no phase of a step.
+    others = ("timing/step", "timing/bytes", "timing/checkpoint", "timing/watch")
+    phases = [k for k in _all(rows, "timing/") if k.count("/") == 1 and k not in others]
     whole = [row for row in rows if all(isinstance(row.get(k), int | float) for k in phases)]
     found = []
     if phases and whole:

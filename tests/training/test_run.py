@@ -16,7 +16,7 @@ from rlhf_t2i import checkpoint, recipe_io, training
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import Checkpoints, Recipe
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -117,14 +117,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 ) -> None:
     out = tmp_path / "out"
     cluster = LocalCluster(make_recipe())
-    checkpoint.save(cluster, out, Progress(1, 0, 1), keep=2)
+    checkpoint.save(cluster, out, Progress(1, 0, 1), Checkpoints())
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rlhf_t2i.files.write_json", full)
     with pytest.raises(training.RunError, match="No space left on device; earlier ones are intact"):
-        checkpoint.save(cluster, out, Progress(2, 0, 2), keep=2)
+        checkpoint.save(cluster, out, Progress(2, 0, 2), Checkpoints())
     monkeypatch.undo()
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000001"]
     assert checkpoint.find(out)[1].step == 1

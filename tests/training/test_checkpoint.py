@@ -1,0 +1,100 @@
+"""Which checkpoints are kept, without training anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_t2i import checkpoint, training
+from rlhf_t2i.checkpoint import Progress
+from rlhf_t2i.recipe import Checkpoints, Recipe
+
+
+class Written:
+    """A cluster of which every role writes one small file."""
+
+    def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
+        assert method == "save"
+        (Path(args[0]) / "state").write_text(role, "utf-8")
+        return []
+
+
+def save(out: Path, step: int, reward: float | None, policy: Checkpoints) -> None:
+    checkpoint.save(Written(), out, Progress(step, rewards=[] if reward is None else [reward]), policy)  # type: ignore[arg-type]
+
+
+def present(out: Path) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in (out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([1, 5, 2, 3], [2, 3, 4]),
+        ([1, 5, 5, 3, 4, 2], [3, 5, 6]),  # of equals the newest
+        ([-5, -1, -2, -3], [2, 3, 4]),
+        ([None, 1, float("nan"), 0.5], [2, 3, 4]),
+        ([None, None, None], [2, 3]),  # a recipe without rewards
+        ([1, 2, 3, 4], [3, 4]),  # the best is among the newest
+    ],
+)
+def test_the_best_by_reward_is_kept_besides_the_newest(
+    tmp_path: Path, rewards: list[float | None], expected: list[int]
+) -> None:
+    for step, reward in enumerate(rewards, 1):
+        save(tmp_path, step, reward, Checkpoints(keep=2))
+    assert present(tmp_path) == expected
+    save(tmp_path, len(rewards) + 1, 0.0, Checkpoints(keep=1, keep_best=False))
+    assert present(tmp_path) == [len(rewards) + 1]
+
+
+def test_steps_are_ordered_as_numbers_and_rounds_within_them(tmp_path: Path) -> None:
+    for step, count in ((999_999, 0), (1_000_000, 0), (1_000_000, 2), (1_000_000, 11)):
+        checkpoint.save(Written(), tmp_path, Progress(step, count), Checkpoints(keep=4))  # type: ignore[arg-type]
+    folder, progress, _ = checkpoint.find(tmp_path)
+    assert (progress.step, progress.round) == (1_000_000, 11)
+    assert folder is not None
+    (folder / "learner/state").write_text("damaged", "utf-8")
+    assert checkpoint.find(tmp_path)[1].round == 2
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, None, Checkpoints(keep=2))
+    (tmp_path / "checkpoints/step_000002/learner/state").unlink()
+    assert checkpoint.find(tmp_path)[1].step == 1
+    checkpoint.save(Written(), tmp_path, Progress(1, 1), Checkpoints(keep=1))  # type: ignore[arg-type]
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001_round_001"]
+
+
+def test_the_window_is_the_last_steps(tmp_path: Path) -> None:
+    progress = Progress()
+    assert progress.reward() is None
+    for reward in (100.0, 1.0, float("inf"), None, 2.0):
+        progress.remember(reward, window=2)
+    assert progress.reward() == 1.5
+
+
+def test_a_run_keeps_its_best_through_a_resume_and_measures_saving(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = {"checkpoints__every": 1, "checkpoints__keep": 1}
+    training.run(make_recipe(**options), out)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert ["checkpoint" in row["timing"] for row in rows] == [False, True, True]
+    assert all(row["timing"]["checkpoint"] > 0 for row in rows[1:])
+    rewards = {row["step"]: 100 * row["reward/pickscore"] for row in rows}
+    best = max(rewards, key=lambda step: rewards[step])
+    assert present(out) == sorted({best, 3})
+    kept = out / f"checkpoints/step_{best:06d}"
+    manifest = json.loads((kept / "manifest.json").read_text("utf-8"))
+    assert manifest["reward"] == pytest.approx(rewards[best])
+    manifest["reward"] = 1e9
+    (kept / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    training.run(make_recipe(**options, steps=5), out, resume=True)
+    assert present(out) == sorted({best, 5})
