@@ -53,6 +53,8 @@ def get(references: Any, timeout_s: float | None, role: str) -> Any:
     except ray.exceptions.RayActorError as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ProcessLost(f"a process of the {role} died: {reason}") from error
+    except ray.exceptions.RayError as error:  # the object store or its disk is full, a machine ran out of memory
+        raise RunError(f"Ray failed while the {role} worked: {type(error).__name__}: {error}") from error
 
 
 @dataclass

@@ -23,6 +23,7 @@ from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
 _START_TIMEOUT_S = 600.0
 _STATUS_TIMEOUT_S = 10.0
+_CALL_RETRIES = 3  # of a call whose process died: one that dies of the call itself shall not do so for ever
 _KEEPER = "rlhf_t2i keeper {}"  # of a placement group
 
 
@@ -98,14 +99,13 @@ class RayCluster:
         for group, specs in self._specs.items():
             self._actors[group] = []
             for spec in specs:
-                restarts = 0 if spec.trains else -1
                 # By name: Ray warns of restarts whose arguments hold references.
                 keeper = _KEEPER.format(self._group.id.hex()) if self._keeper and "generator" in spec.roles else None
                 actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
                     num_cpus=0 if self._gpus else 1,
                     num_gpus=self._share if self._gpus else 0,
-                    max_restarts=restarts,
-                    max_task_retries=restarts,
+                    max_restarts=0 if spec.trains else -1,
+                    max_task_retries=0 if spec.trains else _CALL_RETRIES,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
                     runtime_env={"env_vars": _actor_environment(spec)},
                 )

@@ -83,6 +83,31 @@ def test_a_nan_reward_names_itself_and_saves_the_sample(
     assert list(failures.rglob("*.png"))
 
 
+DEADLY_REWARD = """
+import os, signal
+from rlhf_t2i.plugin import Reward
+
+class Deadly(Reward):
+    def score(self, images, prompts):
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does with one that takes too much memory
+"""
+
+
+def test_a_reward_that_always_kills_its_process_is_not_restarted_for_ever(
+    ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_t2i.cluster.ray_cluster._CALL_RETRIES", 1)
+    plugin = tmp_path / "deadly.py"
+    plugin.write_text(DEADLY_REWARD, "utf-8")
+    rewards = f"[{{name: '{plugin}:Deadly', label: deadly}}]"
+    cluster = RayCluster(make_recipe(placement__mode="ray", placement__groups=GROUPS, algorithm__rewards=rewards))
+    try:
+        with pytest.raises(RunError, match="a process of the reward died"):
+            cluster.call_all("learner", "step", 0, PROMPTS)
+    finally:
+        cluster.close()
+
+
 def test_an_impossible_placement_is_refused_at_once(ray_instance: None, make_recipe: MakeRecipe) -> None:
     groups = (
         "{train: {devices: 16, roles: [learner, generator]}, "
