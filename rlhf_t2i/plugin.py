@@ -56,6 +56,11 @@ class Reward(nn.Module):
         self.options = options if options is not None else self.Options()
         self._text_cache: dict[str, Tensor] = {}
 
+    @classmethod
+    def hub_models(cls, options: Any) -> list[str]:
+        """Hub ids that it may load, whose revisions a run pins; by default its options that read like one."""
+        return [value for _, value in options if isinstance(value, str)]
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images for their prompts.
 

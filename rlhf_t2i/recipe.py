@@ -253,3 +253,7 @@ class Recipe(Section):
     logging: Logging = Logging()
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
+    revisions: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{40}$")]] = Field(
+        default_factory=dict,
+        description="commit hashes of hub models by org/name or org/name@branch; a run adds those it used",
+    )

@@ -58,6 +58,16 @@ class RunFolder:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
+    def revisions(self) -> dict[str, str]:
+        """The commits of hub models that the run here has used so far.
+
+        Raises:
+            UsageError: There is no run here.
+        """
+        if not self.recipe.is_file():
+            raise UsageError(f"--resume: {self.path} holds no run")
+        return recipe_io.load(self.recipe).revisions
+
     def compare_recipe(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
         """Compare the recipe of a run that is resumed with the one it began with.
 
@@ -69,13 +79,11 @@ class RunFolder:
             Every difference, as ``key (old -> new)``.
 
         Raises:
-            UsageError: There is no run here, or a change means another run; the differences are listed.
+            UsageError: A change means another run; the differences are listed.
         """
-        if not self.recipe.is_file():
-            raise UsageError(f"--resume: {self.path} holds no run")
         old, new = recipe_io.load(self.recipe).model_dump(), recipe.model_dump()
         changed = _differences(old, new)
-        refused = [name for name in changed if not name.startswith(_HARMLESS)]
+        refused = [name for name in changed if not _harmless(name)]
         if refused and not allow_change:
             raise UsageError(
                 f"--resume: the recipe has changed since the run began: {', '.join(refused)}; "
@@ -118,6 +126,11 @@ class RunFolder:
 
 _HARMLESS = ("logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
 """Changing these does not change what the steps already done mean."""
+
+
+def _harmless(difference: str) -> bool:
+    """A revision that was not known before takes nothing back."""
+    return difference.startswith(_HARMLESS) or (difference.startswith("revisions.") and "(None ->" in difference)
 
 
 def _differences(old: object, new: object, name: str = "") -> list[str]:

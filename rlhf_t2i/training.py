@@ -264,15 +264,17 @@ def run(
 
     from rlhf_t2i.cluster.start import start
     from rlhf_t2i.models.loading import ModelStore
+    from rlhf_t2i.models.pins import pin
     from rlhf_t2i.roles.worker import check_plugins
 
     display = display or Silent()
     check_plugins(recipe)
+    folder = RunFolder(out)
+    recipe = pin(recipe, folder.revisions() if resume else None)
     for file in (recipe.data.prompts, recipe.data.held_out):
         if file:
             prompts.read(file, recipe.data.column)
     ModelStore(recipe.models, torch.device("cpu")).check()
-    folder = RunFolder(out)
     progress, saved = Progress(), None
     if resume:
         changed = folder.compare_recipe(recipe, allow_recipe_change)

@@ -84,6 +84,12 @@ class CLIPReward(plugin.Reward):
             return load_clip(_PUBLISHED[name, pretrained])
         return plugin.shared(OpenClipScorer, name, pretrained)
 
+    @classmethod
+    def hub_models(cls, options: CLIPOptions) -> list[str]:
+        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        tag = (options.open_clip or "", options.pretrained or "")
+        return [*super().hub_models(options), _PUBLISHED.get(tag, "")]
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""
         return self.clip.text_features(prompts)

@@ -15,6 +15,7 @@ from rlhf_t2i import plugin
 from rlhf_t2i.models import sources
 from rlhf_t2i.preprocessing import Preprocess
 
+_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 
 
@@ -43,12 +44,17 @@ class HPSv2(plugin.Reward):
         super().__init__(options)
         source = sources.parse(self.options.model)
         network = plugin.shared(_network, find_file(source, [_FILES[self.options.version]]))
-        where = self.options.tokenizer or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        where = self.options.tokenizer or _TOKENIZER
         place = source if self.options.tokenizer is None and has_tokenizer(source) else sources.parse(where)
         tokenizer = load_tokenizer(place, network.config.text_config.vocab_size)
         size = network.config.vision_config.image_size
         # The original resizes a float tensor, so the filter's overshoot stays.
         self.clip = ClipScorer(network, tokenizer, Preprocess.square(size, pad=True, clamp=False))
+
+    @classmethod
+    def hub_models(cls, options: HPSv2Options) -> list[str]:
+        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        return [*super().hub_models(options), _TOKENIZER]
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""

@@ -26,6 +26,7 @@ from rlhf_t2i.preprocessing import Preprocess
 # The mean and standard deviation over the authors' training set, from their code.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 _MAX_TOKENS = 35
+_TOKENIZER = "google-bert/bert-base-uncased"
 _NAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -79,7 +80,7 @@ class ImageReward(plugin.Reward):
     def _load_tokenizer(self, source: sources.ModelSource) -> Any:
         place = source if self.options.tokenizer is None and has_tokenizer(source) else None
         if place is None:
-            place = sources.parse(self.options.tokenizer or "google-bert/bert-base-uncased")
+            place = sources.parse(self.options.tokenizer or _TOKENIZER)
         tokenizer = load_tokenizer(place, self.text.config.vocab_size)
         # BLIP's vocabulary: two more tokens, so that a prompt with these words is read as in the original.
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -90,6 +91,11 @@ class ImageReward(plugin.Reward):
                 f"the model knows {self.text.config.vocab_size}"
             )
         return tokenizer
+
+    @classmethod
+    def hub_models(cls, options: ImageRewardOptions) -> list[str]:
+        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        return [*super().hub_models(options), _TOKENIZER]
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Token ids and mask [B, 2, 35]: the text encoder itself looks at the image, so only these can be cached."""

@@ -41,6 +41,11 @@ class PickScore(plugin.Reward):
             scale = float(self.clip.logit_scale())
             self.unit, self.value_range = "logit", (-scale, scale)
 
+    @classmethod
+    def hub_models(cls, options: PickScoreOptions) -> list[str]:
+        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        return [*super().hub_models(options), _PROCESSOR]
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""
         return self.clip.text_features(prompts)

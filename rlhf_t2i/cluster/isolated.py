@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_t2i import registry
 from rlhf_t2i.environments import overlay_python
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.models import sources
 from rlhf_t2i.plugin import Reward
 
 
@@ -62,7 +63,8 @@ class Wire:
 class IsolatedActor:
     """The real reward, in its own environment. It keeps nothing between calls, so Ray may restart it."""
 
-    def __init__(self, name: str, options: dict[str, Any], dtype: str) -> None:
+    def __init__(self, name: str, options: dict[str, Any], dtype: str, revisions: dict[str, str]) -> None:
+        sources.use_revisions(revisions)
         self._arguments = (name, options, dtype)
         self._reward: Any = None
 
@@ -136,7 +138,7 @@ class IsolatedReward(Reward):
                 max_task_retries=3,
                 runtime_env={"py_executable": str(python), "env_vars": passed},
             )
-            .remote(name, options, str(dtype).removeprefix("torch."))
+            .remote(name, options, str(dtype).removeprefix("torch."), sources.revisions())
         )
         told = self._get(self._actor.describe.remote())
         self.unit, self.value_range = told["unit"], told["value_range"]

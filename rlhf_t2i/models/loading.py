@@ -95,7 +95,7 @@ class ModelStore:
     @cached_property
     def conditioner(self) -> Conditioner:
         """Tokenizers and frozen text encoders of the reference."""
-        from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         is_sdxl = "text_encoder_2" in self.index and self.index["text_encoder_2"][0] is not None
         names = [("tokenizer", "text_encoder", CLIPTextModel)]
@@ -104,7 +104,8 @@ class ModelStore:
         tokenizers, encoders = [], []
         for tokenizer_name, encoder_name, cls in names:
             encoder = self._part(encoder_name, cls.from_pretrained, dtype=self.dtype)
-            tokenizer = self._part(tokenizer_name, AutoTokenizer.from_pretrained)
+            # AutoTokenizer would ask for a config.json that a downloaded snapshot does not hold.
+            tokenizer = self._part(tokenizer_name, CLIPTokenizer.from_pretrained)
             # Without its files transformers builds a tokenizer of a handful of tokens and says nothing.
             if not 16 <= len(tokenizer) <= encoder.config.vocab_size:
                 raise UsageError(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import UsageError
+
+_HASH = re.compile("[0-9a-f]{40}")
+_revisions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,42 @@ def parse(text: str) -> ModelSource:
     is_file = len(parts) > 2 and name.endswith((".bin", ".safetensors")) and ".." not in parts
     if not (len(parts) == 2 or is_file) or not all(parts) or any(c.isspace() for c in name):
         raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name, or org/name/file.bin)")
-    return ModelSource("/".join(parts[:2]), revision or None, "/".join(parts[2:]) or None)
+    place = "/".join(parts[:2])
+    pinned = _revisions.get(f"{place}@{revision}" if revision else place)
+    return ModelSource(place, pinned or revision or None, "/".join(parts[2:]) or None)
+
+
+def use_revisions(revisions: Mapping[str, str]) -> None:
+    """From here on in this process take these commits: hash by ``org/name`` or ``org/name@branch``."""
+    _revisions.clear()
+    _revisions.update(revisions)
+
+
+def revisions() -> dict[str, str]:
+    """What :func:`use_revisions` set."""
+    return dict(_revisions)
+
+
+def is_hash(revision: str) -> bool:
+    """Whether a revision is a full commit hash, which cannot move."""
+    return _HASH.fullmatch(revision) is not None
+
+
+def commit(source: ModelSource) -> str | None:
+    """The hash a hub repository stands at, from the hub or else its cache; None where neither knows."""
+    if source.revision and is_hash(source.revision):
+        return source.revision
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        return HfApi().model_info(source.location, revision=source.revision, timeout=10).sha
+    except (HfHubHTTPError, httpx.HTTPError, OSError):
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.location, repo_type="model")
+        reference = folder / "refs" / (source.revision or "main")
+        return reference.read_text("utf-8").strip() if reference.is_file() else None
 
 
 def read_json(source: ModelSource, file: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_t2i import flops, plugin, registry, rng
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import sources
 from rlhf_t2i.plugin import LatentReward
 from rlhf_t2i.recipe import Recipe, RewardChoice
 from rlhf_t2i.roles.assistant import AssistantRole
@@ -60,6 +61,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
+        sources.use_revisions(spec.recipe.revisions)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
         # Before the networks: afterwards there may be no room. Processes that share a GPU would measure each other.

@@ -1,0 +1,55 @@
+"""Pin the revisions of hub models: a run, and its resumption, must not change because a branch has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlhf_t2i import registry
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import sources
+from rlhf_t2i.recipe import Recipe
+
+
+def pin(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe with the commit of every hub repository it may load in ``revisions``, and this process set to them.
+
+    What is not known to the hub or its cache stays without one: loading it fails with its own sentence.
+
+    Args:
+        recipe: With valid plugins.
+        recorded: The revisions a resumed run has used so far; the recipe's own win.
+    """
+    sources.use_revisions({})  # an earlier run of this process may have set its own
+    revisions = {**(recorded or {}), **recipe.revisions}
+    for text in _models(recipe):
+        key = _key(text)
+        if key is None or key in revisions:
+            continue
+        found = sources.commit(sources.parse(text))
+        if found is not None:
+            revisions[key] = found
+    sources.use_revisions(revisions)
+    return recipe.model_copy(update={"revisions": revisions})
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    models = recipe.models
+    yield from filter(None, (models.reference, models.generator, models.assistant, models.vae))
+    for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards):
+        cls: Any = registry.load_class(registry.REWARDS, choice.name)
+        yield from cls.hub_models(registry.parse_options(cls, "reward", choice.name, choice.options))
+
+
+def _key(text: str) -> str | None:
+    """``org/name`` or ``org/name@branch`` of a hub model; None for paths, for what is pinned by hash, and for else."""
+    try:
+        source = sources.parse(text)
+    except UsageError:
+        return None
+    if source.is_local:
+        return None
+    _, _, revision = text.partition("@")
+    if sources.is_hash(revision):
+        return None
+    return f"{source.location}@{revision}" if revision else source.location

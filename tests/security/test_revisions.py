@@ -1,0 +1,76 @@
+"""A run pins the commits of its hub models, and goes on with them when a branch has moved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf_t2i import recipe_io, training
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import pins, sources
+from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.run_folder import RunFolder
+
+MakeRecipe = Callable[..., Recipe]
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_sdxl: Path, tiny_clip: Path) -> Iterator[Path]:
+    """The cache of a hub that cannot be reached, with a pipeline and a scorer at one commit."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, folder in (("sdxl", tiny_sdxl), ("scorer", tiny_clip)):
+        repository = cache / f"models--tiny--{name}"
+        shutil.copytree(folder, repository / "snapshots" / OLD)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(OLD, "utf-8")
+    yield cache
+    sources.use_revisions({})
+
+
+def recipe_of(make_recipe: MakeRecipe, **more: object) -> Recipe:
+    scorer = "[{name: pickscore, scale: 100, options: {model: tiny/scorer, processor: tiny/scorer}}]"
+    return make_recipe(models__reference="tiny/sdxl", algorithm__rewards=scorer, steps=1, **more)
+
+
+def test_a_run_pins_what_it_loads_and_a_moved_branch_changes_nothing(
+    hub: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    recipe = recipe_of(make_recipe)
+    training.run(recipe, out)
+    pinned = recipe_io.load(out / "recipe.yaml").revisions
+    assert pinned == {"tiny/sdxl": OLD, "tiny/scorer": OLD}
+
+    for repository in hub.iterdir():  # the branch now names a commit that is broken
+        (repository / "refs" / "main").write_text(NEW, "utf-8")
+        (repository / "snapshots" / NEW).mkdir()
+    with pytest.raises(UsageError):
+        training.run(recipe, tmp_path / "fresh")
+    training.run(recipe.model_copy(update={"steps": 2}), out, resume=True)
+    assert recipe_io.load(out / "recipe.yaml").revisions == pinned
+
+    with pytest.raises(UsageError, match=r"revisions.tiny/sdxl \(a+ -> b+\)"):
+        RunFolder(out).compare_recipe(recipe_of(make_recipe, revisions=f"{{tiny/sdxl: {NEW}}}"))
+
+
+def test_what_is_pinned(hub: Path, make_recipe: MakeRecipe) -> None:
+    plain = make_recipe()
+    assert pins.pin(plain).revisions == {}  # folders, and a fallback processor that is not in the cache
+    branch = make_recipe(models__reference="tiny/sdxl@main")
+    assert pins.pin(branch).revisions == {"tiny/sdxl@main": OLD}
+    assert sources.parse("tiny/sdxl@main").revision == OLD
+    assert sources.parse("tiny/sdxl").revision is None
+    exact = make_recipe(models__reference=f"tiny/sdxl@{OLD}")
+    assert pins.pin(exact).revisions == {}
+    assert sources.parse(exact.models.reference).revision == OLD
+
+
+def test_a_revision_is_a_full_hash(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(UsageError, match="revisions"):
+        make_recipe(revisions="{tiny/sdxl: main}")
