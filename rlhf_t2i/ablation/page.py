@@ -73,13 +73,18 @@ def _tradeoffs(table: Table) -> list[Plot]:
         groups = {label: point for label, point in groups.items() if all(map(math.isfinite, point[:2]))}
         if groups:
             labels = table.ablation.label(x), table.ablation.label(y)
-            svg = plots.points(groups, *labels, name=f"plot-{slug(f'{x}-{y}')}", large=True)
-            found.append(Plot(f"{labels[1]} against {labels[0]}", "One point a row; bars are 95% intervals.", svg))
+            axes = [f"change of {label}" for label in labels] if table.has_initial else list(labels)
+            note = "One point a row; bars are 95% intervals."
+            if table.has_initial:
+                note += " Changes from the initial row, paired over prompts."
+            svg = plots.points(groups, axes[0], axes[1], name=f"plot-{slug(f'{x}-{y}')}", large=True)
+            found.append(Plot(f"{labels[1]} against {labels[0]}", note, svg))
     return found
 
 
 def _point(table: Table, row: str, x: str, y: str) -> tuple[float, float, float, float]:
-    a, b = table.estimate(row, x), table.estimate(row, y)
+    measured = table.change if table.has_initial else table.estimate
+    a, b = measured(row, x), measured(row, y)
     return a.value, b.value, (a.high - a.low) / 2, (b.high - b.low) / 2
 
 

@@ -66,6 +66,16 @@ class Table:
         factor, found = self.ablation.factor(metric), self.boot.estimate(row, metric)
         return Estimate(found.value * factor, found.low * factor, found.high * factor)
 
+    def change(self, row: str, metric: str) -> Estimate:
+        """A row's mean less the initial row's, paired over prompts, in the unit it is shown in."""
+        factor, found = self.ablation.factor(metric), self.boot.difference(row, self.ablation.initial, metric)
+        return Estimate(found.value * factor, found.low * factor, found.high * factor)
+
+    @property
+    def has_initial(self) -> bool:
+        """Whether the row that changes are taken from is finished."""
+        return self.ablation.initial in self.data
+
     def seeds(self, row: str) -> int:
         """How many seeds of a row are finished."""
         return max((len(m) for m in self.data[row].values.values()), default=1)
@@ -94,7 +104,20 @@ class Table:
                     cells.append(f"{row.paper[key]:g}" if key in row.paper else DASH)
             lines.append(" | ".join(cell.replace("|", "/") for cell in cells))
         parts = [f"# {self.ablation.title}", "\n".join(f"| {line} |" for line in lines), self._legend()]
-        return "\n\n".join([*parts, *self._findings_text()]) + "\n"
+        return "\n\n".join([*parts, *self._changes(), *self._findings_text()]) + "\n"
+
+    def _changes(self) -> list[str]:
+        """What training changed: the prompts' own spread, which all rows share, is gone from these intervals."""
+        others = [row for row in self.rows if row.name != self.ablation.initial]
+        if not self.has_initial or not others:
+            return []
+        keys = [metric["metric"] for metric in self.metrics]
+        lines = [" | ".join(["row", *map(self.ablation.label, keys)]), " | ".join("---" for _ in ["row", *keys])]
+        for row in others:
+            cells = [row.label, *(_cell(self.change(row.name, key), "+") for key in keys)]
+            lines.append(" | ".join(cell.replace("|", "/") for cell in cells))
+        title = "## Change from the initial row, paired over prompts"
+        return [title + "\n\n" + "\n".join(f"| {line} |" for line in lines)]
 
     def _legend(self) -> str:
         units = "; ".join(
@@ -133,7 +156,7 @@ class Table:
         """Every metric at equal trained reward, for each pair of frontiers that is measured."""
         frontiers = [f for f in self.ablation.frontiers if all(name in self.data for name in f.rows)]
         reward = next((claim.at_equal for claim in self.ablation.claims if claim.at_equal), None)
-        if reward is None or self.ablation.initial not in self.data:
+        if reward is None or not self.has_initial:
             return []
         keys = [m["metric"] for m in self.metrics if m["metric"] != reward and m["metric"] in self._with_prompts()]
         pairs = [(a, b) for i, a in enumerate(frontiers) for b in frontiers[i + 1 :]]
@@ -165,7 +188,7 @@ class Table:
                 key = metric["metric"]
                 entry: dict[str, Any] = asdict(self.boot.estimate(row.name, key))
                 entry |= {"by_seed": self.data[row.name].by_seed(key), "paper": row.paper.get(key)}
-                if self.ablation.initial in self.data:
+                if self.has_initial:
                     entry["from_initial"] = asdict(self.boot.difference(row.name, self.ablation.initial, key))
                 measured[key] = entry
             rows.append({"name": row.name, "label": row.label, "note": row.note, "seeds": self.seeds(row.name)}

@@ -113,6 +113,7 @@ def points(
                 arrowprops={"arrowstyle": "->", "color": _INK, "shrinkA": 6, "shrinkB": 6, "alpha": 0.6},
             )  # fmt: skip
         axes.margins(0.15)
+        axes.locator_params(axis="x", nbins=6)
         _label(axes, xlabel, ylabel, legend=True)
 
     return _svg(draw, name, f"{ylabel} against {xlabel}", *_size(large, len(groups)))

@@ -64,6 +64,15 @@ def test_table_holds_every_row_and_marks_the_papers_figures(done):
     assert "DI++ (2000) (not in the paper)" in text
 
 
+def test_changes_are_paired_with_the_initial_row(done):
+    changes = (done / "out" / "table.md").read_text().split("## Change from the initial row")[1].split("##")[0]
+    rows = {row["name"]: row for row in json.loads((done / "out" / "table.json").read_text())["rows"]}
+    label, metric = rows["ph_10"]["label"], next(iter(rows["ph_10"]["metrics"].values()))
+    (line,) = [line for line in changes.splitlines() if line.startswith(f"| {label} |")]
+    assert f"{metric['from_initial']['value']:+.4g}" in line
+    assert rows["initial"]["label"] not in changes
+
+
 def test_claims_are_judged_by_their_intervals(done):
     data = json.loads((done / "out" / "table.json").read_text())
     assert [claim["outcome"] for claim in data["claims"]] == ["holds", "does not hold"]
