@@ -168,7 +168,7 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
-def restore(cluster: Cluster, folder: Path) -> None:
-    """Load a checkpoint into the trained roles."""
-    for role in TRAINED_ROLES:
-        cluster.call_all(role, "load", str(folder / role))
+def restore(cluster: Cluster, folder: Path) -> list[str]:
+    """Load a checkpoint into the trained roles; returns a sentence for each that had another layout of ranks."""
+    said = [cluster.call_all(role, "load", str(folder / role))[0] for role in TRAINED_ROLES]
+    return [sentence for sentence in said if sentence]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,62 @@ def preview(cluster: Cluster, prompts: Sequence[str], weights: str, path: Path) 
     grid(images, columns).save(path)
 
 
+@dataclass
+class Drawn:
+    """Samples of the evaluation's prompts and noise.
+
+    Attributes:
+        prompts: One a sample; samples of one prompt share it.
+        latents: [B, C, h, w].
+        scores: Every reward's value of every sample.
+    """
+
+    prompts: list[str]
+    latents: Tensor
+    scores: dict[str, list[float]]
+
+    def first(self, count: int) -> Drawn:
+        """The first ``count`` samples."""
+        scores = {label: values[:count] for label, values in self.scores.items()}
+        return Drawn(self.prompts[:count], self.latents[:count], scores)
+
+    def diversity(self) -> list[float]:
+        """Diversity within each prompt: the mean pairwise root-mean-square distance of its samples' latents.
+
+        It needs no further model, and falls to zero when the noise no longer matters.
+        """
+        return latent_distance(self.latents, self.prompts)
+
+
+def draw(
+    cluster: Cluster,
+    prompts: Sequence[str],
+    weights: str,
+    size: int,
+    each: Callable[[int, Tensor], None] = lambda start, latents: None,
+) -> Drawn:
+    """Sample and score the evaluation's prompts.
+
+    Args:
+        cluster: The roles.
+        prompts: One a sample.
+        weights: Which of the generator's.
+        size: Samples at once.
+        each: Told the number of the first sample of a part, and the part's latents.
+    """
+    scores: dict[str, list[float]] = {}
+    latents: list[Tensor] = []
+    for start in range(0, len(prompts), size):
+        part = prompts[start : start + size]
+        keys = [(_SEED, "evaluation", i) for i in range(start, start + len(part))]
+        x0 = cluster.sample(part, keys, weights)
+        latents.append(x0)
+        for label, values in cluster.rewards(x0, part).items():
+            scores.setdefault(label, []).extend(float(v) for v in values)
+        each(start, x0)
+    return Drawn(list(prompts), torch.cat(latents), scores)
+
+
 def evaluate(
     recipe: Recipe,
     cluster: Cluster,
@@ -36,31 +93,22 @@ def evaluate(
     folder: Path,
     when: str,
     tell: Callable[[str], None],
-) -> None:
-    """Score samples of held-out prompts and write ``WHEN.json`` and thumbnails.
-
-    Diversity is the mean pairwise root-mean-square distance of the latents of one prompt's samples: it needs no
-    further model, and falls to zero when the noise no longer matters.
-    """
-    size = recipe.evaluation.batch_size
-    scores: dict[str, list[float]] = {}
-    latents: list[Tensor] = []
+) -> Drawn:
+    """Score samples of held-out prompts and write ``WHEN.json`` and thumbnails."""
     names: list[str] = []
     (folder / when).mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(prompts), size):
-        tell(f"measuring held-out prompts {when} training: {start} of {len(prompts)}")
-        part = prompts[start : start + size]
-        keys = [(_SEED, "evaluation", i) for i in range(start, start + len(part))]
-        x0 = cluster.sample(part, keys, weights)
-        latents.append(x0)
-        for label, values in cluster.rewards(x0, part).items():
-            scores.setdefault(label, []).extend(float(v) for v in values)
+
+    def thumbnails(start: int, x0: Tensor) -> None:
         for index, image in enumerate(cluster.decode(x0), start):
             name = f"{when}/{index:05d}.png"
             picture = to_picture(image)
             picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
             picture.save(folder / name)
             names.append(name)
+        tell(f"measuring held-out prompts {when} training: {start + len(x0)} of {len(prompts)}")
+
+    drawn = draw(cluster, prompts, weights, recipe.evaluation.batch_size, thumbnails)
+    scores = drawn.scores
     algorithm = recipe.algorithm
     kinds = {r.key: "train" for r in algorithm.rewards} | {r.key: "eval" for r in algorithm.eval_rewards}
     classes: dict[str, Any] = {
@@ -75,10 +123,11 @@ def evaluate(
             "scores": scores,
             "kinds": {label: kinds[label] for label in scores},
             "units": {label: classes[label].unit for label in scores},
-            "diversity": {"latent_distance": latent_distance(torch.cat(latents), prompts)},
+            "diversity": {"latent_distance": drawn.diversity()},
             "images": names,
         },
     )
+    return drawn
 
 
 def latent_distance(latents: Tensor, prompts: Sequence[str]) -> list[float]:

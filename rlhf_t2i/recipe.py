@@ -217,6 +217,10 @@ class Logging(Section):
 
     samples_every: Count = Field(100, description="steps between pictures of the same prompts and noise")
     sample_count: int = Field(16, ge=1, le=256, description="pictures in a preview")
+    watch_every: int = Field(
+        50, ge=0, le=1_000_000_000, description="steps between looks for reward hacking and bf16 drift; 0: never"
+    )
+    watch_images: int = Field(64, ge=2, le=1_000_000, description="of the evaluation's images, drawn again in a look")
     writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
 
 

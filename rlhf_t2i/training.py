@@ -17,7 +17,12 @@ from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.metrics import MetricsFile, reward_term, step_metrics
 from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.rounding import RoundingJudge
 from rlhf_t2i.run_folder import RunFolder
+from rlhf_t2i.watch import Watch
+
+TRAINED = {"generator": "learner", "assistant": "assistant"}
+"""Trained networks, and the roles that train them."""
 
 
 class Display(Protocol):
@@ -80,6 +85,9 @@ class Trainer:
         held_out = prompts.read(data.held_out, data.column) if data.held_out else train
         self._held_out = prompts.PromptStream(held_out, 0, "held out")
         self._metrics = MetricsFile(self.out.metrics, self.recipe.logging.writers, self.out.path)
+        self._events = MetricsFile(self.out.path / "events.jsonl", (), self.out.path)
+        self._watch = Watch(self.out.evaluation / "watch.jsonl", self.recipe)
+        self._rounding = RoundingJudge(self.recipe)
         self._stop: int | None = None
         self._saving: float | None = None
 
@@ -90,6 +98,8 @@ class Trainer:
             Stopped: A signal arrived; a checkpoint was written.
         """
         self._metrics.drop_after(self.progress.step)
+        self._events.drop_after(self.progress.step)
+        self._watch.resume(self.progress.step)
         try:
             with self._signals():
                 if self.progress == Progress():
@@ -147,9 +157,12 @@ class Trainer:
         if self._saving is not None:
             seconds["checkpoint"], self._saving = self._saving, None
         metrics = step_metrics(self.recipe, state, reports, assistant_reports, seconds, self.cluster.readings())
+        warnings = self._look(metrics)
         state.remember(reward_term(self.recipe, metrics), self.recipe.checkpoints.every)
         self._metrics.write(metrics)
         self.display.step(state, metrics)
+        for text in warnings:
+            self._warn(state.step, text)
         if state.step % self.recipe.logging.samples_every == 0:
             self._preview()
         if state.step % self.recipe.checkpoints.every == 0 and state.step < self.recipe.steps:
@@ -178,10 +191,44 @@ class Trainer:
         found = f"the {network}'s gradient is not finite" + (f" (prompt {prompt!r})" if prompt else "")
         if state.bad_in_a_row > limit:
             raise RunError(
-                f"step {state.step}: {found}, for the {state.bad_in_a_row}. update in a row "
+                f"step {state.step + 1}: {found}, for the {state.bad_in_a_row}. update in a row "
                 f"(optimisation.max_bad_steps: {limit}); lower the learning rate or look at that prompt"
             )
-        self.display.note(f"step {state.step}: {found}; the update is skipped")
+        self._warn(state.step + 1, f"{found}; the update is skipped")
+
+    def _warn(self, step: int, text: str) -> None:
+        """Tell the user, and keep it for the report."""
+        self.display.note(f"step {step}: {text}")
+        self._events.write({"step": step, "text": text})
+
+    def _look(self, metrics: dict[str, Any]) -> list[str]:
+        """Every ``logging.watch_every`` steps: add what is watched to the metrics; returns the warnings it gives."""
+        every, step = self.recipe.logging.watch_every, self.progress.step
+        if not every or step % every:
+            return []
+        began = time.perf_counter()
+        self._load_averaged()
+        drawn = measure.draw(self.cluster, self._watched(), self._weights, self.recipe.evaluation.batch_size)
+        found, warnings = self._watch.take(step, drawn)
+        copies = {name: self.cluster.call_all(role, "rounding")[0] for name, role in TRAINED.items()}
+        for name, rounding in copies.items():
+            found |= {f"{measured}/{name}": value for measured, value in rounding.items()}
+        metrics |= found
+        metrics["timing"]["watch"] = time.perf_counter() - began
+        return warnings + self._rounding.take(step, copies)
+
+    def _watched(self) -> list[str]:
+        """The prompts of the first images of the evaluation, as many of each as there."""
+        settings = self.recipe.evaluation
+        count = min(self.recipe.logging.watch_images, settings.images)
+        return self._evaluated()[: max(count - count % settings.images_per_prompt, 2)]
+
+    def _evaluated(self) -> list[str]:
+        """The prompts of the evaluation, one an image."""
+        settings = self.recipe.evaluation
+        distinct = -(-settings.images // settings.images_per_prompt)
+        chosen = [p for p in self._held_out.batch(0, distinct) for _ in range(settings.images_per_prompt)]
+        return chosen[: settings.images]
 
     @property
     def _weights(self) -> str:
@@ -204,13 +251,12 @@ class Trainer:
         self.display.phase(f"measuring held-out prompts {when} training")
         self._load_averaged()
         self._preview()
-        settings = self.recipe.evaluation
-        distinct = -(-settings.images // settings.images_per_prompt)
-        chosen = [p for p in self._held_out.batch(0, distinct) for _ in range(settings.images_per_prompt)]
-        measure.evaluate(
-            self.recipe, self.cluster, chosen[: settings.images], self._weights, self.progress.step,
+        drawn = measure.evaluate(
+            self.recipe, self.cluster, self._evaluated(), self._weights, self.progress.step,
             self.out.evaluation, when, self.display.phase,
         )  # fmt: skip
+        if when == "before" and self.recipe.logging.watch_every:
+            self._watch.take(0, drawn.first(len(self._watched())))
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -316,7 +362,8 @@ def _train(
     """Train on a fresh cluster, from a checkpoint or the beginning; the cluster is closed whatever happens."""
     try:
         if saved is not None:
-            checkpoint.restore(cluster, saved)
+            for sentence in checkpoint.restore(cluster, saved):
+                display.note(sentence)
             cluster.sync_generator()
             display.note(f"resuming from {saved.name}")
         folder.update_recipe(recipe, progress.step)  # only now: what cannot be restored changes nothing

@@ -14,7 +14,7 @@ from rlhf_t2i.report import training_plots
 from rlhf_t2i.report.compare import Row, compare, verdicts
 from rlhf_t2i.report.numbers import DASH, duration, number, signed
 from rlhf_t2i.report.pictures import data_uri
-from rlhf_t2i.report.run_folder import Evaluated, evaluated, flat, metrics, read_json
+from rlhf_t2i.report.run_folder import Evaluated, evaluated, events, flat, metrics, read_json
 
 PROMPTS_SHOWN, IMAGES_A_PROMPT, EXTREMES, SHEETS = 12, 4, 6, 4
 
@@ -36,6 +36,7 @@ def write_report(out: Path) -> Path:
         "rows": rows,
         "verdicts": verdicts(rows),
         "problem": problem,
+        "events": [event for event in events(out / "events.jsonl") if event.get("text")],
         "units": {row.key: row.unit for row in rows},
         "pairs": _pairs(out, before, after) if not problem else [],
         "extremes": _extremes(out, before, after, rows) if not problem else None,

@@ -44,17 +44,23 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
     A line cut short by a kill is skipped.
     """
+    rows = {row["step"]: row for row in events(path)}
+    return [rows[step] for step in sorted(rows)]
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of steps as they stand; one cut short by a kill is skipped."""
     if not path.is_file():
         return []
-    rows: dict[int, dict[str, Any]] = {}
+    found = []
     for line in path.read_text("utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows[row["step"]] = row
-    return [rows[step] for step in sorted(rows)]
+            found.append(row)
+    return found
 
 
 def flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

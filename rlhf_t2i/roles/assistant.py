@@ -65,10 +65,14 @@ class AssistantRole(DenoiserServer):
         raw = predict(self._engine.module, x_t, t, self._conditioner.encode(prompts), self._context.dtype)
         return self._schedule.to_x0(raw, x_t, t)
 
+    def rounding(self) -> dict[str, float]:
+        """What bf16 loses against the masters; every rank must call it."""
+        return self._engine.rounding()
+
     def save(self, folder: str) -> None:
         """Write this rank's training state."""
         self._engine.save(Path(folder))
 
-    def load(self, folder: str) -> None:
-        """Restore it."""
-        self._engine.load(Path(folder))
+    def load(self, folder: str) -> str | None:
+        """Restore it; returns what there is to say about it."""
+        return self._engine.load(Path(folder))

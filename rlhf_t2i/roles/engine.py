@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.models import lora
 from rlhf_t2i.recipe import Optimisation, Optimiser
+from rlhf_t2i.roles import universal
+
+_SHARDS = "zero"
+_KINDS = (0, 1, 1, 3)
+"""What the shards of ZeRO 0 to 3 hold: nothing is partitioned, the optimiser's states are, or the weights, too."""
+_SAMPLED_PARAMETERS, _SAMPLED_WEIGHTS = 16, 4096
+"""For the look at bf16 rounding: parameters, and weights of each."""
 
 
 class Engine(Protocol):
@@ -41,11 +48,14 @@ class Engine(Protocol):
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, adapters merged, in float32 on the device; all ranks must iterate together."""
 
+    def rounding(self) -> dict[str, float]:
+        """What bf16 copies lose against their masters (:mod:`rlhf_t2i.rounding`); {} without; all ranks together."""
+
     def save(self, folder: Path) -> None:
         """Write this rank's share of the state into an existing folder."""
 
-    def load(self, folder: Path) -> None:
-        """Restore what :meth:`save` wrote, bit for bit."""
+    def load(self, folder: Path) -> str | None:
+        """Restore what :meth:`save` wrote: bit for bit, or with a sentence on why not."""
 
 
 def learning_rate(optimiser: Optimiser, step: int) -> float:
@@ -120,6 +130,10 @@ class LocalEngine:
         """The parameters as they are, adapters merged."""
         return lora.merged(self.module, lambda parameter: parameter.detach().float())
 
+    def rounding(self) -> dict[str, float]:
+        """Nothing: the weights are float32 themselves."""
+        return {}
+
     def save(self, folder: Path) -> None:
         """Write ``local.pt``, without what is frozen."""
         frozen = lora.frozen(self.module)
@@ -128,6 +142,10 @@ class LocalEngine:
 
     def load(self, folder: Path) -> None:
         """Read ``local.pt``."""
+        if not (folder / "local.pt").is_file():
+            raise RunError(
+                f"{folder} was written under Ray and DeepSpeed: continue it there, not with placement: local"
+            )
         state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
         missing, unexpected = self.module.load_state_dict(state["module"], strict=False)
         if unexpected or set(missing) != lora.frozen(self.module):
@@ -160,6 +178,7 @@ class DeepSpeedEngine:
         trainable = [p for p in module.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(trainable, optimiser), config=config)
         self.module: nn.Module = self._engine.module
+        self._at_start: list[tuple[Tensor, Tensor]] | None = self._sample() if settings.precision == "bf16" else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward."""
@@ -203,16 +222,82 @@ class DeepSpeedEngine:
 
         return lora.merged(self.module, full)
 
+    def rounding(self) -> dict[str, float]:
+        """Masters against copies on a sample of the weights, now and at the start."""
+        if self._at_start is None:
+            return {}
+        error = size = moved = unmoved = 0.0
+        for (old_master, old_copy), (master, copy) in zip(self._at_start, self._sample(), strict=True):
+            error += float((copy - master).square().sum())
+            size += float(master.square().sum())
+            changed = master != old_master
+            moved += float(changed.sum())
+            unmoved += float((changed & (copy == old_copy)).sum())
+        drift = {"bf16_drift": math.sqrt(error / size) if size else 0.0}
+        return drift | ({"bf16_unmoved": unmoved / moved} if moved else {})
+
+    def _sample(self) -> list[tuple[Tensor, Tensor]]:
+        """Some weights as (master, bf16 copy), in float64 on the CPU."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        found = []
+        for parameter in trained[:: -(-len(trained) // _SAMPLED_PARAMETERS)]:
+            master = safe_get_full_fp32_param(parameter)
+            with zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                copy = parameter.detach().flatten().clone()
+            if master is None:
+                raise RunError("a bf16 weight has no float32 master: its small updates would be lost")
+            stride = -(-copy.numel() // _SAMPLED_WEIGHTS)
+            found.append((master.flatten()[::stride].double().cpu(), copy[::stride].double().cpu()))
+        return found
+
     def save(self, folder: Path) -> None:
         """Write the ZeRO shards with DeepSpeed's own format, without what is frozen."""
         partial = bool(lora.frozen(self.module))
-        self._engine.save_checkpoint(str(folder), tag="zero", save_latest=False, exclude_frozen_parameters=partial)
+        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False, exclude_frozen_parameters=partial)
+        if distributed.get_rank() == 0:
+            universal.write_layout(folder, self._stage)
 
-    def load(self, folder: Path) -> None:
-        """Read the ZeRO shards."""
+    def load(self, folder: Path) -> str | None:
+        """Read the ZeRO shards, through a universal checkpoint where they have another layout.
+
+        Returns:
+            A sentence about a change of layout: then the rest of the run is not bit for bit what it would have been.
+        """
+        saved = universal.read_layout(folder)
+        now = {"ranks": distributed.get_world_size(), "zero_stage": self._stage}
+        if saved is None or saved == now or (saved["zero_stage"] == now["zero_stage"] == 0):
+            self._load(folder, _SHARDS)
+            said = None
+        elif _KINDS[saved["zero_stage"]] != _KINDS[now["zero_stage"]]:
+            raise RunError(
+                f"{folder} was saved under zero_stage {saved['zero_stage']} and cannot be loaded under "
+                f"{now['zero_stage']}: stages 1 and 2 load each other's states, 0 and 3 only their own"
+            )
+        else:
+            with universal.converted(folder, _SHARDS) as tag:
+                self._engine._config.load_universal_checkpoint = True
+                try:
+                    self._load(folder, tag)
+                finally:
+                    self._engine._config.load_universal_checkpoint = False
+            said = (
+                f"{folder.name}: {saved['ranks']} ranks at zero_stage {saved['zero_stage']} become {now['ranks']} at "
+                f"{now['zero_stage']} through a universal checkpoint; weights and moments are the same, but sums over "
+                "ranks round differently from here on: bit-equality is not promised"
+            )
+        if self._at_start is not None:
+            self._at_start = self._sample()
+        return said
+
+    def _load(self, folder: Path, tag: str) -> None:
+        if not (folder / tag).is_dir():
+            raise RunError(f"{folder} was written with placement: local: continue it there, not under Ray")
         whole = not lora.frozen(self.module)
         path, _ = self._engine.load_checkpoint(
-            str(folder), tag="zero", load_module_strict=whole, load_lr_scheduler_states=False
+            str(folder), tag=tag, load_module_strict=whole, load_lr_scheduler_states=False
         )
         if path is None:
             raise RunError(f"no ZeRO checkpoint in {folder}")

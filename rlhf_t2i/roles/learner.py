@@ -201,17 +201,22 @@ class LearnerRole:
             return self._averaged
         return self._gather()
 
+    def rounding(self) -> dict[str, float]:
+        """What bf16 loses against the masters; every rank must call it."""
+        return self.engine.rounding()
+
     def save(self, folder: str) -> None:
         """Write this rank's training state, and the moving average on rank 0."""
         self.engine.save(Path(folder))
         if self._averaged is not None and self._context.rank == 0:
             torch.save(self._averaged, Path(folder) / "average.pt")
 
-    def load(self, folder: str) -> None:
-        """Restore it."""
-        self.engine.load(Path(folder))
+    def load(self, folder: str) -> str | None:
+        """Restore it; returns what there is to say about it."""
+        said = self.engine.load(Path(folder))
         if self._averaged is not None and self._context.rank == 0:
             self._averaged = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
+        return said
 
 
 class _ReferenceContext:

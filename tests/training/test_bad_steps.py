@@ -60,6 +60,8 @@ def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_
     assert [row["param_grad_norm/generator"] is None for row in metrics(out)] == [False, True, False]
     assert "NaN" not in (out / "metrics.jsonl").read_text("utf-8")
     assert [n for n in notes.heard if "the generator's gradient is not finite (prompt '" in n and "skipped" in n]
+    assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text("utf-8").splitlines()] == [2]
+    assert "Step 2: the generator&#39;s gradient is not finite" in (out / "report.html").read_text("utf-8")
     folders = [out / f"checkpoints/step_{step:06d}/learner" for step in (1, 2, 3)]
     states = [torch.load(folder / "local.pt", weights_only=True) for folder in folders]
     averages = [torch.load(folder / "average.pt", weights_only=True) for folder in folders]
@@ -76,7 +78,7 @@ def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_
 
 def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RunError, match=r"step 2: the generator's gradient .* 2. update in a row .*max_bad_steps: 1"):
+    with pytest.raises(RunError, match=r"step 3: the generator's gradient .* 2. update in a row .*max_bad_steps: 1"):
         training.run(poisoned(2, 99, optimisation__max_bad_steps=1, algorithm__assistant_steps=0), out)
     folder, progress, warnings = checkpoint.find(out)
     assert (folder.name, progress.bad_steps, progress.bad_in_a_row, warnings) == ("step_000002", 1, 1, [])

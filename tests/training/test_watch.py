@@ -1,0 +1,181 @@
+"""Watching for reward hacking and for bf16 drift: what must warn, and what must not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf_t2i import training
+from rlhf_t2i.recipe import Optimisation, Recipe
+from rlhf_t2i.roles.engine import DeepSpeedEngine
+from rlhf_t2i.rounding import RoundingJudge
+from rlhf_t2i.watch import HackingDetector, Measurement
+from tests.training.ranks import run_ranks
+
+MakeRecipe = Callable[..., Recipe]
+PROMPTS = 16
+
+
+def warnings(
+    measurements: int, judge: Callable[[int], float], spread: Callable[[int], float], climb: float = 0.1, seed: int = 0
+) -> list[tuple[int, str]]:
+    """What a run warns of whose prompts differ by 1, with noise of 0.05 a prompt on top of the given means."""
+    draw = np.random.default_rng(seed)
+    prompts, detector, found = draw.normal(0, 1, PROMPTS), HackingDetector(), []
+    for number in range(measurements):
+        noise = draw.normal(0, 0.05, (3, PROMPTS))
+        signals = {"judge": prompts + judge(number) + noise[0], "diversity": np.exp(noise[1]) * spread(number)}
+        reward = prompts + climb * number + noise[2]
+        now = Measurement(number, reward.tolist(), {name: values.tolist() for name, values in signals.items()})
+        found += [(number, text) for text in detector.take(now)]
+    return found
+
+
+def test_a_falling_unseen_scorer_warns_once_an_occurrence() -> None:
+    found = warnings(30, lambda n: -0.05 * max(n - 9, 0) if n < 20 else 0.0, lambda n: 1.0)
+    ((step, text),) = found
+    assert 11 <= step <= 14
+    assert "judge, which no step trains on, fell by" in text
+    assert "the trained reward rose by" in text
+    assert "standard errors over 16 prompts" in text
+    again = warnings(40, lambda n: -0.4 if n in (10, 11, 12, 13, 30, 31, 32) else 0.0, lambda n: 1.0)
+    assert [step for step, _ in again] == [11, 31]
+
+
+def test_collapsing_diversity_warns_and_a_little_less_does_not() -> None:
+    ((_, text),) = warnings(20, lambda n: 0.0, lambda n: 0.9**n)
+    assert "diversity within a prompt fell to" in text
+    assert warnings(20, lambda n: 0.0, lambda n: max(0.85, 1 - 0.02 * n)) == []
+
+
+def test_without_a_climbing_reward_nothing_is_hacked() -> None:
+    assert warnings(20, lambda n: -0.1 * n, lambda n: 0.9**n, climb=-0.1) == []
+
+
+def test_one_low_measurement_is_not_enough() -> None:
+    assert warnings(20, lambda n: -1.0 if n == 10 else 0.0, lambda n: 1.0) == []
+
+
+def test_noise_does_not_warn() -> None:
+    runs = [warnings(40, lambda n: 0.0, lambda n: 1.0, seed=seed) for seed in range(25)]
+    assert sum(bool(run) for run in runs) <= 1
+
+
+def test_values_that_are_no_numbers_say_nothing() -> None:
+    assert warnings(10, lambda n: float("nan"), lambda n: 1.0) == []
+    (_, text), *others = warnings(10, lambda n: float("nan") if n == 0 else -0.2 * n, lambda n: 1.0)
+    assert "judge" in text
+    assert not others
+
+
+JUDGE = """
+from rlhf_t2i.plugin import Reward
+
+class Rising(Reward):
+    differentiable = True
+    calls = 0
+
+    def score(self, images, prompts):
+        Rising.calls += 1
+        return images.flatten(1).mean(1) * 1e-3 + 0.1 * Rising.calls
+
+class Falling(Reward):
+    calls = 0
+
+    def score(self, images, prompts):
+        Falling.calls += 1
+        return images.flatten(1).mean(1) * 1e-3 - 0.1 * Falling.calls
+"""
+
+
+def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    plugin, out = tmp_path / "scores.py", tmp_path / "out"
+    plugin.write_text(JUDGE, "utf-8")
+    prompts = tmp_path / "held_out.txt"
+    prompts.write_text("".join(f"a {colour} cat\n" for colour in "abcdefgh"), "utf-8")
+    recipe = make_recipe(
+        algorithm__rewards=f"[{{name: '{plugin}:Rising', label: up}}]",
+        algorithm__eval_rewards=f"[{{name: '{plugin}:Falling', label: judge}}]",
+        data__held_out=str(prompts),
+        evaluation="{images: 24, images_per_prompt: 2, batch_size: 16}",
+        logging="{watch_every: 1, watch_images: 16, samples_every: 99, sample_count: 2}",
+        checkpoints__every=2,
+        steps=4,
+    )
+    notes = Notes()
+    training.run(recipe, out, display=notes)
+    told = [note for note in notes.heard if "reward hacking is likely" in note]
+    assert len(told) == 1
+    assert "step 2: " in told[0]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert all({"watch/reward", "watch/judge", "watch/diversity"} <= row.keys() for row in rows)
+    assert all(row["timing"]["watch"] > 0 for row in rows)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]
+    assert [event["step"] for event in events] == [2]
+    assert "reward hacking is likely" in (out / "report.html").read_text("utf-8")
+    # A resumed run measures the same prompts and noise, and knows what was said.
+    measured = (out / "evaluation/watch.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in measured] == [0, 1, 2, 3, 4]
+    assert [len(json.loads(line)["reward"]) for line in measured] == [8] * 5
+    again = Notes()
+    training.run(recipe.model_copy(update={"steps": 5}), out, resume=True, display=again)
+    assert not [note for note in again.heard if "reward hacking" in note]
+    assert (out / "evaluation/watch.jsonl").read_text("utf-8").splitlines()[:5] == measured
+
+
+class Notes(training.Silent):
+    def __init__(self) -> None:
+        self.heard = list[str]()
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def test_rounding_is_judged_once_an_occurrence(make_recipe: MakeRecipe) -> None:
+    judge = RoundingJudge(make_recipe(optimisation__generator__warmup_steps=10))
+
+    def take(step: int, drift: float, unmoved: float) -> list[str]:
+        measured: dict[str, Any] = {"bf16_drift": drift, "bf16_unmoved": unmoved}
+        return judge.take(step, {"generator": measured, "assistant": {}})
+
+    assert take(5, 0.0016, 1.0) == []  # warming up
+    (text,) = take(15, 0.0016, 0.995)
+    assert "99.5% of the generator's bf16 weights have not moved" in text
+    assert take(20, 0.0016, 0.995) == []
+    (text,) = take(25, 0.01, 0.5)
+    assert "differ from their float32 masters by 1.00%" in text
+    assert [len(take(*values)) for values in ((30, 0.001, 0.5), (35, float("nan"), 0.999))] == [0, 2]
+
+
+def test_bf16_copies_are_compared_with_their_masters(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    stages = [make_recipe(optimisation__precision="bf16", optimisation__zero_stage=zero) for zero in (1, 3)]
+    run_ranks(1, tmp_path, compare_copies, [recipe.optimisation for recipe in stages])
+
+
+def compare_copies(rank: int, stages: list[Optimisation]) -> None:
+    for settings in stages:
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1)).bfloat16()
+        engine = DeepSpeedEngine(module, settings.generator, 1, 4, settings)
+        inputs = torch.randn(4, 64, dtype=torch.bfloat16)
+
+        def step(rate: float, engine: DeepSpeedEngine = engine, inputs: Tensor = inputs) -> dict[str, float]:
+            engine.backward(engine(inputs).float().square().mean())
+            engine.step(rate)
+            return engine.rounding()
+
+        assert engine.rounding()["bf16_drift"] < 2**-8
+        small, large = step(1e-7), step(1e-2)
+        assert small["bf16_unmoved"] > 0.9
+        assert large["bf16_unmoved"] < 0.1
+        assert 1e-4 < large["bf16_drift"] < 2**-8
+        with torch.no_grad():  # a copy that is none
+            parameter = next(engine.module.parameters())
+            getattr(parameter, "ds_tensor", parameter).mul_(1.1)
+        assert engine.rounding()["bf16_drift"] > 0.01
