@@ -34,7 +34,7 @@ def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> 
     source = sources.parse(recipe.models.reference)
     reference = Path(source.location) if source.is_local else _snapshot(source)
     with files.whole_folder(target) as folder:
-        index = json.loads((reference / "model_index.json").read_text("utf-8"))
+        index = sources.pipeline_index(sources.ModelSource(str(reference)))
         for name, entry in index.items():
             if isinstance(entry, list) and entry[0] is not None and name not in ("unet", "scheduler"):
                 shutil.copytree(reference / name, folder / name)

@@ -5,15 +5,25 @@ Nothing here imports torch, so that a refused recipe answers at once.
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ROLES = ("learner", "generator", "assistant", "reference", "reward")
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Source = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def _no_control(text: str) -> str:
+    """Names become parts of files, environment variables and lines on a terminal."""
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise ValueError("must hold no control characters")
+    return text
+
+
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_no_control)]
+Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]

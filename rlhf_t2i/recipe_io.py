@@ -16,6 +16,7 @@ from rlhf_t2i.recipe import Recipe
 
 KeyPath = tuple[str | int, ...]
 _MAX_BYTES = 1_000_000
+_MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,6 +44,7 @@ class _Source:
         self.path = path
         self.lines: dict[KeyPath, int] = {}
         self.overrides: dict[KeyPath, str] = {}
+        self.values = 0
 
     def where(self, key: KeyPath) -> str:
         """``recipe.yaml, line 7`` for a key, or ``--set a.b=c`` where an override gave it."""
@@ -121,7 +123,8 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: _Source, above: set[in
     if id(node) in above:
         raise source.error(key, "an anchor refers to itself: a recipe cannot contain itself")
     source.lines.setdefault(key, node.start_mark.line + 1)
-    if len(source.lines) > 100_000:
+    source.values += 1  # visits, not lines: keys given twice share theirs, and are refused later
+    if source.values > _MAX_VALUES:
         raise source.error((), "its anchors expand to over 100,000 values: write a shorter recipe")
     if isinstance(node, yaml.MappingNode):
         for child_key, child in node.value:

@@ -32,7 +32,7 @@ def sample(model: str, prompts: Sequence[str], seed: int = 0, timestep: int | No
     source = sources.parse(model)
     if source.is_local and (Path(source.location) / "model/model_index.json").is_file():
         source = sources.parse(str(Path(source.location) / "model"))
-    sources.read_json(source, "model_index.json")
+    sources.pipeline_index(source)
     settings = _one_step(source)
     try:
         pipeline: Any = DiffusionPipeline.from_pretrained(source.location, **source.kwargs)

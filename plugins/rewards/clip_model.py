@@ -147,7 +147,7 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:
     if source.is_local and not has_tokenizer(source):
         raise UsageError(f"{source.location} holds no tokenizer: one of {', '.join(_TOKENIZERS)} is needed")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.kwargs)
     except Exception as error:
         raise UsageError(f"the tokenizer of {source.location} cannot be read: {first_line(error)}") from error
     if not 16 <= len(tokenizer) <= vocabulary:

@@ -1,13 +1,15 @@
 """A scorer behind a URL: PNG images in JSON, a list of numbers back. For evaluation only, since it has no gradient.
 
 Request, ``POST url``: ``{"prompts": [...], "images": ["<base64 PNG>", ...]}``. Answer: ``{"scores": [...]}``, one
-number a prompt. Nothing is unpickled and nothing is compressed with loss.
+number a prompt. Nothing is unpickled and nothing is compressed with loss. No redirect is followed, so that
+pictures and token go to the named host alone; an answer longer than its numbers can be is refused.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from rlhf_t2i import plugin
 from rlhf_t2i.errors import RunError
+
+_BASE_BYTES, _BYTES_A_SCORE = 4096, 64  # an answer of B scores may have this much more than B times that
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
@@ -64,17 +68,21 @@ class HTTPReward(plugin.Reward):
             RunError: No answer after all attempts, an error status, or an answer of the wrong form.
         """
         body = {"prompts": list(prompts), "images": [_png(image) for image in images.detach()]}
-        answer = self._post(body)
-        scores = answer.get("scores") if isinstance(answer, dict) else None
-        numbers = isinstance(scores, list) and all(isinstance(s, (int, float)) for s in scores)
-        if not numbers or len(scores) != len(prompts):  # type: ignore[arg-type]
+        answer = self._post(body, _BASE_BYTES + _BYTES_A_SCORE * len(prompts))
+        scores: Any = answer.get("scores") if isinstance(answer, dict) else None
+        wrong = not isinstance(scores, list) or len(scores) != len(prompts)
+        if wrong or not all(isinstance(s, (int, float)) for s in scores):
             raise RunError(f'{self.options.url} did not answer {{"scores": [{len(prompts)} numbers]}}')
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+        try:
+            return torch.tensor([float(s) for s in scores], dtype=torch.float32, device=images.device)
+        except OverflowError:
+            raise RunError(f"{self.options.url} answered with a number too large") from None
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def _post(self, body: dict[str, Any], limit: int) -> Any:
         import httpx
 
-        headers = {}
+        # Uncompressed, so that the limit holds for what is read.
+        headers = {"Accept-Encoding": "identity"}
         if self.options.token_env is not None:
             headers["Authorization"] = f"Bearer {os.environ[self.options.token_env]}"
         reason = ""
@@ -82,21 +90,50 @@ class HTTPReward(plugin.Reward):
             if attempt:
                 time.sleep(self.options.backoff_s * 2 ** (attempt - 1))
             try:
-                response = httpx.post(self.options.url, json=body, headers=headers, timeout=self.options.timeout_s)
+                status, content = self._exchange(body, headers, limit)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__} {error}".strip()
                 continue
-            if response.status_code >= 500 or response.status_code == 429:
-                reason = f"status {response.status_code}"
+            if status >= 500 or status == 429:
+                reason = f"status {status}"
                 continue
-            if response.status_code != 200:
+            if status != 200:
                 # A mistake in the request stays one: no retry.
-                raise RunError(f"{self.options.url} answered {response.status_code}: {response.text[:200]}")
+                raise RunError(f"{self.options.url} answered {status}: {_readable(content)}")
             try:
-                return response.json()
-            except ValueError:
+                return json.loads(content)
+            except (ValueError, RecursionError):
                 raise RunError(f"{self.options.url} did not answer with JSON") from None
         raise RunError(f"{self.options.url} gave no answer in {self.options.retries + 1} attempts: {reason}")
+
+    def _exchange(self, body: dict[str, Any], headers: dict[str, str], limit: int) -> tuple[int, bytes]:
+        """One attempt: the status and the body.
+
+        Raises:
+            RunError: A redirect, or a body over the limit.
+        """
+        import httpx
+
+        patience = self.options.timeout_s
+        with httpx.stream("POST", self.options.url, json=body, headers=headers, timeout=patience) as response:
+            if response.is_redirect:
+                raise RunError(
+                    f"{self.options.url} redirects to {_readable(response.headers['location'].encode())}, which is not "
+                    "followed: name the final address in the recipe"
+                )
+            content = b""
+            for chunk in response.iter_raw():
+                content += chunk
+                if len(content) > limit and response.status_code != 200:
+                    break  # the start of an error's page says enough
+                if len(content) > limit:
+                    raise RunError(f"{self.options.url} answered with over {limit} bytes")
+            return response.status_code, content
+
+
+def _readable(content: bytes) -> str:
+    """The start of a foreign text, on one line and without control characters."""
+    return "".join(c if c.isprintable() else " " for c in content.decode("utf-8", "replace")[:200])
 
 
 def _png(image: Tensor) -> str:

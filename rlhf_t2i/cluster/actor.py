@@ -24,14 +24,25 @@ class WorkerActor:
         self._spec, self._keeper = spec, keeper
         set_threads(spec.threads)
         self._worker: Any = None
+        self._store: Any = None  # kept alive for as long as the process lives
         self._call, self._since = "starting", time.monotonic()
 
     def rendezvous(self) -> tuple[str, int]:
-        """An address and a free port on rank 0's machine for torch.distributed."""
+        """Open the store through which the group's processes find each other; its address and port.
+
+        torch would listen on every interface: here it is only the one that Ray uses.
+        """
+        from torch.distributed import TCPStore
+
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, int(probe.getsockname()[1])
+        listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        listener.bind((address, 0))
+        listener.listen()
+        port = int(listener.getsockname()[1])
+        self._store = TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return address, port
 
     def build(self, master: tuple[str, int] | None) -> str:
         """Load the roles; with ``master``, join the group's process group first. Returns the device's name."""
@@ -105,8 +116,10 @@ def _join(rank: int, world: int, master: tuple[str, int]) -> None:
     address, port = master
     # DeepSpeed asks for all five, even where some could be derived.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # every rank joins the store that rendezvous() opened
     if address.startswith("127."):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(0)

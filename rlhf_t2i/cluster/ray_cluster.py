@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
@@ -63,7 +64,7 @@ class RayCluster:
             start_local_ray(len(self._all_specs))
             self._started_ray = True
         else:
-            _ray_environment(loopback=False)
+            _ray_environment()
             try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -292,18 +293,24 @@ def start_local_ray(processes: int) -> None:
     Args:
         processes: Room for this many. They may outnumber the cores: they share them, each with its own threads.
     """
-    _ray_environment(loopback=True)
+    _ray_environment()
+    # Oddly named, but these two make Ray use 127.0.0.1 alone. Ray read the first when it was imported, so a variable
+    # set now reaches its child processes only and the value itself has to change, too.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     cpus = max(os.cpu_count() or 1, processes)
-    ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # "local": a RAY_ADDRESS in the environment is not --address.
+    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    bound = ray.util.get_node_ip_address()
+    if not bound.startswith("127."):
+        ray.shutdown()
+        raise RunError(f"Ray {ray.__version__} listens on {bound} instead of 127.0.0.1: use the version we test with")
 
 
-def _ray_environment(loopback: bool) -> None:
-    """Quiet, private Ray: no usage statistics, and on one machine nothing that listens beyond loopback."""
+def _ray_environment() -> None:
+    """Quiet, private Ray: no usage statistics."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if loopback:
-        # Oddly named, but it is what makes Ray bind 127.0.0.1.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _actor_environment(spec: WorkerSpec) -> dict[str, str]:

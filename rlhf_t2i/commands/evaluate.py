@@ -76,6 +76,6 @@ def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:
             raise UsageError(f"--set {text}: write it as metric.option=value")
         try:
             options.setdefault(metric, {})[option] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UsageError(f"--set {text}: the value is not valid YAML") from None
     return options

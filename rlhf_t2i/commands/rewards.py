@@ -90,7 +90,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"--options {pair!r} is not KEY=VALUE")
         try:
             parsed[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UsageError(f"--options {key.strip()}: {value!r} is not a YAML value") from None
     return parsed
 

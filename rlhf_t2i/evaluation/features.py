@@ -75,7 +75,7 @@ class ClipFeatures:
         from transformers import AutoTokenizer
 
         source = sources.parse(self.location)
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.kwargs)
         if len(tokenizer) < 16:
             raise UsageError(f"--features: {self.location} holds no tokenizer, so --classes needs a probe's file")
         tokens = tokenizer(labels, padding=True, truncation=True, return_tensors="pt").to(self.device)

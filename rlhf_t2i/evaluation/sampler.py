@@ -52,7 +52,7 @@ def resolve(settings: Settings) -> Sampling:
     model = _run_folder(settings.model)
     base = settings.base or model
     source = sources.parse(base)
-    index = sources.read_json(source, "model_index.json")
+    index = sources.pipeline_index(source)
     hint = _one_step_hint(model)
     timestep = settings.timestep
     if timestep is None and settings.steps is None and settings.base is None and "timestep" in hint:

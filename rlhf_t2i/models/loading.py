@@ -53,7 +53,7 @@ class ModelStore:
     @cached_property
     def index(self) -> dict[str, Any]:
         """The reference's model_index.json."""
-        return sources.read_json(self._reference, "model_index.json")
+        return sources.pipeline_index(self._reference)
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

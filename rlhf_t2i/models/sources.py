@@ -56,6 +56,8 @@ def parse(text: str) -> ModelSource:
     is_file = len(parts) > 2 and name.endswith((".bin", ".safetensors")) and ".." not in parts
     if not (len(parts) == 2 or is_file) or not all(parts) or any(c.isspace() for c in name):
         raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name, or org/name/file.bin)")
+    if not _is_safe(name) or "--" in name or (revision and not _is_safe(revision)):
+        raise UsageError(f"{text!r} is no hub id: its parts hold letters, digits, '.', '_' and '-', no '..' or '--'")
     place = "/".join(parts[:2])
     pinned = _revisions.get(f"{place}@{revision}" if revision else place)
     return ModelSource(place, pinned or revision or None, "/".join(parts[2:]) or None)
@@ -92,6 +94,24 @@ def commit(source: ModelSource) -> str | None:
         folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.location, repo_type="model")
         reference = folder / "refs" / (source.revision or "main")
         return reference.read_text("utf-8").strip() if reference.is_file() else None
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a hub id or revision, which the hub's cache makes paths of, stays below the cache's folder."""
+    return all(re.fullmatch(r"\w|\w[\w.-]*\w", part, re.ASCII) and ".." not in part for part in name.split("/"))
+
+
+def pipeline_index(source: ModelSource) -> dict[str, Any]:
+    """A pipeline's model_index.json, whose keys are names of folders.
+
+    Raises:
+        UsageError: Missing, damaged, or with a key that is a path out of the pipeline.
+    """
+    index = read_json(source, "model_index.json")
+    stray = next((name for name in index if not re.fullmatch(r"\w+", name)), None)
+    if stray is not None:
+        raise UsageError(f"{source.location}/model_index.json is damaged: {stray!r} is no name of a folder")
+    return index
 
 
 def read_json(source: ModelSource, file: str) -> dict[str, Any]:

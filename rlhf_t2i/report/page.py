@@ -87,7 +87,7 @@ def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text("utf-8")
         data = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return "", {}
     return text, data if isinstance(data, dict) else {}
 

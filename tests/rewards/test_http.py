@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import threading
@@ -29,6 +30,7 @@ class Server:
         self.answers: list[tuple[int, Any, float]] = []
         self.requests: list[dict[str, Any]] = []
         self.headers: list[Any] = []
+        self.location = ""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -41,9 +43,11 @@ class Server:
                 try:
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)))
+                    if outer.location:
+                        self.send_header("Location", outer.location)
                     self.end_headers()
                     self.wfile.write(data)
-                except BrokenPipeError:
+                except (BrokenPipeError, ConnectionResetError):
                     pass  # the client gave up, as it should
 
             def log_message(self, *_: Any) -> None:
@@ -137,3 +141,47 @@ def test_it_cannot_train_and_needs_a_web_address() -> None:
     assert registry.load_class(registry.REWARDS, "http").differentiable is False
     with pytest.raises(UsageError, match=r"reward 'http', option 'url'.*http://"):
         registry.reward("http", url="file:///etc/passwd")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("home", [True, False])
+def test_a_redirect_is_not_followed(status: int, home: bool, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures, prompts and the token are for the host that the recipe names."""
+    other = Server()
+    target = server.url + "/moved" if home else other.url
+    server.answers, other.answers = [(status, {}, 0.0)], [GOOD]
+    server.location = target
+    monkeypatch.setenv("SCORER_TOKEN", "secret")
+    try:
+        with pytest.raises(RunError, match=f"redirects to {target}, which is not followed"):
+            reward(server, token_env="SCORER_TOKEN").score(IMAGES, ["a", "b"])
+        assert (len(server.requests), len(other.requests)) == (1, 0)
+    finally:
+        other.server.shutdown()
+        other.server.server_close()
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"scores": [1, ' + b" " * 10_000_000 + b"2]}", b"[" * 5000], ids=["10 MB of spaces", "5 KB of brackets"]
+)
+def test_an_answer_longer_than_its_scores_is_refused(body: bytes, server: Server) -> None:
+    server.answers = [(200, body, 0.0)]
+    with pytest.raises(RunError, match="answered with over 4224 bytes"):
+        reward(server).score(IMAGES, ["a", "b"])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("body", [b"[" * 4000, b'{"scores": [1, 1' + b"0" * 400 + b"]}", gzip.compress(b"[1, 2]")])
+def test_short_answers_that_are_traps(body: bytes, server: Server) -> None:
+    server.answers = [(200, body, 0.0)]
+    with pytest.raises(RunError, match=r"did not answer with JSON|number too large"):
+        reward(server).score(IMAGES, ["a", "b"])
+
+
+def test_an_error_page_is_shown_short_and_without_control_characters(server: Server) -> None:
+    server.answers = [(404, b"\x1b[31mno\n" + b"x" * 1_000_000, 0.0)]
+    with pytest.raises(RunError, match=r"answered 404:  \[31mno x{100}") as caught:
+        reward(server).score(IMAGES, ["a", "b"])
+    assert len(str(caught.value)) < 400
+    assert "\x1b" not in str(caught.value)
+    assert server.headers[0]["Accept-Encoding"] == "identity"

@@ -1,0 +1,64 @@
+"""Start Ray as a local run does, with a torch.distributed world of two, and print every socket that listens."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import ray  # imported before the run's own code, as a plugin might
+
+from rlhf_t2i.cluster.actor import WorkerActor, _join
+from rlhf_t2i.cluster.ray_cluster import start_local_ray
+
+
+class Peer(WorkerActor):
+    """A process of a trained group without its networks."""
+
+    def join(self, master: tuple[str, int]) -> float:
+        """Join the group's world and sum a one over its ranks."""
+        import torch
+
+        _join(self._spec.rank, self._spec.world, master)
+        one = torch.ones(1)
+        torch.distributed.all_reduce(one)
+        return float(one)
+
+
+def listening() -> list[list[Any]]:
+    """Process name, address and port of each listening socket of this process and its descendants."""
+    own = psutil.Process()
+    return [
+        [process.name(), connection.laddr.ip, connection.laddr.port]
+        for process in [own, *own.children(recursive=True)]
+        for connection in process.net_connections(kind="inet")
+        if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)  # TCP that listens, UDP
+    ]
+
+
+def main() -> None:
+    """Print what there is as one line of JSON."""
+    from ray._common.usage.usage_lib import usage_stats_enabled
+
+    start_local_ray(2)
+    actor = ray.remote(concurrency_groups={"watch": 1})(Peer)
+    peers = [actor.remote(SimpleNamespace(rank=rank, world=2, threads=1)) for rank in range(2)]
+    master = ray.get(peers[0].rendezvous.remote())
+    sums = ray.get([peer.join.remote(master) for peer in peers])
+    found = {
+        "sums": sums,
+        "master": master,
+        "sockets": listening(),
+        "dashboard": ray._private.worker._global_node.webui_url or "",
+        "usage_stats": usage_stats_enabled(),
+        "token": os.environ.get("RAY_AUTH_MODE") == "token",
+    }
+    ray.shutdown()
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
