@@ -67,6 +67,7 @@ def save(cluster: Cluster, out: Path, progress: Progress, policy: Checkpoints) -
     target = folder_of(out, progress)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        files.remove_unfinished(out / "checkpoints")
         with files.whole_folder(target) as folder:
             for role in TRAINED_ROLES:
                 (folder / role).mkdir()

@@ -52,6 +52,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_unfinished(parent: Path) -> None:
+    """Remove what :func:`whole_folder` left in ``parent`` when its process was killed."""
+    for folder in parent.glob(f"{_ASIDE}*"):
+        remove(folder)
+
+
 def remove(folder: Path) -> None:
     """Remove a folder and all in it, if it is there."""
     if folder.exists():

@@ -99,7 +99,7 @@ class Trainer:
         """
         self._metrics.drop_after(self.progress.step)
         self._events.drop_after(self.progress.step)
-        self._watch.resume(self.progress.step)
+        self._watch.resume(self.progress.step if self.progress != Progress() else -1)
         try:
             with self._signals():
                 if self.progress == Progress():

@@ -213,14 +213,26 @@ class DeepSpeedEngine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 master weights, gathered one at a time, adapters merged."""
-        from deepspeed.utils import safe_get_full_fp32_param
 
         def full(parameter: nn.Parameter) -> Tensor:
-            # What is frozen has no master copy.
-            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            # What is frozen has no master copy; nor has what is float32 itself and not partitioned.
+            master = self._master(parameter) if parameter.requires_grad else None
             return (parameter.detach() if master is None else master).float()
 
         return lora.merged(self.module, full)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor | None:
+        """The float32 weights of a trained parameter, whole; all ranks together."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        optimizer = self._engine.optimizer
+        if self._stage == 0 and hasattr(optimizer, "fp16_groups"):  # bf16 without ZeRO: DeepSpeed links no masters
+            for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for copy, master in zip(copies, masters, strict=True):
+                    if copy is parameter:
+                        return master.detach()
+        found: Tensor | None = safe_get_full_fp32_param(parameter)
+        return found
 
     def rounding(self) -> dict[str, float]:
         """Masters against copies on a sample of the weights, now and at the start."""
@@ -239,12 +251,11 @@ class DeepSpeedEngine:
     def _sample(self) -> list[tuple[Tensor, Tensor]]:
         """Some weights as (master, bf16 copy), in float64 on the CPU."""
         from deepspeed import zero
-        from deepspeed.utils import safe_get_full_fp32_param
 
         trained = [p for p in self.module.parameters() if p.requires_grad]
         found = []
         for parameter in trained[:: -(-len(trained) // _SAMPLED_PARAMETERS)]:
-            master = safe_get_full_fp32_param(parameter)
+            master = self._master(parameter)
             with zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 copy = parameter.detach().flatten().clone()
             if master is None:

@@ -71,6 +71,15 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001_round_001"]
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints/.writing-step_000007_round_003/learner"
+    left.mkdir(parents=True)
+    (left / "state").write_text("half", "utf-8")
+    assert checkpoint.find(tmp_path) == (None, Progress(), [])
+    save(tmp_path, 8, None, Checkpoints())
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000008"]
+
+
 def test_the_window_is_the_last_steps(tmp_path: Path) -> None:
     progress = Progress()
     assert progress.reward() is None

@@ -154,7 +154,7 @@ def test_rounding_is_judged_once_an_occurrence(make_recipe: MakeRecipe) -> None:
 
 
 def test_bf16_copies_are_compared_with_their_masters(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    stages = [make_recipe(optimisation__precision="bf16", optimisation__zero_stage=zero) for zero in (1, 3)]
+    stages = [make_recipe(optimisation__precision="bf16", optimisation__zero_stage=zero) for zero in (0, 1, 3)]
     run_ranks(1, tmp_path, compare_copies, [recipe.optimisation for recipe in stages])
 
 
@@ -175,6 +175,8 @@ def compare_copies(rank: int, stages: list[Optimisation]) -> None:
         assert small["bf16_unmoved"] > 0.9
         assert large["bf16_unmoved"] < 0.1
         assert 1e-4 < large["bf16_drift"] < 2**-8
+        for _, weights in engine.full_parameters():  # what is averaged and exported: masters, not their copies
+            assert not torch.equal(weights, weights.bfloat16().float())
         with torch.no_grad():  # a copy that is none
             parameter = next(engine.module.parameters())
             getattr(parameter, "ds_tensor", parameter).mul_(1.1)
