@@ -28,7 +28,9 @@ from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
 
 WARM_UP = 3
-ONE_GROUP = "placement={mode: ray, groups: {all: {roles: [learner, generator, assistant, reference, reward]}}}"
+ROLES = "roles: [learner, generator, assistant, reference, reward]"
+ONE_GROUP = f"placement={{mode: ray, groups: {{all: {{{ROLES}}}}}}}"
+REPLICAS = f"placement={{mode: ray, groups: {{all: {{{ROLES}, devices: 2, threads: 1}}}}}}"
 
 
 class Timed:
@@ -110,6 +112,7 @@ def main() -> None:
     variants = {
         "local": ["placement=local"],
         "ray, one process": [ONE_GROUP],
+        "ray, two one-thread processes with all roles": [REPLICAS],
         "ray, the recipe's groups": [],
     }
     from rlhf_t2i.cluster.ray_cluster import start_local_ray

@@ -108,7 +108,7 @@ class RayCluster:
                     max_restarts=0 if spec.trains else -1,
                     max_task_retries=0 if spec.trains else _CALL_RETRIES,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
-                    runtime_env={"env_vars": _actor_environment(spec)},
+                    runtime_env={"env_vars": _actor_environment(spec, alone=len(self._all_specs) == 1)},
                 )
                 self._actors[group].append(actor.remote(spec, keeper))
                 bundle += 1
@@ -313,13 +313,13 @@ def _ray_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def _actor_environment(spec: WorkerSpec) -> dict[str, str]:
+def _actor_environment(spec: WorkerSpec, alone: bool) -> dict[str, str]:
     """Environment of an actor's process, set before it imports torch."""
     threads = spec.threads
     kept = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR") if name in os.environ}
     kept["RLHF_T2I_PROCESS"] = f"{spec.group}/{spec.rank}"  # so that `ps e` tells who is who
     if threads is not None:
         kept["OMP_NUM_THREADS"] = str(threads)
-        # Threads that spin while they wait steal the cores of the other processes.
-        kept["OMP_WAIT_POLICY"] = "PASSIVE"
+        if not alone:  # threads that spin while they wait steal the cores of the other processes
+            kept["OMP_WAIT_POLICY"] = "PASSIVE"
     return kept
