@@ -30,6 +30,10 @@ from rlhf_t2i.roles.stopwatch import WAIT
 WARM_UP = 3
 ROLES = "roles: [learner, generator, assistant, reference, reward]"
 ONE_GROUP = f"placement={{mode: ray, groups: {{all: {{{ROLES}}}}}}}"
+TWO_GROUPS = (
+    "placement={mode: ray, groups: {train: {roles: [learner, generator, reference], threads: 1}, "
+    "serve: {roles: [assistant, reward], threads: 1}}}"
+)
 REPLICAS = f"placement={{mode: ray, groups: {{all: {{{ROLES}, devices: 2, threads: 1}}}}}}"
 
 
@@ -113,7 +117,7 @@ def main() -> None:
         "local": ["placement=local"],
         "ray, one process": [ONE_GROUP],
         "ray, two one-thread processes with all roles": [REPLICAS],
-        "ray, the recipe's groups": [],
+        "ray, two groups of roles": [TWO_GROUPS],
     }
     from rlhf_t2i.cluster.ray_cluster import start_local_ray
 
