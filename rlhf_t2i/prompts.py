@@ -10,7 +10,7 @@ from pathlib import Path
 from rlhf_t2i import rng
 from rlhf_t2i.errors import UsageError
 
-_MAX_PROMPT = 100_000
+_MAX_PROMPT = 5_000  # characters; text encoders read the first 77 tokens, some 300 characters
 
 
 def read(path: str | Path, column: str = "prompt") -> list[str]:
@@ -24,12 +24,14 @@ def read(path: str | Path, column: str = "prompt") -> list[str]:
         UsageError: Missing, empty, binary or malformed file, with its line.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"data: {path} is a directory: give a prompt file")
-    if not path.is_file():
-        raise UsageError(f"data: no such prompt file: {path}")
     try:
+        if path.is_dir():
+            raise UsageError(f"data: {path} is a directory: give a prompt file")
+        if not path.is_file():
+            raise UsageError(f"data: no such prompt file: {path}")
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"data: the prompt file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"data: {path} is not UTF-8 text (byte {error.start})") from None
     if "\0" in text:
@@ -46,7 +48,10 @@ def read(path: str | Path, column: str = "prompt") -> list[str]:
         raise UsageError(f"data: {path} holds no prompts")
     longest = max(prompts, key=len)
     if len(longest) > _MAX_PROMPT:
-        raise UsageError(f"data: {path} holds a prompt of {len(longest)} characters: is it one prompt a line?")
+        raise UsageError(
+            f"data: {path} holds a prompt of {len(longest):,} characters ({longest[:40]!r}...), over {_MAX_PROMPT:,}: "
+            "is it one prompt a line?"
+        )
     return prompts
 
 

@@ -32,9 +32,13 @@ def run_command(
     loaded = recipe_io.load(recipe, set_ or [])
     check_placement(loaded)
     folder = out or Path("runs") / recipe.stem
-    if (folder / "recipe.yaml").exists() and not resume:
-        from rlhf_t2i.errors import UsageError
+    from rlhf_t2i.errors import UsageError
 
+    try:
+        taken = (folder / "recipe.yaml").exists()
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be used: {error.strerror}") from None
+    if taken and not resume:
         raise UsageError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
     from rlhf_t2i import training
 

@@ -43,7 +43,7 @@ class ModelStore:
         for text in (self.models.generator, self.models.assistant, self.models.vae):
             if text is not None:
                 sources.parse(text)
-        _ = self.index, self.schedule, self.unet_config, self.latent_shape
+        _ = self.index, self.schedule, self.unet_config, self.latent_shape, self._has_second_encoder
         if self.models.generator_timestep >= len(self.schedule):
             raise UsageError(
                 f"models.generator_timestep: {self.models.generator_timestep} is beyond the reference's "
@@ -66,8 +66,8 @@ class ModelStore:
             return NoiseSchedule.from_scheduler(SimpleNamespace(config=config))
         except KeyError as error:
             raise UsageError(f"{self._reference.location}/{file} has no {error.args[0]}: it is damaged") from None
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{self._reference.location}/{file}: {error}") from None
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UsageError(f"{self._reference.location}/{file}: {_first_line(error)}") from None
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -84,20 +84,37 @@ class ModelStore:
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one sample's latents."""
-        channels = int(self.unet_config["in_channels"])
-        levels = self.vae_config.get("block_out_channels") or self.vae_config["decoder_block_out_channels"]
+        channels = self.unet_config.get("in_channels")
+        if not isinstance(channels, int) or channels < 1:
+            raise UsageError(f"{self._reference.location}/unet/config.json: in_channels is no number: it is damaged")
+        levels = self.vae_config.get("block_out_channels") or self.vae_config.get("decoder_block_out_channels")
+        if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
+            place = self.models.vae or f"{self._reference.location}/vae"
+            raise UsageError(f"{place}/config.json: block_out_channels is no list: not the folder of a VAE, or damaged")
         factor = 2 ** (len(levels) - 1)
         if self.models.resolution % factor:
             raise UsageError(f"models.resolution: {self.models.resolution} is not a multiple of the VAE's {factor}")
         size = self.models.resolution // factor
         return channels, size, size
 
+    @property
+    def _has_second_encoder(self) -> bool:
+        """Whether the pipeline is SDXL's."""
+        entry = self.index.get("text_encoder_2")
+        found = isinstance(entry, list) and bool(entry) and entry[0] is not None
+        if self.unet_config.get("addition_embed_type") == "text_time" and not found:
+            raise UsageError(
+                f"{self._reference.location}/model_index.json names no text_encoder_2, which its UNet needs: "
+                "it is damaged or of another model"
+            )
+        return found
+
     @cached_property
     def conditioner(self) -> Conditioner:
         """Tokenizers and frozen text encoders of the reference."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        is_sdxl = "text_encoder_2" in self.index and self.index["text_encoder_2"][0] is not None
+        is_sdxl = self._has_second_encoder
         names = [("tokenizer", "text_encoder", CLIPTextModel)]
         if is_sdxl:
             names.append(("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection))

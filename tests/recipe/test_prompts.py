@@ -33,11 +33,11 @@ def test_formats(name: str, data: bytes | str, found: list[str], tmp_path: Path)
     assert prompts.read(write(tmp_path, name, data)) == found
 
 
-def test_ten_thousand_characters_are_a_prompt(tmp_path: Path) -> None:
-    """Long ones are legal (the tokenizer cuts them); a whole file in one line is not."""
-    assert prompts.read(write(tmp_path, "p.txt", "word " * 2000)) == [("word " * 2000).strip()]
-    with pytest.raises(UsageError, match="one prompt a line"):
-        prompts.read(write(tmp_path, "p.txt", "word " * 50_000))
+def test_ten_thousand_characters_are_no_prompt(tmp_path: Path) -> None:
+    """Long ones are legal (the tokenizer cuts them); a page, or a whole file in one line, is not."""
+    assert prompts.read(write(tmp_path, "p.txt", "word " * 1000)) == [("word " * 1000).strip()]
+    with pytest.raises(UsageError, match=r"10,000 characters \('aaa.*one prompt a line"):
+        prompts.read(write(tmp_path, "p.txt", "a cat\n" + "a" * 10_000))
 
 
 @pytest.mark.parametrize(
