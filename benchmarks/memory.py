@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     join_alone()
     with tempfile.TemporaryDirectory() as place:
-        tiny, large = (Settings(True, str(Path(place) / name), 2, 1) for name in ("tiny", "large"))
+        tiny, large = (Settings(True, str(Path(place) / name), steps=2, batch=2) for name in ("tiny", "large"))
         build(tiny)
         build(large, random_models.small(args.channels, vae_channels=64, resolution=128))
         every: dict[str, list[Row]] = {}

@@ -23,6 +23,7 @@ from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
 _START_TIMEOUT_S = 600.0
+_PLACE_TIMEOUT_S = 120.0  # of what is free already: nothing has to start
 _STATUS_TIMEOUT_S = 10.0
 _CALL_RETRIES = 3  # of a call whose process died: one that dies of the call itself shall not do so for ever
 _KEEPER = "rlhf_t2i keeper {}"  # of a placement group
@@ -90,8 +91,11 @@ class RayCluster:
                 f"but the cluster has {available:g} free: use fewer devices or let roles share a group"
             )
         self._group = placement_group([{kind: self._share} for _ in self._all_specs], strategy="PACK")
-        if not self._group.wait(_START_TIMEOUT_S):
-            raise RunError(f"Ray could not place {needed} processes within {_START_TIMEOUT_S:g} s")
+        if not self._group.wait(_PLACE_TIMEOUT_S):
+            raise RunError(
+                f"Ray could not place {needed} processes of {self._share:g} {kind} in {_PLACE_TIMEOUT_S:g} s, though "
+                f"{available:g} {kind}s are free: parts of them on several machines, or another job took them meanwhile"
+            )
 
     def _create(self) -> None:
         if self._roles["generator"][0] != self._roles["learner"][0]:

@@ -61,23 +61,31 @@ class GroupPlan:
         return replace(total, activations=total.activations - idle)
 
 
-def trained_memory(parameters: int, ranks: int, stage: int, precision: str, offload: bool, distributed: bool) -> Memory:
+def trained_memory(
+    parameters: int, ranks: int, stage: int, precision: str, offload: bool, distributed: bool, accumulates: bool = False
+) -> Memory:
     """Weights, gradients and optimiser states of a network under AdamW in one process.
 
     ZeRO keeps float32 master weights beside the compute weights from stage 1 on, and divides optimiser states (1),
-    gradients (2) and weights (3) by the ranks; one process without Ray is plain float32 PyTorch.
+    gradients (2) and weights (3) by the ranks; one process without Ray is plain float32 PyTorch. Stage 3 keeps the
+    buffer it reduces gradients in. Offloaded states come with a float32 gradient in host memory, and below stage 3 with
+    the sum over micro-batches where an update ``accumulates``.
     """
+    from rlhf_t2i.roles.engine import REDUCE_BUCKET
+
     if not distributed:
         return Memory(weights=4 * parameters, gradients=4 * parameters, optimiser=8 * parameters)
     width = _BYTES[precision]
     share = -(-parameters // ranks)
     master = 4 if stage or precision == "bf16" else 0
     states = (share if stage else parameters) * (8 + master)
+    bucket = min(REDUCE_BUCKET, parameters) if stage == 3 else 0
+    beside = 4 * share + (width * parameters if accumulates and stage < 3 else 0)
     return Memory(
         weights=width * (share if stage == 3 else parameters),
-        gradients=width * (share if stage >= 2 else parameters),
+        gradients=width * ((share if stage >= 2 else parameters) + bucket),
         optimiser=0 if offload and stage else states,
-        host=states if offload and stage else 0,
+        host=states + beside if offload and stage else 0,
     )
 
 
@@ -87,8 +95,9 @@ def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Netwo
     distributed = recipe.placement.mode == "ray"
     optimiser = settings.generator if role == "learner" else settings.assistant
     trained = unet if optimiser.lora is None else count_adapters(networks.unet, optimiser.lora)
+    accumulates = settings.micro_batch is not None and settings.micro_batch * devices < settings.batch_size
     memory = trained_memory(
-        trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, distributed
+        trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, distributed, accumulates
     )
     if optimiser.kind == "adamw_8bit":
         # Both moments take a byte instead of four; their scales, one number in 256, are left out.

@@ -28,6 +28,10 @@ _SAMPLED_PARAMETERS, _SAMPLED_WEIGHTS = 16, 4096
 """For the look at bf16 rounding: parameters, and weights of each."""
 
 
+REDUCE_BUCKET = 500_000_000
+"""Gradients that ZeRO reduces at once (DeepSpeed's default); stage 3 keeps a buffer of so many all the time."""
+
+
 class Engine(Protocol):
     """What a role needs to train a network."""
 
@@ -160,6 +164,7 @@ class DeepSpeedEngine:
         self, module: nn.Module, optimiser: Optimiser, accumulation: int, micro_batch: int, settings: Optimisation
     ) -> None:
         deepspeed = import_deepspeed()
+        trainable = [p for p in module.parameters() if p.requires_grad]
         self._stage = settings.zero_stage
         self._accumulation, self._micro_steps = accumulation, 0
         config = {
@@ -171,11 +176,11 @@ class DeepSpeedEngine:
             "bf16": {"enabled": settings.precision == "bf16"},
             "zero_optimization": {
                 "stage": settings.zero_stage,
+                "reduce_bucket_size": min(REDUCE_BUCKET, sum(p.numel() for p in trainable)),
                 **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload_optimizer else {}),
             },
             "steps_per_print": 2**62,
         }
-        trainable = [p for p in module.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(trainable, optimiser), config=config)
         self.module: nn.Module = self._engine.module
         self._at_start: list[tuple[Tensor, Tensor]] | None = self._sample() if settings.precision == "bf16" else None

@@ -88,17 +88,19 @@ def test_local_training_memory_is_torchs_own() -> None:
         (0, "fp32", False, (4000, 4000, 8000, 0)),
         (1, "fp32", False, (4000, 4000, 3000, 0)),
         (2, "fp32", False, (4000, 1000, 3000, 0)),
-        (3, "fp32", False, (1000, 1000, 3000, 0)),
+        (3, "fp32", False, (1000, 5000, 3000, 0)),  # with the buffer gradients are reduced in
         (0, "bf16", False, (2000, 2000, 12000, 0)),
         (1, "bf16", False, (2000, 2000, 3000, 0)),
         (2, "bf16", False, (2000, 500, 3000, 0)),
-        (3, "bf16", False, (500, 500, 3000, 0)),
-        (2, "bf16", True, (2000, 500, 0, 3000)),
+        (3, "bf16", False, (500, 2500, 3000, 0)),
+        (2, "bf16", True, (2000, 500, 0, 4000)),  # with a float32 gradient
     ],
 )
 def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tuple[int, ...]) -> None:
     memory = trained_memory(1000, 4, stage, precision, offload, distributed=True)
     assert (memory.weights, memory.gradients, memory.optimiser, memory.host) == expected
+    summed = trained_memory(1000, 4, stage, precision, offload, distributed=True, accumulates=True)
+    assert summed.host == memory.host + (2000 if offload else 0)
 
 
 def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip: Path) -> None:
