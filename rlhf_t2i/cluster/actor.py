@@ -88,7 +88,7 @@ class WorkerActor:
     def readings(self) -> dict[str, Any]:
         """Timings and memory since the last reading."""
         if self._worker is None:
-            return {"seconds": {}, "bytes": 0, "memory": 0, "rank": self._spec.rank}
+            return {"seconds": {}, "bytes": 0, "memory": 0, "rank": self._spec.rank, "matmul_rate": None}
         return self._worker.readings()
 
 

@@ -11,10 +11,12 @@ import ray
 import torch
 
 from rlhf_t2i import rng
+from rlhf_t2i.cluster.actor import WorkerActor
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 MakeRecipe = Callable[..., Recipe]
@@ -46,6 +48,11 @@ def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_re
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     local = gradient(LocalCluster(make_recipe()))
     assert float((after - local).norm() / local.norm()) < 1e-5
+
+
+def test_a_restarted_process_reads_like_any_other(make_recipe: MakeRecipe) -> None:
+    spec = WorkerSpec(make_recipe(), "look", ("reference",))
+    assert WorkerActor(spec).readings().keys() == Worker(spec).readings().keys()
 
 
 def test_a_killed_learner_ends_the_run_with_a_sentence(cluster: RayCluster) -> None:
