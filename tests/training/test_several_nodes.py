@@ -1,0 +1,116 @@
+"""Several Ray nodes on this machine, joined by ``--address``: a run spreads over them and equals one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_t2i import recipe_io, training
+from tests import tiny
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+NODES = 3
+# The learner's two ranks and the rest: three processes of one CPU each, on nodes that have one.
+APART = (
+    "placement={mode: ray, groups: {train: {devices: 2, roles: [learner, generator], threads: 1}, "
+    "score: {roles: [assistant, reference, reward], threads: 1}}}"
+)
+# The command line, telling on which node every process was placed.
+CHILD = """
+import json, sys
+from ray.util import placement_group_table
+from rlhf_t2i import cli
+from rlhf_t2i.cluster.ray_cluster import RayCluster
+reserve = RayCluster._reserve
+def noted(self):
+    reserve(self)
+    print("nodes", json.dumps(placement_group_table(self._group)["bundles_to_node_id"]), flush=True)
+RayCluster._reserve = noted
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Three raylets with a CPU each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for _ in range(NODES - 1):
+            cluster.add_node(num_cpus=1)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_sdxl: Path, tiny_clip: Path, tiny_prompts: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    optimiser = {"lr": 1e-3, "eps": 1e-4}
+    data = tiny.recipe_dict(
+        tiny_sdxl,
+        tiny_prompts,
+        steps=3,
+        algorithm={"rewards": [{"name": "pickscore", "scale": 100.0, "options": {"model": str(tiny_clip)}}]},
+        optimisation={"batch_size": 4, "zero_stage": 2, "generator": optimiser, "assistant": optimiser},
+        evaluation={"images": 4, "images_per_prompt": 2},
+        logging={"sample_count": 2},
+    )
+    path.write_text(json.dumps(data), "utf-8")  # JSON is YAML
+    return path
+
+
+def cli(*args: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def weights(run: Path) -> torch.Tensor:
+    state = load_file(run / "model/unet/diffusion_pytorch_model.safetensors")
+    return torch.cat([state[name].flatten() for name in sorted(state)])
+
+
+def test_a_run_spreads_over_the_nodes_and_equals_local(
+    address: str, recipe: Path, tmp_path: Path, tiny_sdxl: Path
+) -> None:
+    joined = cli("run", recipe, "--set", APART, "--address", address, "--out", tmp_path / "joined")
+    out, error = joined.communicate(timeout=240)
+    assert joined.returncode == 0, error
+    (placed,) = [line for line in out.splitlines() if line.startswith("nodes ")]
+    assert len(set(json.loads(placed.removeprefix("nodes ")).values())) == NODES
+
+    training.run(recipe_io.load(recipe, ["placement=local"]), tmp_path / "local")
+    start = load_file(tiny_sdxl / "unet/diffusion_pytorch_model.safetensors")
+    begun = torch.cat([start[name].flatten() for name in sorted(start)])
+    ours, theirs = weights(tmp_path / "joined"), weights(tmp_path / "local")
+    # Against what training changed, not against the weights.
+    assert (ours - theirs).norm() < 1e-3 * (theirs - begun).norm()
+    assert (theirs - begun).norm() > 1e-3 * begun.norm()
+
+
+def test_what_the_cluster_lacks_is_said_at_once(address: str, recipe: Path, tmp_path: Path) -> None:
+    more = APART.replace("devices: 2", "devices: 4").replace("score: {", "score: {devices: 2, ")
+    lacking = "placement needs 6 CPUs (train: 4, score: 2) but the cluster has 3"
+    began = time.monotonic()
+    asked = {
+        f"{lacking}:": cli("plan", recipe, "--set", more, "--address", address),
+        f"{lacking} free:": cli("run", recipe, "--set", more, "--address", address, "--out", tmp_path / "run"),
+    }
+    for sentence, command in asked.items():
+        _, error = command.communicate(timeout=240)
+        assert command.returncode == 2, error
+        assert sentence in error
+        assert "Traceback" not in error
+    # Most of it is importing torch and Ray on a busy machine; waiting for a placement would take minutes.
+    assert time.monotonic() - began < 100
+    assert not (tmp_path / "run").exists()
