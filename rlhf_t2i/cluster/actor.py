@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Any
 
+import psutil
 import ray
 
 
@@ -107,6 +108,14 @@ class Keeper:
         return self._newest
 
 
+def network_interface(address: str) -> str | None:
+    """The interface of this machine that holds an address, as ``lo`` does 127.0.0.1."""
+    for name, held in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in held):
+            return name
+    return None
+
+
 def _join(rank: int, world: int, master: tuple[str, int]) -> None:
     """Join the group's torch.distributed world through DeepSpeed."""
     import torch
@@ -117,9 +126,11 @@ def _join(rank: int, world: int, master: tuple[str, int]) -> None:
     # DeepSpeed asks for all five, even where some could be derived.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # every rank joins the store that rendezvous() opened
-    if address.startswith("127."):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    interface = network_interface(ray.util.get_node_ip_address())
+    if interface is not None:
+        # Left alone gloo asks what the machine's name resolves to: on Debian 127.0.1.1, where no other machine is.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(0)

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from rlhf_t2i import rng
-from rlhf_t2i.cluster.actor import WorkerActor
+from rlhf_t2i.cluster.actor import WorkerActor, network_interface
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import RunError, UsageError
@@ -48,6 +48,11 @@ def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_re
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     local = gradient(LocalCluster(make_recipe()))
     assert float((after - local).norm() / local.norm()) < 1e-5
+
+
+def test_ranks_meet_on_the_interface_of_their_address() -> None:
+    assert network_interface("127.0.0.1") == "lo"
+    assert network_interface("192.0.2.1") is None  # nobody's: RFC 5737
 
 
 def test_a_restarted_process_reads_like_any_other(make_recipe: MakeRecipe) -> None:
