@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 ROLES = ("learner", "generator", "assistant", "reference", "reward")
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Size = Annotated[int, Field(ge=1, le=65_536)]
 
 
 def _no_control(text: str) -> str:
@@ -76,7 +77,7 @@ class RewardChoice(PluginChoice):
 
     scale: float = Field(1.0, allow_inf_nan=False, ge=-1e9, le=1e9, description="alpha_r of (3.3); rewards: only")
     label: Name | None = Field(None, description="the name in metrics; the plugin's name when absent")
-    micro_batch: Count | None = Field(None, description="images a call of score(); the whole request when absent")
+    micro_batch: Size | None = Field(None, description="images a call of score(); the whole request when absent")
     timeout_s: Positive = Field(600.0, description="a call that takes longer stops the run")
 
     @property
@@ -169,8 +170,8 @@ class Ema(Section):
 class Optimisation(Section):
     """Batches, precision and both optimisers."""
 
-    batch_size: Count = Field(128, description="images a generator update (and an assistant update), over all ranks")
-    micro_batch: Count | None = Field(None, description="images a rank handles at once; all of its share when absent")
+    batch_size: Size = Field(128, description="images a generator update (and an assistant update), over all ranks")
+    micro_batch: Size | None = Field(None, description="images a rank handles at once; all of its share when absent")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="compute; master weights are float32")
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimiser states in host memory")
@@ -196,9 +197,9 @@ class Optimisation(Section):
 class Group(Section):
     """A set of devices and the roles that share them: one process a device."""
 
-    devices: Count = Field(1, description="processes, one a device")
+    devices: Size = Field(1, description="processes, one a device")
     roles: list[Name] = Field(min_length=1, description=f"of {', '.join(ROLES)}, or reward:LABEL for one reward")
-    threads: Count | None = Field(None, description="CPU threads a process; a fair share of the machine when absent")
+    threads: Size | None = Field(None, description="CPU threads a process; a fair share of the machine when absent")
 
 
 class Placement(Section):
@@ -251,7 +252,7 @@ class Evaluation(Section):
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = Field(
         4, description="diversity is measured within a prompt"
     )
-    batch_size: Count = Field(32, description="images drawn and scored at once")
+    batch_size: Size = Field(32, description="images drawn and scored at once")
 
 
 class Recipe(Section):
