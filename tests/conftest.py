@@ -28,6 +28,7 @@ from tests import tiny
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker takes all that starts Ray, one instance at a time; a file's other tests share its fixtures."""
     for item in items:
