@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/rlhf-t2i run recipes/quickstart.yaml --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # Half an hour of SIGKILLs on two cores; KILLS=6 for a taste.
 KILLS ?= 60

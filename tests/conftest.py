@@ -15,6 +15,7 @@ os.environ.update(
 )
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,25 @@ from tests import tiny
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker takes all that starts Ray, one instance at a time; a file's other tests share its fixtures."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest group is begun first
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under ``-n``: a file stays on one worker, and all files that start Ray on the same one.
+
+    Not ``--dist loadgroup``: with pytest 9.2 pytest-xdist 3.8 loses the names of its groups.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRayAtATime(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if _starts_ray(config.rootpath / file) else file
+
+    return OneRayAtATime(config, log)
+
+
+@cache
+def _starts_ray(file: Path) -> bool:
+    return "pytest.mark.ray" in file.read_text("utf-8")
 
 
 @pytest.fixture(scope="session")
