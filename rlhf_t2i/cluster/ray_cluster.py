@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 _START_TIMEOUT_S = 600.0
 _PLACE_TIMEOUT_S = 120.0  # of what is free already: nothing has to start
 _STATUS_TIMEOUT_S = 10.0
+_RELEASE_TIMEOUT_S = 15.0
 _CALL_RETRIES = 3  # of a call whose process died: one that dies of the call itself shall not do so for ever
 _KEEPER = "rlhf_t2i keeper {}"  # of a placement group
 
@@ -81,8 +83,8 @@ class RayCluster:
     def _reserve(self) -> None:
         """Reserve all devices at once, or say what is missing; nothing waits in silence."""
         kind = "GPU" if self._gpus else "CPU"
-        available = ray.available_resources().get(kind, 0)
         needed = len(self._all_specs)
+        available = _available(kind, needed)
         if self._gpus and self._recipe.placement.share_devices and available >= 1:
             self._share = 1.0 / math.ceil(needed / available)
         if available < needed * self._share:
@@ -269,6 +271,15 @@ class RayCluster:
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
+
+
+def _available(kind: str, needed: int) -> float:
+    """Free devices; before too few are believed, a moment passes: Ray gives those of dead processes back late."""
+    wanted = min(needed, ray.cluster_resources().get(kind, 0))
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    while (free := float(ray.available_resources().get(kind, 0))) < wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return free
 
 
 def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | None) -> dict[str, list[WorkerSpec]]:

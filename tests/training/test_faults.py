@@ -11,6 +11,7 @@ import ray
 import torch
 
 from rlhf_t2i import rng
+from rlhf_t2i.cluster import ray_cluster
 from rlhf_t2i.cluster.actor import WorkerActor, network_interface
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
@@ -53,6 +54,15 @@ def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_re
 def test_ranks_meet_on_the_interface_of_their_address() -> None:
     assert network_interface("127.0.0.1") == "lo"
     assert network_interface("192.0.2.1") is None  # nobody's: RFC 5737
+
+
+def test_devices_that_ray_gives_back_late_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([3.0, 3.0, 4.0])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": next(free)})
+    assert ray_cluster._available("CPU", 4) == 4
+    free = iter([4.0])  # six will never be there: the answer comes at once
+    assert ray_cluster._available("CPU", 6) == 4
 
 
 def test_a_restarted_process_reads_like_any_other(make_recipe: MakeRecipe) -> None:
