@@ -54,7 +54,8 @@ class HPSv2(plugin.Reward):
     @classmethod
     def hub_models(cls, options: HPSv2Options) -> list[str]:
         """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
-        return [*super().hub_models(options), _TOKENIZER]
+        own = options.tokenizer or has_tokenizer(sources.parse(options.model))
+        return [*super().hub_models(options), *([] if own else [_TOKENIZER])]
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""

@@ -95,7 +95,8 @@ class ImageReward(plugin.Reward):
     @classmethod
     def hub_models(cls, options: ImageRewardOptions) -> list[str]:
         """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
-        return [*super().hub_models(options), _TOKENIZER]
+        own = options.tokenizer or has_tokenizer(sources.parse(options.model))
+        return [*super().hub_models(options), *([] if own else [_TOKENIZER])]
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Token ids and mask [B, 2, 35]: the text encoder itself looks at the image, so only these can be cached."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from rlhf_t2i_plugins.rewards.clip_model import load_clip
+from rlhf_t2i_plugins.rewards.clip_model import has_processor, load_clip
 from torch import Tensor
 
 from rlhf_t2i import plugin
+from rlhf_t2i.models import sources
 
 _PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -44,7 +45,8 @@ class PickScore(plugin.Reward):
     @classmethod
     def hub_models(cls, options: PickScoreOptions) -> list[str]:
         """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
-        return [*super().hub_models(options), _PROCESSOR]
+        own = options.processor or has_processor(sources.parse(options.model))
+        return [*super().hub_models(options), *([] if own else [_PROCESSOR])]
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""

@@ -61,7 +61,7 @@ def test_a_run_pins_what_it_loads_and_a_moved_branch_changes_nothing(
 
 def test_what_is_pinned(hub: Path, make_recipe: MakeRecipe) -> None:
     plain = make_recipe()
-    assert pins.pin(plain).revisions == {}  # folders, and a fallback processor that is not in the cache
+    assert pins.pin(plain).revisions == {}
     branch = make_recipe(models__reference="tiny/sdxl@main")
     assert pins.pin(branch).revisions == {"tiny/sdxl@main": OLD}
     assert sources.parse("tiny/sdxl@main").revision == OLD
@@ -74,3 +74,17 @@ def test_what_is_pinned(hub: Path, make_recipe: MakeRecipe) -> None:
 def test_a_revision_is_a_full_hash(make_recipe: MakeRecipe) -> None:
     with pytest.raises(UsageError, match="revisions"):
         make_recipe(revisions="{tiny/sdxl: main}")
+
+
+def test_a_run_of_local_models_never_asks_the_hub(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "commit", lambda source: pytest.fail(f"asked for {source.location}"))
+    assert pins.pin(make_recipe()).revisions == {}
+    shipped = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+    assert pins.pin(recipe_io.load(shipped)).revisions == {}
+
+
+def test_a_hub_that_cannot_be_reached_pins_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert sources.commit(sources.parse("tiny/sdxl")) is None
