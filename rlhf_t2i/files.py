@@ -12,7 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i.errors import UsageError
+
 _ASIDE = ".writing-"
+
+
+def expanded(path: str) -> Path:
+    """A path with ``~`` or ``~user`` replaced by the home folder.
+
+    Raises:
+        UsageError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"no such file or folder: {path} (no user has that home folder)") from None
 
 
 def write_text(path: Path, text: str) -> None:

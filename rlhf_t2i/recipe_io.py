@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import Recipe
 
@@ -51,7 +52,7 @@ class _Source:
         for length in range(len(key), -1, -1):
             prefix = key[:length]
             if prefix in self.overrides:
-                return f"--set {self.overrides[prefix]}"
+                return f"--set {shown(self.overrides[prefix])}"
             if prefix in self.lines:
                 return f"{self.path}, line {self.lines[prefix]}"
         return str(self.path)
@@ -103,10 +104,7 @@ def _read(source: _Source) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
-            _collect_lines(node, (), source, set())
-        data = yaml.load(text, Loader=_Loader)
+        data = _parse(text, source)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -117,6 +115,36 @@ def _read(source: _Source) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {_kind(data)}")
     return data
+
+
+def parse_value(text: str, place: str) -> Any:
+    """Read a YAML value that comes from elsewhere than a recipe.
+
+    Args:
+        text: The YAML.
+        place: Where it was given, for the sentence of an error.
+
+    Raises:
+        UsageError: Not YAML, or anchors that contain themselves or expand without bounds.
+    """
+    try:
+        return _parse(text, _Source(Path(place)))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UsageError(f"{place}: the value is not valid YAML") from None
+
+
+def _parse(text: str, source: _Source) -> Any:
+    """The data of a YAML text, counted before anything is built: merged anchors expand while it is built."""
+    node = yaml.compose(text, Loader=_Loader)
+    if node is not None:
+        _collect_lines(node, (), source, set())
+    return yaml.load(text, Loader=_Loader)
+
+
+def shown(text: str) -> str:
+    """What was typed, short and on one line, without what a terminal would obey."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= 200 else line[:197] + "..."
 
 
 def _collect_lines(node: yaml.Node, key: KeyPath, source: _Source, above: set[int]) -> None:
@@ -145,30 +173,27 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: _Source, above: set[in
 
 def _apply_override(data: dict[str, Any], override: str, source: _Source) -> None:
     name, equals, text = override.partition("=")
+    place = f"--set {shown(override)}"
     if not equals or not name or any(not part for part in name.split(".")):
-        raise UsageError(f"--set {override}: write it as key.subkey=value")
-    shown = override if len(override) <= 200 else override[:197] + "..."
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
-            _collect_lines(node, (), _Source(Path(f"--set {shown}")), set())
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UsageError(f"--set {shown}: the value is not valid YAML") from None
-    parts: list[str | int] = [int(part) if part.isdigit() else part for part in name.split(".")]
+        raise UsageError(f"{place}: write it as key.subkey=value")
+    value = parse_value(text, place)
+    # isdigit() also takes digits that int() does not; an index of more digits has no entry anyway.
+    parts: list[str | int] = [int(p) if re.fullmatch("[0-9]{1,9}", p) else p for p in name.split(".")]
     value = _resolve_paths(value, Path.cwd(), tuple(parts))
     target: Any = data
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(target, list):
             if not isinstance(part, int) or part >= len(target):
-                raise UsageError(f"--set {override}: {part!r} is not one of the {len(target)} entries (0 is the first)")
+                raise UsageError(
+                    f"{place}: {shown(repr(part))} is not one of the {len(target)} entries (0 is the first)"
+                )
         elif isinstance(target, dict):
             part = str(part)
             if not last and not isinstance(target.get(part), dict | list):
                 target[part] = {}
         else:
-            raise UsageError(f"--set {override}: {'.'.join(map(str, parts[:depth]))} holds no keys")
+            raise UsageError(f"{place}: {shown('.'.join(map(str, parts[:depth])))} holds no keys")
         if last:
             target[part] = value
         else:
@@ -190,8 +215,10 @@ def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
         return value
     explicit = value.startswith(("./", "../", "~/"))
     file = key in (("data", "prompts"), ("data", "held_out"))
-    model = (key[:1] == ("models",) or key[-1:] == ("model",)) and (folder / value).exists()
-    return str((folder / Path(value).expanduser()).resolve()) if explicit or file or model else value
+    model = key[:1] == ("models",) or key[-1:] == ("model",)
+    if explicit or file or (model and (value.startswith("~") or (folder / value).exists())):
+        return str((folder / files.expanded(value)).resolve())
+    return value
 
 
 def _explain(error: ValidationError, data: Any, source: _Source) -> UsageError:
@@ -204,13 +231,13 @@ def _explain(error: ValidationError, data: Any, source: _Source) -> UsageError:
         valid = _valid_keys(key[:-1])
         close = difflib.get_close_matches(str(key[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(valid)}"
-        return source.error(key, f"unknown key {name!r}; {hint}")
+        return source.error(key, f"unknown key {shown(name)!r}; {hint}")
     if first["type"] == "missing":
         return source.error(key[:-1], f"the key {name!r} is missing")
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = "" if first["type"] == "value_error" else f", not {_kind(first['input'])}"
-    return source.error(key, f"{name or 'the recipe'}: {message}{given}")
+    return source.error(key, f"{shown(name) or 'the recipe'}: {message}{given}")
 
 
 def _valid_keys(key: KeyPath) -> list[str]:

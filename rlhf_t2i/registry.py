@@ -8,11 +8,11 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
 
 REWARDS = "rlhf_t2i.rewards"
@@ -82,7 +82,7 @@ def _from_entry_point(group: str, name: str, kind: str) -> Any:
 
 def _from_file(name: str, kind: str) -> Any:
     file, _, attribute = name.rpartition(":")
-    path = Path(file).expanduser().resolve()
+    path = files.expanded(file).resolve()
     if not path.is_file():
         raise UsageError(f"{kind} {name!r}: no such file: {path}")
     # The module name is derived from the path, so that every process agrees on it and two files never collide.

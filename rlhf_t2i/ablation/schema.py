@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlhf_t2i import recipe_io
+from rlhf_t2i import files, recipe_io
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.settings import Settings
@@ -118,7 +118,7 @@ def load(path: str | Path) -> Ablation:
         ablation = Ablation.model_validate(data)
     except ValidationError as error:
         raise _explain(error, source) from None
-    base = (folder / Path(ablation.base).expanduser()).resolve()
+    base = (folder / files.expanded(ablation.base)).resolve()
     return ablation.model_copy(update={"base": str(base)})
 
 

@@ -66,16 +66,13 @@ def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: Not of that form.
     """
-    import yaml
+    from rlhf_t2i import recipe_io
 
     options: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         metric, dot, option = name.rpartition(".")
         if not equals or not dot or not metric or not option:
-            raise UsageError(f"--set {text}: write it as metric.option=value")
-        try:
-            options.setdefault(metric, {})[option] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise UsageError(f"--set {text}: the value is not valid YAML") from None
+            raise UsageError(f"--set {recipe_io.shown(text)}: write it as metric.option=value")
+        options.setdefault(metric, {})[option] = recipe_io.parse_value(value, f"--set {recipe_io.shown(text)}")
     return options

@@ -81,17 +81,14 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: A pair without ``=``, or a value that is not YAML.
     """
-    import yaml
+    from rlhf_t2i import recipe_io
 
     parsed = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--options {pair!r} is not KEY=VALUE")
-        try:
-            parsed[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise UsageError(f"--options {key.strip()}: {value!r} is not a YAML value") from None
+            raise UsageError(f"--options {recipe_io.shown(pair)!r} is not KEY=VALUE")
+        parsed[key.strip()] = recipe_io.parse_value(value, f"--options {recipe_io.shown(pair)}")
     return parsed
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i import statistics
+from rlhf_t2i import files, statistics
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.models import sources
@@ -156,7 +156,7 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
     Raises:
         UsageError: The package or its weights are not there.
     """
-    path = Path(weights).expanduser() if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = files.expanded(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.is_file():
         raise UsageError(
             f"--metrics fid: no Inception weights at {path}: give {INCEPTION_FILE} of torch-fidelity with --inception, "

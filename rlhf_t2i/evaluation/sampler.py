@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_t2i import rng
+from rlhf_t2i import files, rng
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.models import sources
@@ -136,10 +135,10 @@ class Sampler:
 
 def _run_folder(model: str) -> str:
     """The exported pipeline of a run folder; anything else as it is."""
-    exported = Path(model).expanduser() / "model"
+    exported = files.expanded(model) / "model"
     if (exported / "model_index.json").is_file():
         return str(exported)
-    folder = Path(model).expanduser()
+    folder = files.expanded(model)
     if (folder / "recipe.yaml").is_file() and not (folder / "model_index.json").is_file():
         raise UsageError(f"{model} is a run without a model/ folder: it has not finished; resume it first")
     return model
@@ -147,7 +146,7 @@ def _run_folder(model: str) -> str:
 
 def _one_step_hint(model: str) -> dict[str, Any]:
     try:
-        data = json.loads((Path(model).expanduser() / "one_step.json").read_text("utf-8"))
+        data = json.loads((files.expanded(model) / "one_step.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

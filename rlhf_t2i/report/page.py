@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rlhf_t2i import recipe_io
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.report import training_plots
 from rlhf_t2i.report.compare import Row, compare, verdicts
 from rlhf_t2i.report.numbers import DASH, duration, number, signed
@@ -86,8 +86,8 @@ def _rows(before: Evaluated | None, after: Evaluated | None) -> tuple[list[Row],
 def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text("utf-8")
-        data = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        data = recipe_io.parse_value(text, str(path))
+    except (OSError, ValueError, UsageError):
         return "", {}
     return text, data if isinstance(data, dict) else {}
 

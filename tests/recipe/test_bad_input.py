@@ -191,7 +191,7 @@ def pipeline(tiny_sdxl: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "missing", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign", "missing", "folder"])
 def test_damaged_weights_name_their_file(
     part: str, damage: str, pipeline: Path, refuse: Callable[..., str], recipe_file: Callable[..., Path]
 ) -> None:
@@ -202,11 +202,24 @@ def test_damaged_weights_name_their_file(
         file.mkdir()
     elif damage != "missing":
         other = pipeline / ("vae" if part == "unet" else "unet") / WEIGHTS["unet"]
-        file.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "foreign": other.read_bytes()}[damage])
+        cut, text, foreign = whole[: len(whole) // 2], b"version https://git-lfs\n" * 9, other.read_bytes()
+        file.write_bytes({"cut": cut, "empty": b"", "text": text, "foreign": foreign}[damage])
     sentence = refuse(recipe_file((("models", "reference"), str(pipeline))))
     assert f"pipeline/{part}" in sentence
-    if damage in ("cut", "empty"):
+    if damage in ("cut", "empty", "text"):
         assert file.name in sentence
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize(
+    "data", [b"version https://git-lfs\n" * 9, b"", b"PK\x03\x04" + bytes(99)], ids=["text", "empty", "zip"]
+)
+def test_a_generators_file_that_holds_no_weights_is_named(
+    suffix: str, data: bytes, refuse: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / f"generator.{suffix}"
+    file.write_bytes(data)
+    assert f"generator.{suffix}" in refuse(recipe_file((("models", "generator"), str(file))))
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "index"])
