@@ -23,10 +23,11 @@ def pin(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> Recipe:
     sources.use_revisions({})  # an earlier run of this process may have set its own
     revisions = {**(recorded or {}), **recipe.revisions}
     for text in _models(recipe):
-        key = _key(text)
-        if key is None or key in revisions:
+        source = _movable(text)
+        if source is None:
             continue
-        found = sources.commit(sources.parse(text))
+        key = f"{source.location}@{source.revision}" if source.revision else source.location
+        found = revisions.get(key) or sources.commit(source)
         if found is not None:
             revisions[key] = found
     sources.use_revisions(revisions)
@@ -41,15 +42,11 @@ def _models(recipe: Recipe) -> Iterator[str]:
         yield from cls.hub_models(registry.parse_options(cls, "reward", choice.name, choice.options))
 
 
-def _key(text: str) -> str | None:
-    """``org/name`` or ``org/name@branch`` of a hub model; None for paths, for what is pinned by hash, and for else."""
+def _movable(text: str) -> sources.ModelSource | None:
+    """A hub model that is not named by hash; None for paths, and for text that names no model."""
     try:
         source = sources.parse(text)
     except UsageError:
         return None
-    if source.is_local:
-        return None
-    _, _, revision = text.partition("@")
-    if sources.is_hash(revision):
-        return None
-    return f"{source.location}@{revision}" if revision else source.location
+    fixed = source.is_local or (source.revision is not None and sources.is_hash(source.revision))
+    return None if fixed else source

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
 
 _HASH = re.compile("[0-9a-f]{40}")
@@ -46,7 +47,7 @@ def parse(text: str) -> ModelSource:
     Raises:
         UsageError: The path does not exist, or the text is neither.
     """
-    path = Path(text).expanduser()
+    path = files.expanded(text)
     if text.startswith(("/", "./", "../", "~")) or path.exists():
         if not path.exists():
             raise UsageError(f"no such model: {text}")
@@ -81,8 +82,6 @@ def is_hash(revision: str) -> bool:
 
 def commit(source: ModelSource) -> str | None:
     """The hash a hub repository stands at, from the hub or else its cache; None where neither knows."""
-    if source.revision and is_hash(source.revision):
-        return source.revision
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
