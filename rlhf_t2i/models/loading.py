@@ -154,11 +154,11 @@ class ModelStore:
             vae.enable_slicing()
         if self.models.vae_tiling:
             vae.enable_tiling()
-        return LatentDecoder(vae.float()).to(self.device)
+        return LatentDecoder(vae.float()).to(self.device, memory_format=torch.channels_last)
 
     def reference_unet(self) -> nn.Module:
         """A frozen copy of the reference UNet, in the compute dtype."""
-        unet = self._unet(self._reference).to(self.device, self.dtype)
+        unet = self._unet(self._reference).to(self.device, self.dtype, memory_format=torch.channels_last)
         return unet.eval().requires_grad_(False)
 
     def assistant_unet(self) -> nn.Module:

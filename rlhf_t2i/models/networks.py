@@ -29,7 +29,9 @@ def predict(network: Callable[..., Any], x_t: Tensor, t: Tensor, cond: Condition
     weights = next(module.parameters()).dtype
     mixed = weights == torch.float32 and dtype != torch.float32
     with torch.autocast(x_t.device.type, dtype) if mixed else nullcontext():
-        output = network(x_t.to(weights), t.to(x_t.device), return_dict=False, **cond.unet_kwargs(weights))
+        # Convolutions then keep channels last to the end, whatever the layout of their weights (which ZeRO flattens).
+        latents = x_t.to(weights).contiguous(memory_format=torch.channels_last)
+        output = network(latents, t.to(x_t.device), return_dict=False, **cond.unet_kwargs(weights))
     return output[0].float()
 
 
@@ -70,5 +72,6 @@ class LatentDecoder(nn.Module):
         """Images in [0, 1], float32; gradients flow."""
         weights = next(self.vae.parameters()).dtype
         scaled = latents.float() / self.scaling_factor + self.shift_factor
-        image = self.vae.decode(scaled.to(weights), return_dict=False)[0]
+        latents = scaled.to(weights).contiguous(memory_format=torch.channels_last)
+        image = self.vae.decode(latents, return_dict=False)[0]
         return (image.float() / 2 + 0.5).clamp(0, 1)
