@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rlhf_t2i.models.networks import DTYPES
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -142,13 +144,13 @@ def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, con
         )
 
 
-def decoder(config: dict[str, Any], size: int) -> Saved:
-    """The VAE decoder's graph for one sample, in float32, for the gradient in the latents."""
+def decoder(config: dict[str, Any], size: int, dtype: torch.dtype) -> Saved:
+    """The VAE decoder's graph for one sample, for the gradient in the latents."""
     from rlhf_t2i.models.architectures import build_on_meta
 
-    network = build_on_meta(config).requires_grad_(False)
+    network = nn.Module.to(build_on_meta(config), dtype).requires_grad_(False)
     with torch.device("meta"):
-        latents = torch.empty(1, config.get("latent_channels", 4), size, size, requires_grad=True)
+        latents = torch.empty(1, config.get("latent_channels", 4), size, size, dtype=dtype, requires_grad=True)
         return count(network, lambda: network.decode(latents, return_dict=False), VAE_UNITS)
 
 
@@ -173,21 +175,24 @@ KEPT: dict[tuple[str, str], Saved] = {
 }
 
 
-def of_recipe(unet_config: Any, vae_config: Any, size: int, precision: str) -> dict[str, Saved]:
+def of_recipe(
+    unet_config: Any, vae_config: Any, size: int, precision: str, vae_precision: str = "fp32"
+) -> dict[str, Saved]:
     """Graphs of one sample: the UNet when ``train``ed and when ``frozen``, and the VAE's ``decoder``.
 
     Args:
         unet_config: The UNet's configuration, or None where it is not at hand.
         vae_config: The VAE's.
         size: Latent height and width.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32`` or ``bf16``, of the UNet.
+        vae_precision: Of the decoder.
     """
     found = {}
     if unet_config is not None:
         for kind in ("train", "frozen"):
             found[kind] = _unet_at(json.dumps(unet_config, sort_keys=True), size, precision, kind == "train")
     if vae_config is not None:
-        found["decoder"] = _decoder_at(json.dumps(vae_config, sort_keys=True), size)
+        found["decoder"] = _decoder_at(json.dumps(vae_config, sort_keys=True), size, vae_precision)
     return found
 
 
@@ -209,14 +214,14 @@ def _unet_at(config: str, size: int, precision: str, train: bool) -> Saved:
             # Every tensor kept is proportional to the pixels and to the width of a number, near enough.
             ratio = (size / known["sample_size"]) ** 2 * (2 if precision == "fp32" else 1)
             return Saved(int(saved.plain * ratio), int(saved.checkpointed * ratio))
-    return unet(parsed, size, torch.bfloat16 if precision == "bf16" else torch.float32, train)
+    return unet(parsed, size, DTYPES[precision], train)
 
 
 @cache
-def _decoder_at(config: str, size: int) -> Saved:
-    return decoder(json.loads(config), size)
+def _decoder_at(config: str, size: int, precision: str) -> Saved:
+    return decoder(json.loads(config), size, DTYPES[precision])
 
 
 @cache
 def _clip_at(config: str, precision: str) -> Saved:
-    return clip_image(json.loads(config), torch.bfloat16 if precision == "bf16" else torch.float32)
+    return clip_image(json.loads(config), DTYPES[precision])

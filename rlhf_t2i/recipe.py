@@ -47,6 +47,9 @@ class Models(Section):
     )
     assistant: Source | None = Field(None, description="where the assistant starts; the reference when absent")
     vae: Source | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
+    vae_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the decoder; bf16 has float32's range, so that nothing overflows, but 8 bits: coarser"
+    )
     vae_slicing: bool = Field(
         False, description="decode one image at a time: the same pictures, less memory where no gradient is taken"
     )
@@ -178,7 +181,12 @@ class Optimisation(Section):
     max_bad_steps: int = Field(
         3, ge=0, le=1_000_000, description="updates in a row that may be skipped, their gradient not being finite"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    gradient_checkpointing: bool | list[Literal["learner", "assistant", "reference", "reward"]] = Field(
+        False, description="recompute activations, of all roles or of these: less memory, more time"
+    )
+    compile: bool = Field(
+        False, description="torch.compile of the blocks of UNets and VAE: faster steps, after minutes of compiling"
+    )
     generator: Optimiser = Optimiser()
     assistant: Optimiser = Optimiser()
     ema: Ema | None = None
@@ -191,7 +199,16 @@ class Optimisation(Section):
                 raise ValueError(f"{role}.lora does not work under ZeRO-3: set zero_stage to 2 (adapters are small)")
             if optimiser.kind == "adamw_8bit" and self.offload_optimizer:
                 raise ValueError(f"{role}.kind adamw_8bit runs on the GPU: use it or offload_optimizer, not both")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile does not work under ZeRO-3, which moves weights between blocks: set zero_stage to 2"
+            )
         return self
+
+    def checkpoints(self, role: str) -> bool:
+        """Whether a role recomputes its activations."""
+        chosen = self.gradient_checkpointing
+        return chosen if isinstance(chosen, bool) else role in chosen
 
 
 class Group(Section):

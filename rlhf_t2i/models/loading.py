@@ -15,6 +15,7 @@ from torch import nn
 from rlhf_t2i.diffusion import NoiseSchedule
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models import sources
+from rlhf_t2i.models.compiling import compile_blocks
 from rlhf_t2i.models.conditioning import Conditioner
 from rlhf_t2i.models.networks import DTYPES, LatentDecoder
 from rlhf_t2i.models.sources import ModelSource
@@ -28,10 +29,14 @@ class ModelStore:
         models: The recipe's ``models`` section.
         device: Where they live.
         precision: ``fp32`` or ``bf16``: the dtype of frozen networks. Trained ones are loaded in float32.
+        compiled: Whether UNets and VAE are compiled when they first run.
     """
 
-    def __init__(self, models: Models, device: torch.device, precision: str = "fp32") -> None:
+    def __init__(
+        self, models: Models, device: torch.device, precision: str = "fp32", *, compiled: bool = False
+    ) -> None:
         self.models, self.device, self.dtype = models, device, DTYPES[precision]
+        self._compiled = compiled
         self._reference = sources.parse(models.reference)
 
     def check(self) -> None:
@@ -136,7 +141,7 @@ class ModelStore:
 
     @cached_property
     def decoder(self) -> LatentDecoder:
-        """The VAE, in float32: the SDXL VAE overflows half precision."""
+        """The VAE; never in float16, which SDXL's overflows."""
         from diffusers import AutoencoderKL, AutoencoderTiny
 
         cls = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}.get(
@@ -154,7 +159,9 @@ class ModelStore:
             vae.enable_slicing()
         if self.models.vae_tiling:
             vae.enable_tiling()
-        return LatentDecoder(vae.float()).to(self.device, memory_format=torch.channels_last)
+        if self._compiled:
+            compile_blocks(vae)
+        return LatentDecoder(vae).to(self.device, DTYPES[self.models.vae_precision], memory_format=torch.channels_last)
 
     def reference_unet(self) -> nn.Module:
         """A frozen copy of the reference UNet, in the compute dtype."""
@@ -171,6 +178,12 @@ class ModelStore:
         return self._unet(sources.parse(self.models.generator)).float().to(self.device)
 
     def _unet(self, source: ModelSource) -> Any:
+        unet = self._load_unet(source)
+        if self._compiled:
+            compile_blocks(unet)
+        return unet
+
+    def _load_unet(self, source: ModelSource) -> Any:
         from diffusers import UNet2DConditionModel
 
         if source.file is not None:

@@ -12,6 +12,7 @@ Changes are tried by planning again with them, in this order, each alone and the
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ class Fit:
         )
         if not self.change:
             return f"{missing}; no change this plan knows makes it fit"
-        return f"{missing}; cheapest that fits: " + " ".join(f"--set {k}={_yaml(v)}" for k, v in self.change.items())
+        options = (shlex.quote(f"{key}={_yaml(value)}") for key, value in self.change.items())
+        return f"{missing}; cheapest that fits: " + " ".join(f"--set {option}" for option in options)
 
 
 def check(recipe: Recipe, plan: Plan, memory: float) -> Fit:
@@ -111,7 +113,10 @@ def _changes(recipe: Recipe, group: GroupPlan) -> Iterator[Change]:
     yield from ({"optimisation.micro_batch": n} for n in range(whole - 1, 0, -1) if settings.batch_size % n == 0)
     if settings.precision == "fp32":
         yield {"optimisation.precision": "bf16"}
-    if not settings.gradient_checkpointing:
+    if not settings.gradient_checkpointing:  # the decoder keeps most for the least work
+        yield {"optimisation.gradient_checkpointing": ["reward"]}
+        yield {"optimisation.gradient_checkpointing": ["reward", "reference"]}
+    if settings.gradient_checkpointing is not True:
         yield {"optimisation.gradient_checkpointing": True}
     if recipe.placement.mode != "ray":
         return
@@ -130,7 +135,7 @@ def _changes(recipe: Recipe, group: GroupPlan) -> Iterator[Change]:
 def _fits(recipe: Recipe, change: Change, limit: float) -> bool:
     try:
         return _first_over(make(changed(recipe, change)), limit) is None
-    except UsageError:  # a batch or placement that does not divide
+    except (UsageError, ValueError):  # a batch or placement that does not divide; keys that exclude each other
         return False
 
 
@@ -147,4 +152,6 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

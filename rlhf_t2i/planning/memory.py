@@ -129,11 +129,13 @@ def of_group(
     # is over when it returns.
     images = -(-micro * ranks["learner"] // devices)
     scored = min(micro, images)
-    saved = activations.of_recipe(networks.unet, networks.vae, networks.latents[1], settings.precision)
+    saved = activations.of_recipe(
+        networks.unet, networks.vae, networks.latents[1], settings.precision, recipe.models.vae_precision
+    )
 
-    def kept(kind: str) -> int:
+    def kept(kind: str, role: str) -> int:
         item = saved.get(kind)
-        return 0 if item is None else (item.checkpointed if settings.gradient_checkpointing else item.plain)
+        return 0 if item is None else (item.checkpointed if settings.checkpoints(role) else item.plain)
 
     plans = []
     needs_vjp = recipe.algorithm.divergence.name != "kl"
@@ -144,40 +146,41 @@ def of_group(
                 memory = replace(memory, host=memory.host + 4 * unet)
             # The assistant trains on micro-batches of its own, and serves the learner's.
             batch = micro if role == "learner" else max(images, settings.micro_batch or settings.batch_size // devices)
-            plans.append(RolePlan(role, unet or None, replace(memory, activations=batch * kept("train"))))
+            plans.append(RolePlan(role, unet or None, replace(memory, activations=batch * kept("train", role))))
         elif role == "generator":
             shared = "learner" in roles
             own = Memory() if shared else Memory(weights=4 * unet)
             plans.append(RolePlan(role, 0 if shared else unet or None, own))
         elif role == "reference":
             branches = 2 if recipe.algorithm.cfg.scale not in (0, 1) and recipe.algorithm.cfg.mode == "inner" else 1
-            active = images * branches * kept("frozen") if needs_vjp else 0
+            active = images * branches * kept("frozen", role) if needs_vjp else 0
             plans.append(RolePlan(role, unet or None, Memory(weights=width * unet, activations=active)))
     if any(r.role in ("learner", "generator", "assistant", "reference") for r in plans):
         text = parts["text encoders"]
         plans.append(RolePlan("text encoders", text, Memory(weights=width * (text or 0))))
-    plans += _rewards(recipe, roles, networks, parts, scored * kept("decoder"), scored)
+    plans += _rewards(recipe, roles, networks, parts, scored * kept("decoder", "reward"), scored)
     return GroupPlan(name, devices, tuple(plans))
 
 
 def _rewards(
     recipe: Recipe, roles: list[str], networks: Networks, parts: Mapping[str, int | None], decoding: int, images: int
 ) -> list[RolePlan]:
-    """The VAE, float32 in any case, and the rewards of a process; rewards that name one model share it."""
+    """The VAE and the rewards of a process; rewards that name one model share it."""
     hosted = [role for role in roles if role.startswith("reward:")]
     if not hosted:
         return []
     from rlhf_t2i import activations
 
     vae = parts["vae"]
-    plans = [RolePlan("reward: VAE", vae, Memory(weights=4 * (vae or 0), activations=decoding))]
+    held = Memory(weights=_BYTES[recipe.models.vae_precision] * (vae or 0), activations=decoding)
+    plans = [RolePlan("reward: VAE", vae, held)]
     seen: set[str] = set()
     for role in hosted:
         where, config, counted = networks.rewards[role.partition(":")[2]]
         fresh = where not in seen
         seen.add(where)
         saved = activations.of_reward(config, recipe.optimisation.precision)
-        kept = saved.checkpointed if recipe.optimisation.gradient_checkpointing else saved.plain
+        kept = saved.checkpointed if recipe.optimisation.checkpoints("reward") else saved.plain
         weights = _BYTES[recipe.optimisation.precision] * (counted or 0) if fresh else 0
         plans.append(RolePlan(role, counted if fresh else 0, Memory(weights=weights, activations=images * kept)))
     return plans

@@ -23,7 +23,7 @@ class AssistantRole(DenoiserServer):
         super().__init__(self._x0)
         self._context, self._store = context, context.store
         self._settings = context.recipe.optimisation.assistant
-        self._engine = context.engine(context.store.assistant_unet(), self._settings)
+        self._engine = context.engine("assistant", context.store.assistant_unet(), self._settings)
         self._conditioner, self._schedule = context.store.conditioner, context.store.schedule
         self._generator: GeneratorClient | None = None
 

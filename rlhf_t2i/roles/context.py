@@ -37,8 +37,9 @@ class RankContext:
     failures: Path | None = None
 
     def __post_init__(self) -> None:
-        self.store = ModelStore(self.recipe.models, self.device, self.recipe.optimisation.precision)
-        self.dtype = DTYPES[self.recipe.optimisation.precision]
+        settings = self.recipe.optimisation
+        self.store = ModelStore(self.recipe.models, self.device, settings.precision, compiled=settings.compile)
+        self.dtype = DTYPES[settings.precision]
 
     def geometry(self) -> tuple[int, int]:
         """(micro-batch, accumulation) of a trained role in this group."""
@@ -51,10 +52,10 @@ class RankContext:
         first = self.rank * micro * accumulation
         return [range(first + i * micro, first + (i + 1) * micro) for i in range(accumulation)]
 
-    def engine(self, module: nn.Module, optimiser: Optimiser) -> Engine:
-        """The training engine of a network."""
+    def engine(self, role: str, module: nn.Module, optimiser: Optimiser) -> Engine:
+        """The training engine of a role's network."""
         micro, accumulation = self.geometry()
-        if self.recipe.optimisation.gradient_checkpointing:
+        if self.recipe.optimisation.checkpoints(role):
             module.enable_gradient_checkpointing()
         module.train().requires_grad_(True)
         if optimiser.lora is not None:

@@ -38,7 +38,7 @@ class LearnerRole:
         self._context, self._recipe, self._store = context, recipe, context.store
         self.device = context.device
         self._settings = recipe.optimisation.generator
-        self.engine = context.engine(context.store.generator_unet(), self._settings)
+        self.engine = context.engine("learner", context.store.generator_unet(), self._settings)
         self.schedule, self._conditioner = context.store.schedule, context.store.conditioner
         choice = recipe.algorithm.divergence
         self._divergence = registry.divergence(choice.name, **choice.options)

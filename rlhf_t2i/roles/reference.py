@@ -20,7 +20,7 @@ class ReferenceRole(DenoiserServer):
         super().__init__(self._branches)
         store = context.store
         self._unet, self._schedule, self._conditioner = store.reference_unet(), store.schedule, store.conditioner
-        if context.recipe.optimisation.gradient_checkpointing:
+        if context.recipe.optimisation.checkpoints("reference"):
             # diffusers checkpoints only networks in training mode; a diffusion UNet has no dropout to wake.
             self._unet.enable_gradient_checkpointing()
             self._unet.train()

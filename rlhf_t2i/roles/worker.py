@@ -94,7 +94,7 @@ class Worker:
             dtype=self._context.dtype,
             micro_batch={choice.key: choice.micro_batch for choice in choices},
             failures_dir=self.spec.failures,
-            activation_checkpointing=self.spec.recipe.optimisation.gradient_checkpointing,
+            activation_checkpointing=self.spec.recipe.optimisation.checkpoints("reward"),
         )
         return LocalRewards(role, [choice.key for choice in choices if choice.key in trained])
 

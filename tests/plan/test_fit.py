@@ -59,6 +59,22 @@ def test_changes_are_combined_and_do_fit(tiny_sdxl: Path) -> None:
     assert needs(recipe) > offloaded
 
 
+def test_the_decoder_recomputes_first(tiny_sdxl: Path) -> None:
+    recipe = build(tiny_sdxl, precision="bf16", micro_batch=1)
+    change = {"optimisation.gradient_checkpointing": ["reward"]}
+    limit = needs(planning.changed(recipe, change))
+    assert limit < needs(recipe)
+    fit = planning.check(recipe, planning.make(recipe), limit)
+    assert fit.change == change
+    assert "--set 'optimisation.gradient_checkpointing=[reward]'" in fit.sentence()
+
+
+def test_changes_that_the_recipe_excludes_are_passed_over(tiny_sdxl: Path) -> None:
+    """Adapters and compiled blocks refuse ZeRO-3, which is among the changes tried."""
+    recipe = build(tiny_sdxl, generator={"lora": {"targets": ["to_q"]}}, compile=True)
+    assert planning.check(recipe, planning.make(recipe), 1e-6).change == {}
+
+
 def test_the_impossible_is_said(tiny_sdxl: Path) -> None:
     recipe = build(tiny_sdxl)
     fit = planning.check(recipe, planning.make(recipe), 1e-6)
@@ -100,6 +116,10 @@ def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
     assert seconds(apart) == pytest.approx((3 + max(2 + 4, 2 * 2 + 1), 1 + 3))
     again = planning.changed(together, {"optimisation.gradient_checkpointing": True})
     assert seconds(again) == pytest.approx((4 + 3 + 6 + 2 * 3 + 1.5, 1 + 4))
+    decoder_alone = planning.changed(together, {"optimisation.gradient_checkpointing": ["reward"]})
+    assert seconds(decoder_alone) == pytest.approx((3 + 2 + 4 + 2 * 3 + 1.5, 1 + 3))
+    coarse = planning.changed(together, {"models.vae_precision": "bf16"})
+    assert seconds(coarse) == pytest.approx((3 + 2 + 4 + 2 + 1, 1 + 3))
     fp32 = planning.changed(together, {"optimisation.precision": "fp32"})
     assert planning.step_time(fp32, check_placement(fp32), work, device) is None
 

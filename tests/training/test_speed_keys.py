@@ -1,0 +1,121 @@
+"""What trades memory, time and precision must leave the training alone: compile, checkpointing by role, a bf16 VAE."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial, partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_t2i.cluster.local import LocalCluster
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.models import compiling
+from rlhf_t2i.models.loading import ModelStore
+from rlhf_t2i.models.networks import predict
+from rlhf_t2i.recipe import Optimisation, Recipe
+from tests.models.test_sampling import store
+from tests.training.test_distributed import flat, relative, train
+
+MakeRecipe = Callable[..., Recipe]
+LORA = {"optimisation__assistant__lora": "{rank: 2, targets: [to_q]}"}
+
+
+def weights(cluster: LocalCluster) -> torch.Tensor:
+    return flat(cluster.call_all("learner", "weights", "live")[0])
+
+
+def test_compiled_blocks_train_as_eager_ones(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside adapters and recomputed activations, which change how blocks are called.
+
+    Blocks are captured as they would be, but run by PyTorch's own kernels: generating code takes minutes on a CPU.
+    """
+    from torch._dynamo.utils import counters
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    options = {"optimisation__gradient_checkpointing": "[learner, reward]", **LORA}
+    eager = LocalCluster(make_recipe(**options))
+    start, expected = weights(eager), train(eager, 2)
+    counters.clear()
+    found = train(LocalCluster(make_recipe(optimisation__compile=True, **options)), 2)
+    assert counters["stats"]["unique_graphs"] > 4
+    assert not counters["graph_break"]
+    assert relative(found - start, expected - start) < 1e-3
+    assert relative(expected, start) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_generated_code_gives_the_same_prediction(tiny_sdxl: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    x_t, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 700])
+    counters.clear()
+    found = []
+    for compiled in (False, True):
+        models = ModelStore(store(tiny_sdxl).models, torch.device("cpu"), compiled=compiled)
+        with torch.no_grad():
+            condition = models.conditioner.encode(["a cat", "a dog"])
+            found.append(predict(models.reference_unet(), x_t, t, condition, torch.float32))
+    assert counters["stats"]["unique_graphs"] > 1
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_needs_a_compiler(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.shutil, "which", lambda _name: None)
+    with pytest.raises(UsageError, match="no C\\+\\+ compiler is here"):
+        LocalCluster(make_recipe(optimisation__compile=True))
+
+
+def test_compiling_is_refused_under_zero_3() -> None:
+    with pytest.raises(ValueError, match="compile does not work under ZeRO-3"):
+        Optimisation.model_validate({"compile": True, "zero_stage": 3})
+
+
+def recomputing(cluster: LocalCluster) -> set[str]:
+    """The roles whose blocks are checkpointed."""
+    roles = cluster._worker.roles
+    unets: dict[str, Any] = {
+        "learner": roles["learner"].engine.module,
+        "assistant": roles["assistant"]._engine.module,
+        "reference": roles["reference"]._unet,
+    }
+    found = {role for role, unet in unets.items() if unet.is_gradient_checkpointing}
+    decoder = cluster._worker._context.store.decoder.vae.decoder
+    return found | ({"reward"} if isinstance(decoder.up_blocks[0].forward, partial) else set())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "roles"),
+    [
+        ("false", set()),
+        ("true", {"learner", "assistant", "reference", "reward"}),
+        ("[reward, reference]", {"reward", "reference"}),
+        ("[learner]", {"learner"}),
+    ],
+)
+def test_activations_are_recomputed_where_the_recipe_says(
+    make_recipe: MakeRecipe, chosen: str, roles: set[str]
+) -> None:
+    plain = train(LocalCluster(make_recipe()), 1)
+    cluster = LocalCluster(make_recipe(optimisation__gradient_checkpointing=chosen))
+    assert recomputing(cluster) == roles
+    assert torch.equal(train(cluster, 1), plain)
+
+
+def test_a_bf16_decoder_gives_nearly_the_same_pictures_and_gradients(tiny_sdxl: Path) -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.13
+    found = []
+    for precision in ("fp32", "bf16"):
+        leaf = latents.clone().requires_grad_(True)
+        pictures = store(tiny_sdxl, vae_precision=precision).decoder.decode(leaf)
+        assert pictures.dtype == torch.float32
+        found.append((pictures.detach(), torch.autograd.grad(pictures.square().sum(), leaf)[0]))
+    (pictures, gradient), (coarse, coarse_gradient) = found
+    assert 1e-5 < float((coarse - pictures).abs().max()) < 0.05
+    assert float(torch.cosine_similarity(coarse_gradient.flatten(), gradient.flatten(), dim=0)) > 0.99
