@@ -61,7 +61,14 @@ class NoiseSchedule:
         return alpha * x0 + sigma * noise
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Turn a network's output into the x0-prediction ``D(x_t)``, in float32 or better."""
+        """Turn a network's output into the x0-prediction ``D(x_t)``, in float32 or better.
+
+        Raises:
+            RuntimeError: A gradient is wanted at x_t, but the network ran without a graph: only this conversion's
+                linear part would be differentiated, a bias that no loss shows (algorithm.md 1.4 and 4.4).
+        """
+        if torch.is_grad_enabled() and x_t.requires_grad and not prediction.requires_grad:
+            raise RuntimeError("the network's output has no graph back to x_t: it must not run under no_grad")
         alpha, sigma = self.coefficients(t, x_t)
         prediction = prediction.to(alpha.dtype)
         x_t = x_t.to(alpha.dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf_t2i import registry
+from rlhf_t2i.diffusion import PREDICTION_TYPES, NoiseSchedule
 from rlhf_t2i.objective import Denoiser, divergence_loss, divergence_loss_from_predictions
+from rlhf_t2i.roles.denoise import Branch, DenoiserServer
 from tests.math.gaussian import MU, SCHEDULE, M, R, S, coefficients, denoiser, golden, regulariser
 
 # dL/ds at theta = ref when only the teacher runs without gradient, one dimension.
@@ -99,6 +103,28 @@ def test_two_denoisers_without_a_graph_are_refused(name: str) -> None:
     x_t = SCHEDULE.add_noise(x0, noise, t).detach()
     with pytest.raises(RuntimeError, match="no_grad"):
         divergence_loss_from_predictions(registry.divergence(name), x0, t, psi(x_t, t), ref(x_t, t), SCHEDULE)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_a_role_whose_network_runs_without_a_graph_is_refused(kind: str) -> None:
+    """The DMD habit in a role: its prediction still depends on a live x_t, so nothing later can see the mistake."""
+    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, kind)
+    network = torch.nn.Linear(2, 2).double().requires_grad_(False)
+
+    def role(live: bool) -> DenoiserServer:
+        def predict(x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
+            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                raw = network(x_t)
+            return schedule.to_x0(raw, x_t, t)
+
+        return DenoiserServer(predict)
+
+    x_t, t = torch.ones(3, 2, dtype=torch.float64), torch.full((3,), 499)
+    arguments = ("ticket", x_t, t, [""] * 3, "conditional")
+    assert role(live=True).vjp(*arguments, torch.ones_like(x_t)).shape == x_t.shape
+    with pytest.raises(RuntimeError, match="no_grad"):
+        role(live=False).vjp(*arguments, torch.ones_like(x_t))
+    assert torch.equal(role(live=False).forward(*arguments, False), role(live=True).forward(*arguments, True))
 
 
 @pytest.mark.parametrize("t", [20, 499])
