@@ -46,30 +46,14 @@ class Kind:
 
 KINDS = {
     "pickscore": Kind(
-        width=128,
-        layers=4,
-        patch=8,
-        seed=1,
-        lr=1e-3,
-        batch=24,
-        contrastive_steps=1000,
-        mirror=False,
-        light=0.1,
-        grain=0.03,
+        width=128, layers=4, patch=8, seed=1, lr=1e-3, batch=24, contrastive_steps=1000,
+        mirror=False, light=0.1, grain=0.03,
     ),
     "judge": Kind(
-        width=160,
-        layers=5,
-        patch=16,
-        seed=2,
-        lr=8e-4,
-        batch=48,
-        contrastive_steps=500,
-        mirror=True,
-        light=0.2,
-        grain=0.06,
+        width=160, layers=5, patch=16, seed=2, lr=8e-4, batch=48, contrastive_steps=500,
+        mirror=True, light=0.2, grain=0.06,
     ),
-}
+}  # fmt: skip
 
 
 def build(kind: Kind) -> CLIPModel:
