@@ -17,6 +17,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
 
 
@@ -30,7 +31,7 @@ def overlay_python(packages: Sequence[str], cache: Path | None = None) -> Path:
     Raises:
         UsageError: pip cannot install the packages; its last line says why.
     """
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlhf-t2i" / "environments"
+    cache = cache or files.expanded(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "rlhf-t2i" / "environments"
     identity = "\0".join([sys.prefix, sys.version, *packages])
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:16]
     python = folder / "bin" / "python"

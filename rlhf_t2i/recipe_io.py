@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_t2i import files
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import Recipe
 
 KeyPath = tuple[str | int, ...]
@@ -38,7 +38,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Source:
+class Source:
     """The recipe's file and the line of every key, for error messages."""
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +58,7 @@ class _Source:
         return str(self.path)
 
     def error(self, key: KeyPath, message: str) -> UsageError:
+        """A sentence that begins with the key's place."""
         return UsageError(f"{self.where(key)}: {message}")
 
 
@@ -71,8 +72,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: One sentence naming the file, the line, the key and the nearest valid key.
     """
-    source = _Source(Path(path))
-    data = _read(source)
+    data, source = read(path)
     if {"base", "rows"} <= data.keys():
         raise UsageError(f"{source.path} is an ablation of several runs: give it to `rlhf-t2i ablate`")
     data = _resolve_paths(data, source.path.resolve().parent)
@@ -89,8 +89,14 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read(source: _Source) -> dict[str, Any]:
-    path = source.path
+def read(path: str | Path) -> tuple[dict[str, Any], Source]:
+    """Read a YAML file whose keys are to be validated: its data, and the place of every key.
+
+    Raises:
+        UsageError: No such file, or no YAML mapping of a recipe's size; names the file and the line.
+    """
+    path = Path(path)
+    source = Source(path)
     if path.is_dir():
         raise UsageError(f"{path} is a directory: give the recipe's YAML file")
     if not path.is_file():
@@ -110,11 +116,10 @@ def _read(source: _Source) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise UsageError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: not valid YAML: {first_line}") from None
+        raise UsageError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {_kind(data)}")
-    return data
+    return data, source
 
 
 def parse_value(text: str, place: str) -> Any:
@@ -128,12 +133,12 @@ def parse_value(text: str, place: str) -> Any:
         UsageError: Not YAML, or anchors that contain themselves or expand without bounds.
     """
     try:
-        return _parse(text, _Source(Path(place)))
+        return _parse(text, Source(Path(place)))
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"{place}: the value is not valid YAML") from None
 
 
-def _parse(text: str, source: _Source) -> Any:
+def _parse(text: str, source: Source) -> Any:
     """The data of a YAML text, counted before anything is built: merged anchors expand while it is built."""
     node = yaml.compose(text, Loader=_Loader)
     if node is not None:
@@ -147,7 +152,7 @@ def shown(text: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def _collect_lines(node: yaml.Node, key: KeyPath, source: _Source, above: set[int]) -> None:
+def _collect_lines(node: yaml.Node, key: KeyPath, source: Source, above: set[int]) -> None:
     if id(node) in above:
         raise source.error(key, "an anchor refers to itself: a recipe cannot contain itself")
     source.lines.setdefault(key, node.start_mark.line + 1)
@@ -171,7 +176,7 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: _Source, above: set[in
             _collect_lines(child, (*key, index), source, above | {id(node)})
 
 
-def _apply_override(data: dict[str, Any], override: str, source: _Source) -> None:
+def _apply_override(data: dict[str, Any], override: str, source: Source) -> None:
     name, equals, text = override.partition("=")
     place = f"--set {shown(override)}"
     if not equals or not name or any(not part for part in name.split(".")):
@@ -221,7 +226,7 @@ def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
     return value
 
 
-def _explain(error: ValidationError, data: Any, source: _Source) -> UsageError:
+def _explain(error: ValidationError, data: Any, source: Source) -> UsageError:
     """The first problem as one sentence; unknown keys first, since they are usually the cause of the others."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])

@@ -8,15 +8,18 @@ import importlib.util
 import sys
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 from pydantic import ValidationError
 
 from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
 
-REWARDS = "rlhf_t2i.rewards"
-DIVERGENCES = "rlhf_t2i.divergences"
+if TYPE_CHECKING:
+    from rlhf_t2i.plugin import Divergence, Reward
+
+REWARDS: Final = "rlhf_t2i.rewards"
+DIVERGENCES: Final = "rlhf_t2i.divergences"
 _KINDS = {REWARDS: "reward", DIVERGENCES: "divergence"}
 
 
@@ -43,7 +46,13 @@ def registered(group: str) -> dict[str, list[Plugin]]:
     return dict(sorted(found.items()))
 
 
-def load_class(group: str, name: str) -> type:
+@overload
+def load_class(group: Literal["rlhf_t2i.rewards"], name: str) -> type[Reward]: ...
+@overload
+def load_class(group: Literal["rlhf_t2i.divergences"], name: str) -> type[Divergence]: ...
+@overload
+def load_class(group: str, name: str) -> type[Reward] | type[Divergence]: ...
+def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
     """Import a plugin's class.
 
     Args:
@@ -57,7 +66,7 @@ def load_class(group: str, name: str) -> type:
     from rlhf_t2i.plugin import Divergence, Reward
 
     kind = _KINDS[group]
-    cls = _from_file(name, kind) if ".py:" in name else _from_entry_point(group, name, kind)
+    cls: Any = _from_file(name, kind) if ".py:" in name else _from_entry_point(group, name, kind)
     base = Reward if group == REWARDS else Divergence
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UsageError(f"{kind} {name!r} is not a subclass of rlhf_t2i.plugin.{base.__name__}")
@@ -123,7 +132,7 @@ def parse_options(cls: Any, kind: str, name: str, options: dict[str, Any]) -> An
         raise UsageError(f"{kind} {name!r}, option {key!r}: {first['msg']}") from error
 
 
-def divergence(name: str, **options: Any) -> Any:
+def divergence(name: str, **options: Any) -> Divergence:
     """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``."""
     cls = load_class(DIVERGENCES, name)
     return cls(parse_options(cls, "divergence", name, options))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.export import ONE_STEP
 from rlhf_t2i.models import sources
 
@@ -37,7 +37,7 @@ def sample(model: str, prompts: Sequence[str], seed: int = 0, timestep: int | No
     try:
         pipeline: Any = DiffusionPipeline.from_pretrained(source.location, **source.kwargs)
     except Exception as error:
-        raise UsageError(f"{model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{model} cannot be loaded: {first_line(error)}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline.to(device)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from rlhf_t2i import files, registry, statistics
 from rlhf_t2i.measure import Drawn
 from rlhf_t2i.recipe import Recipe
@@ -149,11 +151,12 @@ class Watch:
             for choice in self._algorithm.eval_rewards
             if choice.key in units
         }
-        return Measurement(step, sum(trained).tolist(), signals | {DIVERSITY: drawn.diversity()})  # type: ignore[union-attr]
+        reward = np.sum(trained, axis=0).tolist()
+        return Measurement(step, reward, signals | {DIVERSITY: drawn.diversity()})
 
 
 def _direction(name: str) -> int:
-    return 1 if registry.load_class(registry.REWARDS, name).higher_is_better else -1  # type: ignore[attr-defined]
+    return 1 if registry.load_class(registry.REWARDS, name).higher_is_better else -1
 
 
 def _line(measurement: Measurement) -> str:

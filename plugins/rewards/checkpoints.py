@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rlhf_t2i_plugins.rewards.clip_model import first_line
 from torch import Tensor
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import sources
 from rlhf_t2i.models.sources import ModelSource
 

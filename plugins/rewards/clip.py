@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from rlhf_t2i_plugins.rewards.checkpoints import load_open_clip
-from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, first_line, load_clip, load_tokenizer, unit_rows
+from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, load_clip, load_tokenizer, unit_rows
 from torch import Tensor, nn
 
-from rlhf_t2i import plugin
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i import files, plugin
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import sources
 from rlhf_t2i.preprocessing import Preprocess
 
@@ -73,9 +72,9 @@ class CLIPReward(plugin.Reward):
         name, pretrained = self.options.open_clip, self.options.pretrained
         if name is None or pretrained is None:
             return load_clip(self.options.model)
-        if Path(pretrained).expanduser().is_file():
-            path = Path(pretrained).expanduser().resolve()
-            network = plugin.shared(load_open_clip, path, name.endswith("-quickgelu"))
+        checkpoint = files.expanded(pretrained)
+        if checkpoint.is_file():
+            network = plugin.shared(load_open_clip, checkpoint.resolve(), name.endswith("-quickgelu"))
             place = sources.parse(self.options.tokenizer or _OPENAI)
             tokenizer = load_tokenizer(place, network.config.text_config.vocab_size)
             size = network.config.vision_config.image_size

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i import plugin
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import sources
 from rlhf_t2i.models.sources import ModelSource
 from rlhf_t2i.preprocessing import Preprocess
@@ -175,8 +175,3 @@ def read_preprocess(source: ModelSource) -> Preprocess:
             if source.is_local or file == _PREPROCESSORS[-1]:
                 raise
     raise UsageError(f"{source.location} holds no image processor: {' or '.join(_PREPROCESSORS)} is needed")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text: one sentence for the user."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -207,13 +207,18 @@ def _difference_draws(
     start = boot.draws(initial, reward)
     heights = []
     for frontier in pair:
-        rewards = [boot.draws(name, reward) for name in frontier.rows]
-        values = [boot.draws(name, metric) for name in frontier.rows]
-        if start is None or any(d is None for d in (*rewards, *values)):
+        rewards, y = _all_draws(boot, frontier, reward), _all_draws(boot, frontier, metric)
+        if start is None or rewards is None or y is None:
             return None
-        x, y = np.stack(rewards) - start, np.stack(values)  # type: ignore[arg-type]
+        x = rewards - start
         heights.append(np.array([_read_off(x[:, r], y[:, r], gain) for r in range(x.shape[1])]))
     return heights[0] - heights[1]
+
+
+def _all_draws(boot: Bootstrap, frontier: Frontier, metric: str) -> np.ndarray | None:
+    """The draws of every row of a frontier [rows, R]; None where one has none."""
+    draws = [found for name in frontier.rows if (found := boot.draws(name, metric)) is not None]
+    return np.stack(draws) if len(draws) == len(frontier.rows) else None
 
 
 def _read_off(gains: Sequence[float] | np.ndarray, heights: Sequence[float] | np.ndarray, gain: float) -> float:

@@ -111,11 +111,10 @@ def load(path: str | Path) -> Ablation:
     Raises:
         UsageError: One sentence naming the file, the line where it is known, and the key.
     """
-    source = recipe_io._Source(Path(path))
+    data, source = recipe_io.read(path)
     folder = source.path.resolve().parent
-    data = _absolute(recipe_io._read(source), folder)
     try:
-        ablation = Ablation.model_validate(data)
+        ablation = Ablation.model_validate(_absolute(data, folder))
     except ValidationError as error:
         raise _explain(error, source) from None
     base = (folder / files.expanded(ablation.base)).resolve()
@@ -179,10 +178,10 @@ def _absolute(value: Any, folder: Path) -> Any:
     path, prefix = (tail, head + colon) if tail.startswith(("./", "../", "~/")) else (value, "")
     if not path.startswith(("./", "../", "~/")):
         return value
-    return f"{prefix}{(folder / Path(path).expanduser()).resolve()}"
+    return f"{prefix}{(folder / files.expanded(path)).resolve()}"
 
 
-def _explain(error: ValidationError, source: recipe_io._Source) -> UsageError:
+def _explain(error: ValidationError, source: recipe_io.Source) -> UsageError:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = tuple(first["loc"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from rlhf_t2i.planning import Device, Fit, Memory, Plan, StepTime
@@ -103,8 +103,7 @@ def cluster_resources(address: str) -> dict[str, float]:
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+        raise UsageError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
     try:
         return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
     finally:

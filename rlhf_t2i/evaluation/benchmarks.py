@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i import prompts as prompt_files
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 COCO_IMAGES = 30_000
@@ -133,8 +133,7 @@ def _hub(repository: str, file: str, benchmark: str) -> str:
     try:
         return hf_hub_download(repository, file, repo_type="dataset")
     except Exception as error:  # the hub's client raises a dozen kinds; each means the list is not there
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"--prompts {benchmark}: {repository} cannot be read from the hub ({reason}); give a copy as "
+            f"--prompts {benchmark}: {repository} cannot be read from the hub ({first_line(error)}); give a copy as "
             f"{benchmark}:PATH"
         ) from None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import files, statistics
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.models import sources
 from rlhf_t2i.preprocessing import Preprocess
@@ -58,9 +58,8 @@ class ClipFeatures:
         except UsageError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(
-                f"--features: {location} cannot be loaded ({reason}); give a CLIP folder, a hub id, or 'vae'"
+                f"--features: {location} cannot be loaded ({first_line(error)}); give a CLIP folder, a hub id, or 'vae'"
             ) from error
 
     @torch.no_grad()
@@ -170,8 +169,7 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
         raise UsageError(f"--metrics fid needs torchmetrics and torch-fidelity: pip install 'rlhf-t2i[fid]' ({error})"
                          ) from None  # fmt: skip
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"--inception: {path} cannot be loaded: {reason}") from None
+        raise UsageError(f"--inception: {path} cannot be loaded: {first_line(error)}") from None
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:

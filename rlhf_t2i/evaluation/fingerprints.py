@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i import files
+
 _BLOCKS, _SIZE = 16, 65536
 
 
@@ -18,8 +20,11 @@ def of_path(location: str) -> str:
     """A digest of what a local file or folder holds; of the name for a hub id.
 
     Of large files 16 evenly spaced blocks are read: a training step changes every one of them.
+
+    Raises:
+        UsageError: ``~user`` names nobody.
     """
-    root = Path(location).expanduser()
+    root = files.expanded(location)
     digest = hashlib.blake2b(digest_size=16)
     if not root.exists():
         digest.update(location.encode())
@@ -35,7 +40,7 @@ def of_options(options: dict[str, Any]) -> str:
     """A digest of a plugin's options and of the files that they name."""
     parts = []
     for key, value in sorted(options.items()):
-        local = isinstance(value, str) and value.startswith((".", "/", "~")) and Path(value).expanduser().exists()
+        local = isinstance(value, str) and value.startswith((".", "/", "~")) and files.expanded(value).exists()
         parts.append(f"{key}={of_path(value) if local else value!r}")
     return of_text("\n".join(parts))
 

@@ -19,6 +19,7 @@ from rlhf_t2i.evaluation.benchmarks import PromptList
 from rlhf_t2i.evaluation.features import Probe
 from rlhf_t2i.evaluation.sampler import Sampling
 from rlhf_t2i.evaluation.settings import Settings
+from rlhf_t2i.report.numbers import DASH
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     head = ["metric", *(["group"] if grouped else []), "mean", "95% interval", "prompts", "unit"]
     lines = [" | ".join(head), " | ".join("---" for _ in head)]
     for row in rows:
-        interval = "–" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"  # noqa: RUF001
+        interval = DASH if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
         mean = "not a number" if row["mean"] is None else f"{row['mean']:.4f}"
         cells = [
             row["metric"],

@@ -109,7 +109,7 @@ class Work:
     def _reward(self, label: str, name: str) -> Measured:
         options = self.settings.options.get(label, {})
         key = f"{name} {fingerprints.of_options(options)}"
-        cls: Any = registry.load_class(registry.REWARDS, name)
+        cls = registry.load_class(registry.REWARDS, name)
         loaded: list[Any] = []
 
         def score(images: Tensor, prompts: Sequence[str]) -> list[float | None]:

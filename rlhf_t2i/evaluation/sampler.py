@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import files, rng
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.models import sources
 from rlhf_t2i.models.loading import ModelStore
@@ -113,8 +113,7 @@ class Sampler:
         try:
             pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=self.dtype, **source.kwargs)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError(f"{self.sampling.model} cannot be loaded: {reason}") from error
+            raise UsageError(f"{self.sampling.model} cannot be loaded: {first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 

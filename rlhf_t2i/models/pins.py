@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rlhf_t2i import registry
 from rlhf_t2i.errors import UsageError
@@ -38,7 +37,7 @@ def _models(recipe: Recipe) -> Iterator[str]:
     models = recipe.models
     yield from filter(None, (models.reference, models.generator, models.assistant, models.vae))
     for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards):
-        cls: Any = registry.load_class(registry.REWARDS, choice.name)
+        cls = registry.load_class(registry.REWARDS, choice.name)
         yield from cls.hub_models(registry.parse_options(cls, "reward", choice.name, choice.options))
 
 

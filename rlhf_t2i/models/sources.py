@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i import files
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 
 _HASH = re.compile("[0-9a-f]{40}")
 _revisions: dict[str, str] = {}
@@ -137,5 +137,4 @@ def hub_file(source: ModelSource, file: str) -> str:
     try:
         return hf_hub_download(source.location, file, revision=source.revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{source.location} cannot be read from the hub ({file}): {reason}") from None
+        raise UsageError(f"{source.location} cannot be read from the hub ({file}): {first_line(error)}") from None

@@ -99,7 +99,7 @@ class Worker:
         return LocalRewards(role, [choice.key for choice in choices if choice.key in trained])
 
     def _build_reward(self, choice: RewardChoice) -> Any:
-        if not registry.load_class(registry.REWARDS, choice.name).pip:  # type: ignore[attr-defined]
+        if not registry.load_class(registry.REWARDS, choice.name).pip:
             return registry.reward(choice.name, **choice.options)
         # Only a reward with packages of its own needs Ray, and only here.
         from rlhf_t2i.cluster.isolated import build_reward

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_t2i import cli, geometry, recipe_io, registry
+from rlhf_t2i.ablation import schema
 from rlhf_t2i.commands.evaluate import metric_options
 from rlhf_t2i.commands.rewards import parse_options
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.evaluation.sampler import _run_folder
 from rlhf_t2i.report.page import _recipe
 from tests.recipe.base import BASE, leaves, parsed, put
@@ -133,3 +135,19 @@ def test_a_home_of_nobody_elsewhere() -> None:
         registry.load_class(registry.REWARDS, f"{NOBODY}.py:Reward")
     with pytest.raises(UsageError, match="no-such-user"):
         _run_folder(NOBODY)
+    with pytest.raises(UsageError, match="no-such-user"):
+        fingerprints.of_path(NOBODY)
+    with pytest.raises(UsageError, match="no-such-user"):
+        fingerprints.of_options({"model": NOBODY})
+    with pytest.raises(UsageError, match="no-such-user"):
+        registry.reward("clip", open_clip="ViT-B-32", pretrained=NOBODY)
+
+
+def test_a_home_that_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``~`` of a user without an entry, as containers run them: an ablation's paths end in a sentence too."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    file = tmp_path / "ablation.yaml"
+    file.write_text("{title: t, base: ~/base.yaml, evaluation: {classes: ~/probe.json}}", "utf-8")
+    with pytest.raises(UsageError, match="~/base") as caught:
+        schema.load(file)
+    one_sentence(str(caught.value))
