@@ -1,11 +1,10 @@
-"""Previews and the before/after measurement on held-out prompts."""
+"""Previews and the before/after measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +93,7 @@ def evaluate(
     when: str,
     tell: Callable[[str], None],
 ) -> Drawn:
-    """Score samples of held-out prompts and write ``WHEN.json`` and thumbnails."""
+    """Score samples of the evaluation's prompts and write ``WHEN.json`` and thumbnails."""
     names: list[str] = []
     (folder / when).mkdir(parents=True, exist_ok=True)
 
@@ -105,13 +104,13 @@ def evaluate(
             picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
             picture.save(folder / name)
             names.append(name)
-        tell(f"measuring held-out prompts {when} training: {start + len(x0)} of {len(prompts)}")
+        tell(f"measuring {when} training: {start + len(x0)} of {len(prompts)} images")
 
     drawn = draw(cluster, prompts, weights, recipe.evaluation.batch_size, thumbnails)
     scores = drawn.scores
     algorithm = recipe.algorithm
     kinds = {r.key: "train" for r in algorithm.rewards} | {r.key: "eval" for r in algorithm.eval_rewards}
-    classes: dict[str, Any] = {
+    classes = {
         r.key: registry.load_class(registry.REWARDS, r.name) for r in [*algorithm.rewards, *algorithm.eval_rewards]
     }
     files.write_json(
@@ -123,6 +122,7 @@ def evaluate(
             "scores": scores,
             "kinds": {label: kinds[label] for label in scores},
             "units": {label: classes[label].unit for label in scores},
+            "higher_is_better": {label: classes[label].higher_is_better for label in scores},
             "diversity": {"latent_distance": drawn.diversity()},
             "images": names,
         },

@@ -247,8 +247,10 @@ class Trainer:
         measure.preview(self.cluster, self._held_out.batch(0, count), self._weights, path)
 
     def _measure(self, when: str) -> None:
-        """Score the same held-out prompts with the same noise, before and after."""
-        self.display.phase(f"measuring held-out prompts {when} training")
+        """Score the evaluation's prompts, the same with the same noise before and after."""
+        self.display.phase(f"measuring {when} training")
+        if when == "before" and not self.recipe.data.held_out:
+            self.display.note("data.held_out is not set: previews and the table before/after use training prompts")
         self._load_averaged()
         self._preview()
         drawn = measure.evaluate(

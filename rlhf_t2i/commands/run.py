@@ -21,11 +21,13 @@ def run_command(
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     allow_recipe_change: Annotated[
-        bool, typer.Option("--allow-recipe-change", help="Resume although the recipe means another run now.")
+        bool, typer.Option("--allow-recipe-change", help="Resume with a recipe that changes what is trained.")
     ] = False,
-    address: Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Join this Ray cluster instead of starting one.")
+    ] = None,
 ) -> None:
-    """Train a one-step generator with Diff-Instruct* and friends."""
+    """Train a one-step generator as a recipe says. Writes report.html, model/ and checkpoints."""
     from rlhf_t2i import recipe_io
     from rlhf_t2i.geometry import check_placement
 
@@ -52,7 +54,7 @@ def run_command(
         except training.Stopped as stopped:
             display.note(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
-    _summary(folder)
+    _summary(folder, "Held-out" if loaded.data.held_out else "Training")
 
 
 class ProgressDisplay:
@@ -112,7 +114,7 @@ class ProgressDisplay:
         self._console.print(f"[{self._spoke - self._began:5.0f} s] {text}", markup=False, highlight=False)
 
 
-def _summary(folder: Path) -> None:
+def _summary(folder: Path, kind: str) -> None:
     """The before/after table, and the files to look at."""
     from rich.console import Console
     from rich.table import Table
@@ -121,7 +123,7 @@ def _summary(folder: Path) -> None:
 
     console = Console()
     rows = report.comparison(folder)
-    table = Table(title="Held-out prompts, same noise", title_justify="left")
+    table = Table(title=f"{kind} prompts, same noise", title_justify="left")
     for name in ("measure", "before", "after", "change", "std. errors"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for row in rows:

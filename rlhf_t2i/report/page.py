@@ -33,6 +33,7 @@ def write_report(out: Path) -> Path:
     context = {
         "title": out.resolve().name,
         "summary": _summary(recipe, steps),
+        "held_out": bool((recipe.get("data") or {}).get("held_out", True)),
         "rows": rows,
         "verdicts": verdicts(rows),
         "problem": problem,
