@@ -16,6 +16,7 @@ from rlhf_t2i.errors import RunError, UsageError
 app = typer.Typer(
     name="rlhf-t2i",
     help="Align one-step text-to-image generators with human-preference rewards (Diff-Instruct*).",
+    epilog="A first run, from the repository: rlhf-t2i run recipes/quickstart.yaml",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

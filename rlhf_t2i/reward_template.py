@@ -90,7 +90,7 @@ def test_it_prefers_the_target_brightness() -> None:
 _README = Template("""\
 # $package
 
-The reward `$name` for [rlhf-t2i](https://pypi.org/project/rlhf-t2i/).
+The reward `$name` for rlhf-t2i.
 
     pip install -e .
     rlhf-t2i rewards list

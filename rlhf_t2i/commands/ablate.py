@@ -18,7 +18,7 @@ def ablate_command(
     seeds: Annotated[str, typer.Option(help="Other seeds for every row, comma-separated.")] = "",
     parallel: Annotated[int | None, typer.Option(min=1, help="Rows side by side.")] = None,
 ) -> None:
-    """Train and evaluate the rows of an ablation; run again to go on after a kill. Writes tables, plots and a page."""
+    """Train and measure a grid of runs, and tabulate them. Run it again to go on after a kill."""
     from rlhf_t2i.ablation import runner
 
     folder = out or Path("runs") / recipe.stem

@@ -16,12 +16,13 @@ def eval_command(
     metrics: Annotated[
         str, typer.Option(help="Rewards (NAME or LABEL=NAME), diversity, fid, frechet_clip, class_entropy.")
     ] = "clip",
-    out: Annotated[Path | None, typer.Option(help="Folder for images, results.json and tables.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for images and tables [default: evaluations/MODEL].")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="METRIC.OPTION=VALUE, e.g. pickscore.model=./pickscore.")
+        list[str] | None,
+        typer.Option("--set", metavar="METRIC.OPTION=VALUE", help="A reward's own option, e.g. pickscore.model=./dir."),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Pipeline that lends a UNet its text encoders and VAE.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps of a many-step model (50).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps of a many-step model [default: 50].")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of a many-step model.")] = 7.5,
     timestep: Annotated[int | None, typer.Option(help="Sample in one step at this timestep.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels; the model's own when absent.")] = None,
@@ -36,7 +37,7 @@ def eval_command(
     classes: Annotated[str | None, typer.Option(help="'label a|label b' or a probe's JSON, for class_entropy.")] = None,
     column: Annotated[str, typer.Option(help="Key or column of a jsonl, csv or tsv prompt file.")] = "prompt",
 ) -> None:
-    """Draw images with fixed seeds, score them, and print means with 95% intervals. Run again to go on after a kill."""
+    """Draw with fixed seeds, score, and print means with intervals. Run it again to go on after a kill."""
     from rlhf_t2i.evaluation import settings as settings_module
 
     values: dict[str, Any] = {

@@ -29,7 +29,7 @@ def plan_command(
         typer.Option(min=0.001, metavar="GIB", help="Memory of a device [default: --device's, or the GPU's]."),
     ] = None,
 ) -> None:
-    """Show placement, parameters, memory, traffic and batches of a recipe. Needs no GPU and starts no Ray.
+    """Show what goes where, memory, traffic and fit. Needs no GPU and starts no Ray.
 
     Exit code 1 means that it does not fit the device.
     """

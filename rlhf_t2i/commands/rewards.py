@@ -18,7 +18,7 @@ divergences_app = typer.Typer(help="List divergence plugins.", no_args_is_help=T
 
 @rewards_app.command("list")
 def list_rewards() -> None:
-    """Every installed reward: its package, gradient, unit, needs, and whether it can run here."""
+    """Show every installed reward and whether it can run here."""
     from rlhf_t2i import plugin_listing
 
     plugin_listing.print_rewards()
@@ -26,7 +26,7 @@ def list_rewards() -> None:
 
 @divergences_app.command("list")
 def list_divergences() -> None:
-    """Every installed divergence: its package and whether it needs vector-Jacobian products."""
+    """Show every installed divergence. VJPs: gradients through both denoisers' inputs, which cost a backward pass."""
     from rlhf_t2i import plugin_listing
 
     plugin_listing.print_divergences()
@@ -35,11 +35,14 @@ def list_divergences() -> None:
 @rewards_app.command("check")
 def check(
     reward: Annotated[str, typer.Argument(help="A reward's name, or path/to/file.py:Class.")],
-    options: Annotated[list[str] | None, typer.Option("--options", "-o", help="KEY=VALUE; repeat for more.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--options", "-o", metavar="KEY=VALUE", help="A reward's own option; repeatable."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    size: Annotated[int, typer.Option(min=8, max=4096, help="Height of the test images in pixels.")] = 64,
+    size: Annotated[int, typer.Option(min=8, max=4096, metavar="PIXELS", help="Height of the test images.")] = 64,
 ) -> None:
-    """Test that a reward keeps the contract training relies on; exit code 1 if it does not."""
+    """Test a reward: shape, determinism, gradient, cost. Exit code 1 if a check fails."""
     chosen = parse_options(options or [])
 
     import torch
@@ -61,7 +64,7 @@ def new(
     name: Annotated[str, typer.Argument(help="The name recipes will use, e.g. my_reward.")],
     directory: Annotated[Path, typer.Option("--dir", help="Where to write the package's folder.")] = Path(),
 ) -> None:
-    """Write a small installable package with a reward, its test and its README."""
+    """Write an installable package with a reward and its test."""
     from rlhf_t2i import registry
     from rlhf_t2i.reward_template import write_package
 

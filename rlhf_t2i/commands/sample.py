@@ -10,12 +10,14 @@ import typer
 
 def sample_command(
     model: Annotated[str, typer.Argument(help="A run's folder, its model/ folder, or a hub id.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.")],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; repeatable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A PNG; several prompts make a grid.")] = Path(
         "out.png"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise; picture i uses seed + i.")] = 0,
-    timestep: Annotated[int | None, typer.Option(min=0, max=999, help="[default: the model's own, or 399]")] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the noise; picture i uses seed + i.")] = 0,
+    timestep: Annotated[
+        int | None, typer.Option(min=0, max=999, metavar="T", help="Of the one step [default: the model's, or 399].")
+    ] = None,
 ) -> None:
     """Draw a picture for each prompt in one network call."""
     from rlhf_t2i.errors import UsageError
