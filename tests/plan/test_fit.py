@@ -59,14 +59,14 @@ def test_changes_are_combined_and_do_fit(tiny_sdxl: Path) -> None:
     assert needs(recipe) > offloaded
 
 
-def test_the_decoder_recomputes_first(tiny_sdxl: Path) -> None:
+def test_frozen_roles_recompute_before_trained_ones(tiny_sdxl: Path) -> None:
     recipe = build(tiny_sdxl, precision="bf16", micro_batch=1)
-    change = {"optimisation.gradient_checkpointing": ["reward"]}
+    change = {"optimisation.gradient_checkpointing": ["reward", "reference"]}
     limit = needs(planning.changed(recipe, change))
     assert limit < needs(recipe)
     fit = planning.check(recipe, planning.make(recipe), limit)
     assert fit.change == change
-    assert "--set 'optimisation.gradient_checkpointing=[reward]'" in fit.sentence()
+    assert "--set 'optimisation.gradient_checkpointing=[reward, reference]'" in fit.sentence()
 
 
 def test_changes_that_the_recipe_excludes_are_passed_over(tiny_sdxl: Path) -> None:
