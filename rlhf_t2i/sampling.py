@@ -13,8 +13,10 @@ from torch import Tensor
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.export import ONE_STEP
 from rlhf_t2i.models import sources
+from rlhf_t2i.models.quiet import quietly
 
 
+@quietly()
 def sample(model: str, prompts: Sequence[str], seed: int = 0, timestep: int | None = None) -> Tensor:
     """Images [B, 3, H, W] in [0, 1]: one LCMScheduler step at the model's timestep, guidance 0.
 
@@ -35,7 +37,8 @@ def sample(model: str, prompts: Sequence[str], seed: int = 0, timestep: int | No
     sources.pipeline_index(source)
     settings = _one_step(source)
     try:
-        pipeline: Any = DiffusionPipeline.from_pretrained(source.location, **source.kwargs)
+        # In one dtype: by itself transformers takes each encoder's own, and float16 encoders do not fit a float32 UNet.
+        pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=torch.float32, **source.kwargs)
     except Exception as error:
         raise UsageError(f"{model} cannot be loaded: {first_line(error)}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

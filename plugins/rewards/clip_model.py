@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_t2i import plugin
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import sources
+from rlhf_t2i.models.quiet import quietly
 from rlhf_t2i.models.sources import ModelSource
 from rlhf_t2i.preprocessing import Preprocess
 
@@ -104,7 +104,7 @@ def load_weights(cls: Any, source: ModelSource) -> Any:
         UsageError: The files are missing, damaged or of another architecture.
     """
     try:
-        with _quiet():
+        with quietly():
             network, info = cls.from_pretrained(
                 source.location, dtype=torch.float32, output_loading_info=True, **source.kwargs
             )
@@ -118,22 +118,6 @@ def load_weights(cls: Any, source: ModelSource) -> Any:
             f"{source.location} is not a {cls.__name__}: {len(wrong)} weights are missing, e.g. {wrong[0]}"
         )
     return network
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no table of missing weights: this module says itself what is wrong."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:

@@ -127,9 +127,11 @@ def _summary(folder: Path, kind: str) -> None:
     for name in ("measure", "before", "after", "change", "std. errors"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for row in rows:
-        change = f"x {row.ratio:.2f}" if row.kind == "diversity" else f"{row.difference:+.4f}"
-        name = f"{row.key} ({row.kind})"
-        table.add_row(name, f"{row.before:.4f}", f"{row.after:.4f}", change, f"{row.errors:+.1f}")
+        # A ratio's distance from 0.8 in standard errors would be read as a change.
+        changed = (
+            (f"x {row.ratio:.2f}", "") if row.kind == "diversity" else (f"{row.difference:+.4f}", f"{row.errors:+.1f}")
+        )
+        table.add_row(f"{row.key} ({row.kind})", f"{row.before:.4f}", f"{row.after:.4f}", *changed)
     console.print(table)
     for verdict in report.verdicts(rows):
         console.print(f"- {verdict.text}", highlight=False)

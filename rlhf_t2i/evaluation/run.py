@@ -25,6 +25,7 @@ from rlhf_t2i.evaluation.progress import Progress
 from rlhf_t2i.evaluation.results import Measured, Results
 from rlhf_t2i.evaluation.sampler import Sampler, Sampling, resolve
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
+from rlhf_t2i.models.quiet import quietly
 
 FRECHET_PIXELS = 256
 
@@ -41,7 +42,7 @@ def evaluate(settings: Settings, out: Path, progress: Progress | None = None) ->
         UsageError: Bad settings, or ``out`` holds another evaluation.
     """
     check(settings)
-    with journal.exclusive(out, "evaluation"):
+    with journal.exclusive(out, "evaluation"), quietly():
         start = time.monotonic()
         work = Work(settings, out, progress or (lambda what, done, total: None))
         work.draw()

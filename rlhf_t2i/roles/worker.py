@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_t2i import flops, plugin, registry, rng
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models import sources
+from rlhf_t2i.models.quiet import quietly
 from rlhf_t2i.plugin import LatentReward
 from rlhf_t2i.recipe import Recipe, RewardChoice
 from rlhf_t2i.roles.assistant import AssistantRole
@@ -59,6 +60,7 @@ class WorkerSpec:
 class Worker:
     """The roles of one process."""
 
+    @quietly()
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         sources.use_revisions(spec.recipe.revisions)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from rlhf_t2i.diffusion import NoiseSchedule
 from rlhf_t2i.models.conditioning import Conditioning
 from rlhf_t2i.models.loading import ModelStore
 from rlhf_t2i.models.networks import one_step, predict
 from rlhf_t2i.recipe import Models
+from rlhf_t2i.sampling import sample
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -74,6 +78,23 @@ def test_the_whole_pipeline_gives_the_same_picture(tiny_sdxl: Path) -> None:
     assert ours.shape == (2, 3, tiny.RESOLUTION, tiny.RESOLUTION)
     assert ours.std() > 0.05, "a flat picture compares nothing"
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+def test_a_pipeline_of_several_dtypes_is_sampled(
+    tiny_sdxl: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A float32 run's export beside its reference's float16 encoders and VAE, as emoji64's and SDXL's often are."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sdxl, folder)
+    for file in (*folder.glob("text_encoder*/*.safetensors"), *folder.glob("vae/*.safetensors")):
+        save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    for file in folder.glob("text_encoder*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"dtype": "float16"}), "utf-8")
+    images = sample(str(folder), PROMPTS)
+    said = capfd.readouterr()
+    assert said.out + said.err == "", "the libraries' bars and advice are no business of who draws a picture"
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, sample(str(tiny_sdxl), PROMPTS), rtol=0, atol=0.05)
 
 
 def test_the_generator_is_differentiable_and_float32(tiny_sdxl: Path) -> None:
