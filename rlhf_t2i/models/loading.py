@@ -17,6 +17,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models import sources
 from rlhf_t2i.models.compiling import compile_blocks
 from rlhf_t2i.models.conditioning import Conditioner
+from rlhf_t2i.models.frozen import freeze
 from rlhf_t2i.models.networks import DTYPES, LatentDecoder
 from rlhf_t2i.models.sources import ModelSource
 from rlhf_t2i.recipe import Models
@@ -166,7 +167,7 @@ class ModelStore:
     def reference_unet(self) -> nn.Module:
         """A frozen copy of the reference UNet, in the compute dtype."""
         unet = self._unet(self._reference).to(self.device, self.dtype, memory_format=torch.channels_last)
-        return unet.eval().requires_grad_(False)
+        return freeze(unet)
 
     def assistant_unet(self) -> nn.Module:
         """The assistant's UNet in float32, to be trained."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i.diffusion import NoiseSchedule
 from rlhf_t2i.models.conditioning import Conditioning
+from rlhf_t2i.models.frozen import freeze
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -63,7 +64,7 @@ class LatentDecoder(nn.Module):
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = freeze(vae)
         config: Any = vae.config
         self.scaling_factor = float(config.scaling_factor)
         self.shift_factor = float(getattr(config, "shift_factor", None) or 0.0)

@@ -345,12 +345,17 @@ def freeze(reward: Reward, device: torch.device, dtype: torch.dtype) -> Reward:
 
 
 def checkpoint_layers(module: nn.Module) -> None:
-    """Recompute each layer of every ``nn.ModuleList`` in the backward pass; works for any architecture."""
+    """Recompute the innermost layers of every ``nn.ModuleList`` in the backward pass; works for any architecture.
+
+    Innermost, since the graph of one block of a VAE at 1024 px is most of the decoder's.
+    """
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            for layer in child:
-                # Two rewards may share a model: its layers are wrapped once.
-                if not isinstance(layer.forward, partial):
-                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        else:
+        if not isinstance(child, nn.ModuleList):
             checkpoint_layers(child)
+            continue
+        for layer in child:
+            if any(isinstance(part, nn.ModuleList) for part in layer.modules()):
+                checkpoint_layers(layer)
+            # Two rewards may share a model: its layers are wrapped once. A frozen upsampler keeps nothing.
+            elif not isinstance(layer.forward, partial) and type(layer).__name__ != "Upsample2D":
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

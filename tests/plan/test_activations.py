@@ -9,12 +9,13 @@ import torch
 
 from rlhf_t2i import activations
 from rlhf_t2i.models import architectures
+from rlhf_t2i.models.frozen import freeze
 from tests import tiny
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_the_meta_count_is_what_a_real_forward_keeps(train: bool) -> None:
-    network = tiny.sdxl_unet().requires_grad_(train)
+    network = tiny.sdxl_unet() if train else freeze(tiny.sdxl_unet())
     x = torch.randn(1, *tiny.LATENTS, requires_grad=not train)
     cond = {"text_embeds": torch.randn(1, tiny.WIDTH), "time_ids": torch.zeros(1, 6)}
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}

@@ -87,7 +87,7 @@ def recomputing(cluster: LocalCluster) -> set[str]:
     }
     found = {role for role, unet in unets.items() if unet.is_gradient_checkpointing}
     decoder = cluster._worker._context.store.decoder.vae.decoder
-    return found | ({"reward"} if isinstance(decoder.up_blocks[0].forward, partial) else set())
+    return found | ({"reward"} if isinstance(decoder.up_blocks[0].resnets[0].forward, partial) else set())
 
 
 @pytest.mark.parametrize(
