@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from gpu_sections import StepTimes, Timer, batch
 from torch import Tensor
 
 from rlhf_t2i import rng
+from rlhf_t2i.models.frozen import FrozenConv2d, freeze
 from rlhf_t2i.models.loading import ModelStore
 from rlhf_t2i.models.networks import DTYPES, one_step, predict
 from rlhf_t2i.objective import assistant_loss, guidance_omega
 from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.roles.reward import checkpoint_layers
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
@@ -47,10 +50,12 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
     taken: dict[str, list[float]] = {"framework": [], "plain": []}
     for number in range(2 + steps):
         ours = framework.step(number)["step"]
-        prompts, timer = batch(recipe, number), Timer()
-        timer.lap()
-        loop.update(prompts, micro)
-        theirs = timer.lap()
+        prompts = batch(recipe, number)
+        with _as_diffusers_has_them(worker):
+            timer = Timer()
+            timer.lap()
+            loop.update(prompts, micro)
+            theirs = timer.lap()
         if number >= 2:
             taken["framework"].append(ours)
             taken["plain"].append(theirs)
@@ -78,6 +83,41 @@ def _training_in(dtype: torch.dtype) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(ModelStore, name, original)
+
+
+@contextmanager
+def _as_diffusers_has_them(worker: Worker) -> Iterator[None]:
+    """The worker's networks without the framework's layouts and frozen convolutions.
+
+    Activations are recomputed as diffusers' ``enable_gradient_checkpointing()`` does it, unless the GPU has 120 GB:
+    one graph of everything fits no smaller one.
+    """
+    roles, vae = worker.roles, worker._context.store.decoder.vae
+    reference = roles["reference"]._unet
+    unets = [roles["learner"].engine.module, roles["assistant"]._engine.module, reference]
+    before = [(unet, unet.is_gradient_checkpointing, unet.training) for unet in (*unets, vae)]
+    layered = [module for module in vae.modules() if isinstance(vars(module).get("forward"), partial)]
+    for module in layered:
+        del module.forward
+    for frozen in (reference, vae):
+        frozen.to(memory_format=torch.contiguous_format)
+        for module in frozen.modules():
+            if isinstance(module, FrozenConv2d):
+                module.__class__ = torch.nn.Conv2d
+    frugal = not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 120 * 2**30
+    for network, _, _ in before:
+        network.train()  # diffusers checkpoints nothing else
+        network.enable_gradient_checkpointing() if frugal else network.disable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for frozen in (reference, vae):
+            freeze(frozen.to(memory_format=torch.channels_last))
+        for network, checkpointed, training in before:
+            network.enable_gradient_checkpointing() if checkpointed else network.disable_gradient_checkpointing()
+            network.train(training)
+        if layered:
+            checkpoint_layers(vae)
 
 
 def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
@@ -133,9 +173,10 @@ def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -
         plain_x0 = loop.one_step(z, embeds)
     gradient = learner.gradient_at_x0("check", x0, prompts, keys, {})
     leaf = x0.clone().requires_grad_(True)
-    # The loop's loss is the batch's mean, the framework's gradient every sample's own.
-    loss = loop.generator_loss(leaf, prompts, embeds, noise) * len(prompts)
-    (plain_gradient,) = torch.autograd.grad(loss, leaf)
+    with _as_diffusers_has_them(worker):
+        # The loop's loss is the batch's mean, the framework's gradient every sample's own.
+        loss = loop.generator_loss(leaf, prompts, embeds, noise) * len(prompts)
+        (plain_gradient,) = torch.autograd.grad(loss, leaf)
     found = {
         "assistant loss": _difference(ours, theirs),
         "x_0": _difference(x0, plain_x0),

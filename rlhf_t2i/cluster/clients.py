@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import rng
-from rlhf_t2i.errors import ProcessLost, RunError, UsageError
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
 
 
@@ -50,11 +50,11 @@ def get(references: Any, timeout_s: float | None, role: str) -> Any:
         if isinstance(cause, RunError | UsageError):
             raise cause from None
         raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
-    except ray.exceptions.RayActorError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProcessLost(f"a process of the {role} died: {reason}") from error
-    except ray.exceptions.RayError as error:  # the object store or its disk is full, a machine ran out of memory
-        raise RunError(f"Ray failed while the {role} worked: {type(error).__name__}: {error}") from error
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        # The second is Ray ending the largest process of a machine before the system does.
+        raise ProcessLost(f"a process of the {role} died: {first_line(error)}") from error
+    except ray.exceptions.RayError as error:  # the object store or its disk is full
+        raise RunError(f"Ray failed while the {role} worked: {type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass
