@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, synced to disk, then renamed."""
+"""Files that are whole or absent: written aside, then renamed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,30 @@ def expanded(path: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content atomically."""
-    aside = path.with_name(_ASIDE + path.name)
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Replace a file's content atomically, and wait until it is on the disk."""
+    write_atomic(path, text, durable=True)
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str, durable: bool = False) -> Path:
+    """Replace a file's content atomically; its folder is made where it is missing.
+
+    Args:
+        path: The file.
+        data: Its content; text is written as UTF-8.
+        durable: Wait for the disk. What can be made again, an evaluation's picture, need not.
+
+    Returns:
+        The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(_ASIDE + path.name)
+    with aside.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    return aside.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

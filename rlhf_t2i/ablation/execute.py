@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i import files
 from rlhf_t2i.ablation import schema
 from rlhf_t2i.ablation.schema import Ablation, Row
 from rlhf_t2i.errors import RunError, UsageError
@@ -99,11 +100,10 @@ def tasks(ablation: Ablation, out: Path, more: list[str], only: Sequence[str] = 
 
 
 class Executor:
-    """Run tasks, ``parallel`` at a time, each on devices of its own.
+    """Run tasks side by side, one a slot, each slot on devices of its own.
 
     Args:
         ablation: Names the base recipe.
-        parallel: Tasks at once.
         devices: The CUDA devices each slot may see; one entry a slot, "" for a CPU.
         say: Called with a line for every event.
         train: The training command, before ``RECIPE --set ... --out OUT``.
@@ -182,16 +182,16 @@ class Executor:
                 shutil.rmtree(task.run, ignore_errors=True)
                 self.say(f"{task.name}: training starts")
             self._call(task, command, slot, "training", lock)
-            journal.write_atomic(marker, journal.dumps({"finished": True}))
+            files.write_atomic(marker, journal.dumps({"finished": True}))
         if self.ablation.discard_checkpoints:
             shutil.rmtree(task.run / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, task: Task, slot: str, lock: int) -> None:
         asked = task.settings.model_dump_json(indent=1)
-        draft = journal.write_atomic(task.settings_file.with_suffix(".asked.json"), asked)
+        draft = files.write_atomic(task.settings_file.with_suffix(".asked.json"), asked)
         self.say(f"{task.name}: evaluating")
         self._call(task, [*self.measure, str(draft), str(task.evaluated)], slot, "evaluation", lock)
-        journal.write_atomic(task.settings_file, asked)
+        files.write_atomic(task.settings_file, asked)
 
     def _call(self, task: Task, command: list[str], slot: str, what: str, lock: int) -> None:
         log = task.run.with_name(f"{task.run.name}.log")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i import files
 from rlhf_t2i.ablation.execute import Task
 from rlhf_t2i.ablation.tables import Table
-from rlhf_t2i.evaluation import journal
 from rlhf_t2i.report import plots
 from rlhf_t2i.report.numbers import DASH, duration, number
-from rlhf_t2i.report.page import render, save
+from rlhf_t2i.report.page import render
 from rlhf_t2i.report.pictures import data_uri
 from rlhf_t2i.report.plots import Plot
 from rlhf_t2i.report.run_folder import metrics, read_json
@@ -25,7 +25,7 @@ def write(table: Table, out: Path) -> Path:
     """Write ``plots/*.svg`` and ``report.html`` of an ablation, from whatever rows are finished."""
     drawn = [*_tradeoffs(table), *_curves(table)]
     for plot in drawn:
-        journal.write_atomic(out / "plots" / f"{slug(plot.title)}.svg", plots.standalone(plot.svg))
+        files.write_atomic(out / "plots" / f"{slug(plot.title)}.svg", plots.standalone(plot.svg))
     best = _best_row(table)
     context = {
         "title": table.ablation.title,
@@ -40,7 +40,7 @@ def write(table: Table, out: Path) -> Path:
         "costs": _costs(table.tasks),
         "versions": next((v for t in table.tasks if (v := read_json(t.run / "run.json").get("versions"))), {}),
     }
-    return save(out / "report.html", render("ablation.html", context))
+    return files.write_atomic(out / "report.html", render("ablation.html", context))
 
 
 def _label(table: Table, name: str) -> str:

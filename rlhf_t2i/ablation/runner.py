@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i import files
 from rlhf_t2i.ablation import execute, page, schema
 from rlhf_t2i.ablation.execute import EVALUATE, TRAIN, Executor, Task
 from rlhf_t2i.ablation.schema import Ablation, Row
@@ -114,7 +115,7 @@ def _with_unit(
     if not path.is_file():
         say("calibration: measuring the forces at x0 with scale 1")
         unit, words = calibrate(ablation, out, more, train)
-        journal.write_atomic(path, journal.dumps({"scale_unit": float(f"{unit:.3g}"), "measured": words}))
+        files.write_atomic(path, journal.dumps({"scale_unit": float(f"{unit:.3g}"), "measured": words}))
     found = read_json(path)
     if not isinstance(found.get("scale_unit"), float):
         raise UsageError(f"{path} is damaged: remove it to measure again")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_t2i import files
 from rlhf_t2i.ablation.analysis import Bootstrap, EqualReward, Estimate, Finding, RowData, equal_reward, judge
 from rlhf_t2i.ablation.execute import Task
 from rlhf_t2i.ablation.schema import Ablation
 from rlhf_t2i.evaluation import journal
+from rlhf_t2i.report.numbers import DASH
 from rlhf_t2i.report.run_folder import read_json
-
-DASH = "\N{EN DASH}"
 
 
 def collect(tasks: Sequence[Task]) -> tuple[dict[str, RowData], list[dict[str, Any]]]:
@@ -82,9 +82,9 @@ class Table:
 
     def write(self, out: Path) -> None:
         """Write ``table.md``, ``table.csv`` and ``table.json``: the same rows give the same bytes."""
-        journal.write_atomic(out / "table.md", self.markdown())
-        journal.write_atomic(out / "table.csv", self._csv())
-        journal.write_atomic(out / "table.json", journal.dumps(self._json()))
+        files.write_atomic(out / "table.md", self.markdown())
+        files.write_atomic(out / "table.csv", self._csv())
+        files.write_atomic(out / "table.json", journal.dumps(self._json()))
 
     def markdown(self) -> str:
         """The table for a reader."""

@@ -54,15 +54,6 @@ class Journal:
                 raise UsageError(f"{self.path} is damaged: remove it to score again") from None
 
 
-def write_atomic(path: Path, data: bytes | str) -> Path:
-    """Write a file complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    temporary.replace(path)
-    return path
-
-
 def dumps(data: Any) -> str:
     """JSON that any reader takes: numbers that are none become null, and the same data gives the same bytes."""
     return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -97,7 +88,7 @@ def claim(out: Path, name: str, identity: dict[str, Any]) -> None:
     path = out / name
     identity = json.loads(dumps(identity))
     if not path.is_file():
-        write_atomic(path, dumps(identity))
+        files.write_atomic(path, dumps(identity))
         return
     try:
         there = json.loads(path.read_text("utf-8"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_t2i import __version__, statistics
+from rlhf_t2i import __version__, files, statistics
 from rlhf_t2i.evaluation import journal
 from rlhf_t2i.evaluation.benchmarks import PromptList
 from rlhf_t2i.evaluation.features import Probe
@@ -49,10 +49,6 @@ class Measured:
     def single(cls, key: str, unit: str, value: float, higher_is_better: bool = True) -> Measured:
         """One number for all images, without an interval (a Frechet distance is biased under resampling)."""
         return cls(key, unit, [], None, value, higher_is_better)
-
-    def interval(self, seed: int = 0) -> tuple[float, float]:
-        """95% percentile bootstrap interval over prompts; nan where there is none."""
-        return statistics.bootstrap_interval(self.by_prompt, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -110,9 +106,9 @@ def write(
         "images": [{"file": f"images/{i:05d}.png", "prompt": prompts.prompts[i // settings.images_per_prompt]}
                    for i in range(count)],
     }  # fmt: skip
-    journal.write_atomic(out / "table.md", markdown)
-    journal.write_atomic(out / "table.csv", _csv(rows))
-    return Results(journal.write_atomic(out / "results.json", journal.dumps(data)), rows, markdown)
+    files.write_atomic(out / "table.md", markdown)
+    files.write_atomic(out / "table.csv", _csv(rows))
+    return Results(files.write_atomic(out / "results.json", journal.dumps(data)), rows, markdown)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

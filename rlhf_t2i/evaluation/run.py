@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i import plugin, registry
+from rlhf_t2i import files, plugin, registry
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import benchmarks, features, fingerprints, journal, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
@@ -26,6 +26,7 @@ from rlhf_t2i.evaluation.results import Measured, Results
 from rlhf_t2i.evaluation.sampler import Sampler, Sampling, resolve
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.models.quiet import quietly
+from rlhf_t2i.statistics import frechet_distance
 
 FRECHET_PIXELS = 256
 
@@ -96,7 +97,7 @@ class Work:
                 images = sampler.images(batch, [self.image_prompts[index] for index in batch])
                 for index, image in zip(batch, images, strict=True):
                     if not self._path(index).is_file():
-                        journal.write_atomic(self._path(index), png(image))
+                        files.write_atomic(self._path(index), png(image))
             self.progress("drawing", batch[-1] + 1, len(self.indices))
 
     def measure(self) -> list[Measured]:
@@ -168,7 +169,7 @@ class Work:
                 buffer = io.BytesIO()
                 part = extractor.extract(read_images(paths, square)).double().numpy().astype(np.float32)
                 np.save(buffer, part)
-                journal.write_atomic(file, buffer.getvalue())
+                files.write_atomic(file, buffer.getvalue())
             parts.append(part)
             done += len(paths)
             self.progress(f"comparing ({extractor.name})", done, total)
@@ -181,8 +182,6 @@ class Work:
 
     def frechet(self, key: str, extractor: Extractor) -> list[Measured]:
         """Squared Frechet distance to the folder of real images, in the extractor's features."""
-        from rlhf_t2i.statistics import frechet_distance
-
         paths = picture_files(Path(str(self.settings.real)))
         size = self.settings.batch_size
         batches = [paths[i : i + size] for i in range(0, len(paths), size)]
@@ -237,4 +236,4 @@ def _add_cost(out: Path, seconds: float, images: int, device: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         before = 0.0
     cost = {"seconds": round(before + seconds, 3), "images": images, "device": device}
-    journal.write_atomic(path, journal.dumps(cost))
+    files.write_atomic(path, journal.dumps(cost))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i import recipe_io
+from rlhf_t2i import files, recipe_io
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.report import training_plots
 from rlhf_t2i.report.compare import Row, compare, verdicts
@@ -50,7 +49,7 @@ def write_report(out: Path) -> Path:
         "run": run,
         "recipe": recipe_text,
     }
-    return save(out / "report.html", render("run.html", context))
+    return files.write_atomic(out / "report.html", render("run.html", context))
 
 
 def render(template: str, context: dict[str, Any]) -> str:
@@ -61,15 +60,6 @@ def render(template: str, context: dict[str, Any]) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "signed": signed, "duration": duration}
     return environment.get_template(template).render(context)
-
-
-def save(path: Path, text: str) -> Path:
-    """Write a file complete or not at all: a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
-    return path
 
 
 def _rows(before: Evaluated | None, after: Evaluated | None) -> tuple[list[Row], str]:
@@ -155,10 +145,10 @@ def _extremes(
 
 def _sheets(folder: Path) -> list[dict[str, Any]]:
     """A few preview grids from the first to the last."""
-    files = sorted(folder.glob("step_*.png"))
-    if len(files) > SHEETS:
-        files = [files[round(i * (len(files) - 1) / (SHEETS - 1))] for i in range(SHEETS)]
-    sheets = [{"step": int(f.stem.removeprefix("step_") or 0), "uri": data_uri(f, 640)} for f in files]
+    found = sorted(folder.glob("step_*.png"))
+    if len(found) > SHEETS:
+        found = [found[round(i * (len(found) - 1) / (SHEETS - 1))] for i in range(SHEETS)]
+    sheets = [{"step": int(f.stem.removeprefix("step_") or 0), "uri": data_uri(f, 640)} for f in found]
     return [sheet for sheet in sheets if sheet["uri"]]
 
 

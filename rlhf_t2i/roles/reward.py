@@ -233,7 +233,7 @@ class RewardRole:
             index, reason = 0, f"{type(error).__name__}: {error}"
             if isinstance(error, torch.OutOfMemoryError):
                 reason += " (a smaller micro_batch needs less memory)"
-            elif isinstance(error, Exception) and images is not None and len(prompts) > 1:
+            elif images is not None and len(prompts) > 1:
                 index = self._find_culprit(label, images, prompts)
             self._fail(label, reason, index, prompts, images, latents, error)
         if not isinstance(value, Tensor) or tuple(value.shape) != (len(prompts),):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rlhf_t2i import files
 from rlhf_t2i.evaluation import journal
 
 PROMPTS = [f"prompt number {index}" for index in range(12)]
@@ -46,8 +47,8 @@ def main(settings_file: str, out_folder: str) -> int:
         },
         "images": [{"file": f"images/{i:05d}.png", "prompt": PROMPTS[i // per_prompt]} for i in range(len(images))],
     }
-    journal.write_atomic(out / "cost.json", '{"seconds": 0.5, "device": "cpu"}')
-    journal.write_atomic(out / "results.json", journal.dumps(data))
+    files.write_atomic(out / "cost.json", '{"seconds": 0.5, "device": "cpu"}')
+    files.write_atomic(out / "results.json", journal.dumps(data))
     return 0
 
 
