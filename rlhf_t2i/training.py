@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf_t2i import checkpoint, export, measure, prompts, report
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.base import Cluster
+from rlhf_t2i.display import Display, Silent
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.metrics import MetricsFile, reward_term, step_metrics
 from rlhf_t2i.recipe import Recipe
@@ -23,32 +24,6 @@ from rlhf_t2i.watch import Watch
 
 TRAINED = {"generator": "learner", "assistant": "assistant"}
 """Trained networks, and the roles that train them."""
-
-
-class Display(Protocol):
-    """Who is told how the run goes (the CLI's progress bar, or nobody)."""
-
-    def phase(self, text: str) -> None:
-        """Something long begins."""
-
-    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        """A generator step is done."""
-
-    def note(self, text: str) -> None:
-        """A sentence for the user."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def phase(self, text: str) -> None:
-        """Nothing."""
-
-    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 class Stopped(Exception):
@@ -308,21 +283,11 @@ def run(
         RunError: Something failed while running.
         Stopped: A signal arrived; a checkpoint was written.
     """
-    import torch
-
     from rlhf_t2i.cluster.start import start
-    from rlhf_t2i.models.loading import ModelStore
-    from rlhf_t2i.models.pins import pin
-    from rlhf_t2i.roles.worker import check_plugins
 
     display = display or Silent()
-    check_plugins(recipe)
     folder = RunFolder(out)
-    recipe = pin(recipe, folder.revisions() if resume else None)
-    for file in (recipe.data.prompts, recipe.data.held_out):
-        if file:
-            prompts.read(file, recipe.data.column)
-    ModelStore(recipe.models, torch.device("cpu")).check()
+    recipe = _checked(recipe, folder.revisions() if resume else None)
     progress, saved = Progress(), None
     if resume:
         changed = folder.compare_recipe(recipe, allow_recipe_change)
@@ -339,23 +304,59 @@ def run(
             folder.discard()
         raise
     with folder.record(recipe, command):
-        restarts = 0
-        while True:
-            try:
-                _train(recipe, folder, cluster, display, saved, progress)
-                break
-            except ProcessLost as lost:
-                if restarts == recipe.placement.max_restarts:
-                    raise RunError(f"{lost}; restored {restarts} times already (placement.max_restarts)") from lost
-                restarts += 1
-                saved, progress = _newest(out, display)
-                display.note(
-                    f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
-                    f"(restart {restarts} of {recipe.placement.max_restarts})"
-                )
-                cluster = start(recipe, folder, address)
+        _train_with_restarts(recipe, folder, cluster, address, display, saved, progress)
     display.phase("writing the report")
     report.write_report(out)
+
+
+def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
+    """The recipe with its hub models pinned, once its plugins, prompts and model folders were found sound."""
+    import torch
+
+    from rlhf_t2i.models.loading import ModelStore
+    from rlhf_t2i.models.pins import pin
+    from rlhf_t2i.roles.worker import check_plugins
+
+    check_plugins(recipe)
+    recipe = pin(recipe, revisions)
+    for file in (recipe.data.prompts, recipe.data.held_out):
+        if file:
+            prompts.read(file, recipe.data.column)
+    ModelStore(recipe.models, torch.device("cpu")).check()
+    return recipe
+
+
+def _train_with_restarts(
+    recipe: Recipe,
+    folder: RunFolder,
+    cluster: Cluster,
+    address: str | None,
+    display: Display,
+    saved: Path | None,
+    progress: Progress,
+) -> None:
+    """Train; whenever a process that trains is lost, go on from the newest checkpoint on a fresh cluster.
+
+    Raises:
+        RunError: It was lost more often than ``placement.max_restarts``.
+    """
+    from rlhf_t2i.cluster.start import start
+
+    restarts = 0
+    while True:
+        try:
+            _train(recipe, folder, cluster, display, saved, progress)
+            return
+        except ProcessLost as lost:
+            if restarts == recipe.placement.max_restarts:
+                raise RunError(f"{lost}; restored {restarts} times already (placement.max_restarts)") from lost
+            restarts += 1
+            saved, progress = _newest(folder.path, display)
+            display.note(
+                f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
+                f"(restart {restarts} of {recipe.placement.max_restarts})"
+            )
+            cluster = start(recipe, folder, address)
 
 
 def _train(
