@@ -31,7 +31,9 @@ def eval_command(
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    features: Annotated[str | None, typer.Option(help="CLIP for diversity and frechet_clip, or 'vae'.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="CLIP for diversity and frechet_clip [default: CLIP ViT-B/32], or 'vae'.")
+    ] = None,
     real: Annotated[Path | None, typer.Option(help="Folder of real images for fid and frechet_clip.")] = None,
     inception: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights for fid.")] = None,
     classes: Annotated[str | None, typer.Option(help="'label a|label b' or a probe's JSON, for class_entropy.")] = None,
