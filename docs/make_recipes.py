@@ -22,8 +22,11 @@ This page is written by `python docs/make_recipes.py` from `rlhf_t2i/recipe.py`.
 
 
 def page() -> str:
-    """The whole page."""
-    return HEAD + "".join(_section(name, section) for name, section in _sections("", Recipe))
+    """The whole page; what has the same keys in several places is described once."""
+    places: dict[type[BaseModel], list[str]] = {}
+    for name, section in _sections("", Recipe):
+        places.setdefault(section, []).append(name)
+    return HEAD + "".join(_section(names, section) for section, names in places.items())
 
 
 def _sections(name: str, section: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
@@ -42,18 +45,22 @@ def _models(annotation: Any, many: str = "") -> list[tuple[type[BaseModel], str]
     return [found for part in typing.get_args(annotation) for found in _models(part, suffix)]
 
 
-def _section(name: str, section: type[BaseModel]) -> str:
-    title = f"`{name}`" if name else "The recipe"
+def _section(names: list[str], section: type[BaseModel]) -> str:
+    title = " and ".join(f"`{name}`" for name in names) if all(names) else "The recipe"
     lines = [
         f"\n## {title}\n",
-        f"\n{(section.__doc__ or '').strip()}\n",
+        f"\n{_linked((section.__doc__ or '').strip())}\n",
         "\n| key | type | default | meaning |\n|---|---|---|---|\n",
     ]
     for key, field in section.model_fields.items():
         inner = [model.__doc__ or "" for model, _ in _models(field.annotation)]
         meaning = (field.description or (inner[0].splitlines()[0] if inner else "")).replace("|", "\\|")
-        lines.append(f"| `{key}` | {_type(field)} | {_default(field)} | {meaning} |\n")
+        lines.append(f"| `{key}` | {_type(field)} | {_default(field)} | {_linked(meaning)} |\n")
     return "".join(lines)
+
+
+def _linked(text: str) -> str:
+    return text.replace("algorithm.md", "[algorithm.md](algorithm.md)")
 
 
 def _type(field: FieldInfo) -> str:
@@ -84,7 +91,14 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel) or (isinstance(value, dict) and value):
         return "see below"
-    return "none" if value is None else f"`{value}`"
+    return "none" if value is None else f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    """As one writes it in a recipe."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_yaml, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":
