@@ -15,7 +15,7 @@ from rlhf_t2i.report.numbers import DASH, duration, number
 from rlhf_t2i.report.page import render
 from rlhf_t2i.report.pictures import data_uri
 from rlhf_t2i.report.plots import Plot
-from rlhf_t2i.report.run_folder import metrics, read_json
+from rlhf_t2i.report.reading import metrics, read_json
 from rlhf_t2i.report.training_plots import slug
 
 PROMPTS_SHOWN, PAIRS_SHOWN, EXTREMES = 6, 8, 6

@@ -17,7 +17,7 @@ from rlhf_t2i.ablation.schema import Ablation, Row
 from rlhf_t2i.ablation.tables import Table
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import journal
-from rlhf_t2i.report.run_folder import metrics, read_json
+from rlhf_t2i.report.reading import metrics, read_json
 
 FORCE_RATIO = 0.3
 """The reward's share of the regulariser's force at x0 that the paper's alpha_r = 100 stands for (docs/ablation.md)."""

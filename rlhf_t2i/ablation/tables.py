@@ -18,7 +18,7 @@ from rlhf_t2i.ablation.execute import Task
 from rlhf_t2i.ablation.schema import Ablation
 from rlhf_t2i.evaluation import journal
 from rlhf_t2i.report.numbers import DASH
-from rlhf_t2i.report.run_folder import read_json
+from rlhf_t2i.report.reading import read_json
 
 
 def collect(tasks: Sequence[Task]) -> tuple[dict[str, RowData], list[dict[str, Any]]]:

@@ -20,7 +20,9 @@ def plan_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    address: Annotated[str | None, typer.Option(help="Compare with what this Ray cluster has.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Compare with what this Ray cluster has.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Plan for this GPU (h100-80gb, h200-141gb, a100-80gb, ...): fit and seconds.")
     ] = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_t2i import statistics
-from rlhf_t2i.report.run_folder import Evaluated, evaluated
+from rlhf_t2i.report.reading import Evaluated, evaluated
 
 Outcome = Literal["yes", "no", "unclear"]
 ENOUGH = 3.0

@@ -13,7 +13,7 @@ from rlhf_t2i.report import training_plots
 from rlhf_t2i.report.compare import Row, compare, verdicts
 from rlhf_t2i.report.numbers import DASH, duration, number, signed
 from rlhf_t2i.report.pictures import data_uri
-from rlhf_t2i.report.run_folder import Evaluated, evaluated, events, flat, metrics, read_json
+from rlhf_t2i.report.reading import Evaluated, evaluated, events, flat, metrics, read_json
 
 PROMPTS_SHOWN, IMAGES_A_PROMPT, EXTREMES, SHEETS = 12, 4, 6, 4
 

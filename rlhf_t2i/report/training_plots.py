@@ -13,7 +13,7 @@ from rlhf_t2i import statistics
 from rlhf_t2i.report import plots
 from rlhf_t2i.report.compare import Row
 from rlhf_t2i.report.plots import Plot
-from rlhf_t2i.report.run_folder import Evaluated
+from rlhf_t2i.report.reading import Evaluated
 
 Series = dict[str, tuple[list[float], list[float]]]
 Rows = Sequence[dict[str, Any]]

@@ -10,7 +10,7 @@ from scipy import stats
 
 from rlhf_t2i.report import comparison, verdicts
 from rlhf_t2i.report.compare import compare
-from rlhf_t2i.report.run_folder import Evaluated
+from rlhf_t2i.report.reading import Evaluated
 
 
 def evaluation(scores, prompts=None, diversity=(), kind="train", **more):
