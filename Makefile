@@ -12,10 +12,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
-# Half an hour of SIGKILLs on two cores; KILLS=6 for a taste.
+# Half an hour of SIGKILLs on two cores; KILLS=6 NODE_KILLS=2 for a taste.
 KILLS ?= 60
+NODE_KILLS ?= 10
 chaos: setup
-	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
+	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --node-kills $(NODE_KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
 
 lint: setup
 	$(BIN)/ruff check .
