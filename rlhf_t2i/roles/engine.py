@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.models import lora
 from rlhf_t2i.recipe import Optimisation, Optimiser
-from rlhf_t2i.roles import universal
+from rlhf_t2i.roles import pickles, universal
 
 _SHARDS = "zero"
 _KINDS = (0, 1, 1, 3)
@@ -150,7 +150,8 @@ class LocalEngine:
             raise RunError(
                 f"{folder} was written under Ray and DeepSpeed: continue it there, not with placement: local"
             )
-        state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
+        with pickles.explained(folder):
+            state = torch.load(folder / "local.pt", map_location="cpu", weights_only=True)
         missing, unexpected = self.module.load_state_dict(state["module"], strict=False)
         if unexpected or set(missing) != lora.frozen(self.module):
             raise RunError(f"{folder / 'local.pt'} holds other weights than this recipe trains")
@@ -282,6 +283,10 @@ class DeepSpeedEngine:
         Returns:
             A sentence about a change of layout: then the rest of the run is not bit for bit what it would have been.
         """
+        with pickles.tensors_only(folder):
+            return self._load_layout(folder)
+
+    def _load_layout(self, folder: Path) -> str | None:
         saved = universal.read_layout(folder)
         now = {"ranks": distributed.get_world_size(), "zero_stage": self._stage}
         if saved is None or saved == now or (saved["zero_stage"] == now["zero_stage"] == 0):

@@ -14,6 +14,7 @@ from rlhf_t2i import objective, registry, rng
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.models.networks import one_step
 from rlhf_t2i.plugin import LatentReward
+from rlhf_t2i.roles import pickles
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoise import DenoiserCall, DenoiserClient, Pending, denoise
 from rlhf_t2i.roles.engine import learning_rate
@@ -215,7 +216,8 @@ class LearnerRole:
         """Restore it; returns what there is to say about it."""
         said = self.engine.load(Path(folder))
         if self._averaged is not None and self._context.rank == 0:
-            self._averaged = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
+            with pickles.explained(Path(folder)):
+                self._averaged = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
         return said
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ from torch import distributed
 
 from rlhf_t2i import files
 from rlhf_t2i.errors import RunError
+from rlhf_t2i.roles import pickles
 
 LAYOUT = "layout.json"
 _ASIDE = ".universal"
@@ -82,6 +84,8 @@ def _convert(source: Path, target: Path) -> str | None:
             redirect_stderr(nowhere),
         ):
             ds_to_universal.main(settings)
+    except pickle.UnpicklingError as error:
+        return f"it holds more than a checkpoint, and nothing of it was run: {pickles.wanted(error)}"
     except (OSError, ValueError, KeyError, AssertionError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return None

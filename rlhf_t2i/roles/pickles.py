@@ -1,0 +1,66 @@
+"""Reading ZeRO's files without running what a pickle can hold."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from rlhf_t2i.errors import RunError, first_line
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn torch's refusal of a pickle into a sentence.
+
+    Args:
+        folder: What is read in the block.
+
+    Raises:
+        RunError: A file asks for more than ``torch.load`` may build; nothing of it was run.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{folder} holds more than a checkpoint, and nothing of it was run: {wanted(error)}") from None
+
+
+@contextmanager
+def tensors_only(folder: Path) -> Iterator[None]:
+    """While the block runs ``torch.load`` builds tensors, plain containers and the three classes of ZeRO's files.
+
+    DeepSpeed asks it for whatever a pickle says (``weights_only=False``); torch lets the environment overrule that.
+
+    Args:
+        folder: What is read in the block.
+
+    Raises:
+        RunError: A file asks for more; nothing of it was run.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with explained(folder), torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+def wanted(error: pickle.UnpicklingError) -> str:
+    """What the file asks for, from torch's page of advice."""
+    found = re.search(r"(?:GLOBAL|class|function) [\w.]+", str(error))
+    return found[0] if found else first_line(error)
