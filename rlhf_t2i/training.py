@@ -299,7 +299,7 @@ def run(
     display.phase("starting the roles")
     try:
         cluster = start(recipe, folder, address)
-    except UsageError:
+    except (RunError, UsageError):
         if not resume:
             folder.discard()
         raise
@@ -343,9 +343,11 @@ def _train_with_restarts(
     from rlhf_t2i.cluster.start import start
 
     restarts = 0
+    running: Cluster | None = cluster
     while True:
         try:
-            _train(recipe, folder, cluster, display, saved, progress)
+            running = running or start(recipe, folder, address)  # a process lost meanwhile is one more restart
+            _train(recipe, folder, running, display, saved, progress)
             return
         except ProcessLost as lost:
             if restarts == recipe.placement.max_restarts:
@@ -356,7 +358,7 @@ def _train_with_restarts(
                 f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
                 f"(restart {restarts} of {recipe.placement.max_restarts})"
             )
-            cluster = start(recipe, folder, address)
+            running = None
 
 
 def _train(

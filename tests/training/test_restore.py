@@ -16,7 +16,7 @@ from rlhf_t2i import training
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster import start as starting
 from rlhf_t2i.cluster.ray_cluster import RayCluster
-from rlhf_t2i.errors import RunError
+from rlhf_t2i.errors import ProcessLost, RunError
 from rlhf_t2i.recipe import Recipe
 from tests.training.test_run import StopAt, metrics, model_bytes
 
@@ -78,6 +78,36 @@ def test_a_run_that_keeps_losing_processes_ends(
     saved = list((tmp_path / "out/checkpoints").iterdir())
     assert [folder.name for folder in saved] == ["step_000001"]
     training.run(recipe, tmp_path / "out", resume=True)
+
+
+def test_a_process_lost_while_starting_again_is_one_more_restart(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, original = make_recipe(checkpoints__every=1), starting.start
+    training.run(recipe, tmp_path / "whole")
+    fates = iter(["lost in its second step", "lost at once", "well"])
+
+    def start(*args: Any) -> Any:
+        fate = next(fates)
+        if fate == "lost at once":
+            raise ProcessLost("a process of group 'all' died")
+        cluster = original(*args)
+        if fate == "lost in its second step":
+            answers = iter([cluster.readings])
+            monkeypatch.setattr(cluster, "readings", lambda: next(answers, lost)())
+        return cluster
+
+    def lost() -> Any:
+        raise ProcessLost("a process of the learner died")
+
+    monkeypatch.setattr(starting, "start", start)
+    killer = Killer(monkeypatch, {})
+    training.run(recipe, tmp_path / "killed", display=killer)
+    restarts = [note for note in killer.notes if "restart" in note]
+    assert ["learner" in restarts[0], "'all'" in restarts[1], len(restarts)] == [True, True, 2]
+    assert all("step_000001" in note for note in restarts)
+    assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("zero", "devices"), [(1, 1), (2, 2), (3, 2)])
