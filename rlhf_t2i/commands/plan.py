@@ -10,7 +10,7 @@ import typer
 from rlhf_t2i.errors import UsageError, first_line
 
 if TYPE_CHECKING:
-    from rlhf_t2i.planning import Device, Fit, Memory, Plan, StepTime
+    from rlhf_t2i.planning import Device, Fit, Memory, Plan, Rates, StepTime
     from rlhf_t2i.recipe import Recipe
 
 
@@ -24,7 +24,10 @@ def plan_command(
         str | None, typer.Option(metavar="HOST:PORT", help="Compare with what this Ray cluster has.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Plan for this GPU (h100-80gb, h200-141gb, a100-80gb, ...): fit and seconds.")
+        str | None,
+        typer.Option(
+            help="Fit and seconds on this GPU (h100-80gb, h200-141gb, a100-80gb, ...), or here: measure this machine."
+        ),
     ] = None,
     device_memory: Annotated[
         float | None,
@@ -41,19 +44,20 @@ def plan_command(
     geometry.check_placement(loaded)
     from rlhf_t2i import planning
 
-    profile = None if device is None else planning.named(device)
+    profile = None if device in (None, planning.HERE) else planning.named(device)
     plan = planning.make(loaded)
     fit = _fit(loaded, plan, device_memory or (profile.memory if profile else None))
-    seconds = _seconds(loaded, profile)
+    rates = _rates(loaded, plan, device, profile)
+    seconds = _seconds(loaded, rates)
     cluster = None if address is None else cluster_resources(address)
     if json_:
         import json
 
-        typer.echo(json.dumps(as_json(plan, cluster, fit, seconds), indent=2))
+        typer.echo(json.dumps(as_json(plan, cluster, fit, rates, seconds), indent=2))
     else:
         show(plan, cluster)
         if device is not None:
-            typer.echo(_time_sentence(device, seconds))
+            show_seconds(device, rates, seconds)
         if fit is not None:
             typer.echo(fit.sentence())
     if cluster is not None:
@@ -75,22 +79,53 @@ def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
     return planning.check(recipe, plan, memory)
 
 
-def _seconds(recipe: Recipe, profile: Device | None) -> StepTime | None:
-    if profile is None:
+def _rates(recipe: Recipe, plan: Plan, device: str | None, profile: Device | None) -> Rates | None:
+    """Measured on this machine, or assumed from a data sheet; None without a device."""
+    from rlhf_t2i import planning
+
+    if device == planning.HERE:
+        from rlhf_t2i.planning import calibration
+
+        typer.echo("measuring the rates of this machine ...", err=True)
+        return calibration.rates(recipe, plan.batch["learner"]["micro"])
+    return None if profile is None else profile.rates(recipe)
+
+
+def _seconds(recipe: Recipe, rates: Rates | None) -> StepTime | None:
+    if rates is None:
         return None
     from rlhf_t2i import flops, geometry, planning
 
-    return planning.step_time(recipe, geometry.check_placement(recipe), flops.of_recipe(recipe), profile)
+    return planning.step_time(recipe, geometry.check_placement(recipe), flops.of_recipe(recipe), rates)
 
 
-def _time_sentence(device: str, seconds: StepTime | None) -> str:
-    from rlhf_t2i.planning import ACHIEVED
+def show_seconds(device: str, rates: Rates | None, seconds: StepTime | None) -> None:
+    """Print the estimate by role and phase."""
+    from rich.console import Console
+    from rich.table import Table
 
-    if seconds is None:
-        return f"seconds a step on {device}: no estimate (precision must be bf16 and the UNet's configuration at hand)"
-    return (
-        f"seconds a step on {device}, at an assumed {ACHIEVED:.0%} of its peak: {seconds.step:.3g} "
-        f"(generator {seconds.generator:.3g}, assistant {seconds.assistant:.3g})"
+    from rlhf_t2i.planning import ACHIEVED, HERE
+
+    console = Console(width=80, highlight=False)
+    if rates is None or seconds is None:
+        console.print(
+            f"seconds a step on {device}: no estimate; it needs precision bf16 (or --device {HERE}) and the UNet's "
+            "configuration"
+        )
+        return
+    source = "as measured" if device == HERE else f"at an assumed {ACHIEVED:.0%} of its peak"
+    console.print(f"Seconds a step on {device}, {source}", style="italic")
+    table = Table(box=None, padding=(0, 0, 0, 1))
+    for name in ("role", "generator step", "assistant updates"):
+        table.add_column(name, justify="left" if name == "role" else "right")
+    for role in {**seconds.generator_roles, **seconds.assistant_roles}:
+        cells = (phase.get(role) for phase in (seconds.generator_roles, seconds.assistant_roles))
+        table.add_row(role, *("-" if cell is None else f"{cell:.3g}" for cell in cells))
+    table.add_row("in all", f"{seconds.generator:.3g}", f"{seconds.assistant:.3g}", style="bold")
+    console.print(table)
+    console.print(
+        f"{seconds.step:.3g} seconds a step; rates: UNets {rates.unet / 1e12:.3g} TFLOP/s, decoder "
+        f"{rates.decoder / 1e12:.3g}"
     )
 
 
@@ -124,9 +159,13 @@ def _compare(plan: Plan, cluster: dict[str, float]) -> None:
 
 
 def as_json(
-    plan: Plan, cluster: dict[str, float] | None = None, fit: Fit | None = None, seconds: StepTime | None = None
+    plan: Plan,
+    cluster: dict[str, float] | None = None,
+    fit: Fit | None = None,
+    rates: Rates | None = None,
+    seconds: StepTime | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain data; sizes in bytes."""
+    """The plan as plain data; sizes in bytes, rates in FLOP/s."""
     from dataclasses import asdict
 
     data = asdict(plan)
@@ -137,8 +176,9 @@ def as_json(
         data["cluster"] = cluster
     if fit is not None:
         data["fit"] = asdict(fit)
-    if seconds is not None:
+    if rates is not None and seconds is not None:
         data["seconds"] = {**asdict(seconds), "step": seconds.step}
+        data["rates"] = asdict(rates)
     return data
 
 

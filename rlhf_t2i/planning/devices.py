@@ -5,12 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import Recipe
 
 ACHIEVED = 0.45
 """Assumed share of the peak that a step's matrix products reach; nothing here was measured on a GPU yet."""
 
 USABLE = 0.9
 """Share of a device's memory a plan may fill: the CUDA context, workspaces and fragmentation take the rest."""
+
+HERE = "here"
+"""The name that stands for this machine, whose rates are measured."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Model FLOPs a second that a device reaches in a recipe's precisions.
+
+    Attributes:
+        unet: In UNets and reward towers.
+        decoder: In the VAE's decoder.
+    """
+
+    unet: float
+    decoder: float
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,14 @@ class Device:
 
     memory: float
     bf16: float
+
+    def rates(self, recipe: Recipe) -> Rates | None:
+        """Assumed rates; None in fp32, whose rate depends on switches the recipe does not have."""
+        if recipe.optimisation.precision != "bf16":
+            return None
+        reached = self.bf16 * ACHIEVED
+        # A decoder in float32, whose convolutions take TF32, has half the rate of bf16 on every device of the table.
+        return Rates(reached, reached if recipe.models.vae_precision == "bf16" else reached / 2)
 
 
 DEVICES = {
@@ -42,5 +67,5 @@ def named(name: str) -> Device:
         UsageError: It is not in the table.
     """
     if name not in DEVICES:
-        raise UsageError(f"--device {name}: unknown; known: {', '.join(DEVICES)}")
+        raise UsageError(f"--device {name}: unknown; known: {', '.join(DEVICES)}, and {HERE} to measure this machine")
     return DEVICES[name]

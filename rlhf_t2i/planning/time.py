@@ -1,4 +1,4 @@
-"""Seconds a step, estimated from FLOPs and a device's peak: no launch overheads, no optimiser, no traffic."""
+"""Seconds a step, estimated from FLOPs and a device's rates: no optimiser, no text encoding, no traffic."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf_t2i.flops import StepFlops
-from rlhf_t2i.planning.devices import ACHIEVED, Device
+from rlhf_t2i.planning.devices import Rates
 from rlhf_t2i.recipe import Recipe
 
-_TF32 = 2
-"""A decoder in float32, whose convolutions take TF32, has half the rate of bf16 on every device of the table."""
-_RECOMPUTED = {"learner": 1 / 3, "assistant": 1 / 2, "reference": 1 / 2, "decoder": 1 / 2, "rewards": 1 / 2}
+_TRAINED, _PULLED = 1 / 3, 1 / 2
+"""Recomputed activations: one forward more, as a share of the model FLOPs of a trained network, and of a frozen one
+(or one whose adapters alone are trained) through which a gradient flows."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a generator update with its assistant updates."""
+    """Seconds of a generator update with its assistant updates.
+
+    Attributes:
+        generator: Of the generator step.
+        assistant: Of all assistant updates of a step.
+        generator_roles: What each role works in the generator step, on one of its devices.
+        assistant_roles: The same in the assistant updates.
+    """
 
     generator: float
     assistant: float
+    generator_roles: Mapping[str, float]
+    assistant_roles: Mapping[str, float]
 
     @property
     def step(self) -> float:
@@ -27,15 +36,13 @@ class StepTime:
         return self.generator + self.assistant
 
 
-def of_recipe(
-    recipe: Recipe, placed: Mapping[str, tuple[str, int]], work: StepFlops, device: Device
-) -> StepTime | None:
-    """Estimate a step; None in fp32, whose rate depends on switches the recipe does not have, or uncounted networks.
+def of_recipe(recipe: Recipe, placed: Mapping[str, tuple[str, int]], work: StepFlops, rates: Rates) -> StepTime | None:
+    """Estimate a step; None where networks could not be counted.
 
     Within a phase the roles of one group take turns, groups beside each other run at once, and the learner's own
     forward and backward overlap with nobody.
     """
-    if recipe.optimisation.precision != "bf16" or not work.assistant["assistant"]:
+    if not work.assistant["assistant"]:
         return None
     images = recipe.optimisation.batch_size
     kl = recipe.algorithm.divergence.name == "kl"
@@ -44,23 +51,25 @@ def of_recipe(
         return recipe.optimisation.checkpoints("reward" if role in ("decoder", "rewards") else role)
 
     def seconds(role: str, flops: float, ranks: int, recomputed: float) -> float:
-        slower = _TF32 if role == "decoder" and recipe.models.vae_precision == "fp32" else 1
-        return images * flops * (1 + recomputed) * slower / (ranks * device.bf16 * ACHIEVED)
+        return images * flops * (1 + recomputed) / (ranks * (rates.decoder if role == "decoder" else rates.unet))
 
-    own, beside = 0.0, dict[str, float]()
+    own, beside, generator = 0.0, dict[str, float](), dict[str, float]()
     for role, flops in work.generator.items():
         label = next((name for name in placed if name.startswith("reward:")), "learner")
         group, ranks = placed[label if role in ("decoder", "rewards") else role]
         # Under the KL, assistant and reference keep no graph: nothing is recomputed.
         kept = again(role) and not (kl and role in ("assistant", "reference"))
-        spent = seconds(role, flops, ranks, _RECOMPUTED[role] if kept else 0.0)
+        once = _TRAINED if role == "learner" and not recipe.optimisation.generator.lora else _PULLED
+        generator[role] = seconds(role, flops, ranks, once if kept else 0.0)
         if role == "learner":
-            own = spent
+            own = generator[role]
         else:
-            beside[group] = beside.get(group, 0.0) + spent
+            beside[group] = beside.get(group, 0.0) + generator[role]
     rounds = recipe.algorithm.assistant_steps
-    drawn = seconds("generator", work.assistant["generator"], placed["generator"][1], 0.0)
-    trained = seconds(
-        "assistant", work.assistant["assistant"], placed["assistant"][1], 1 / 3 if again("assistant") else 0.0
-    )
-    return StepTime(own + max(beside.values(), default=0.0), rounds * (drawn + trained))
+    once = _PULLED if recipe.optimisation.assistant.lora else _TRAINED
+    recomputed = once if again("assistant") else 0.0
+    assistant = {
+        "generator": rounds * seconds("generator", work.assistant["generator"], placed["generator"][1], 0.0),
+        "assistant": rounds * seconds("assistant", work.assistant["assistant"], placed["assistant"][1], recomputed),
+    }
+    return StepTime(own + max(beside.values(), default=0.0), sum(assistant.values()), generator, assistant)

@@ -82,7 +82,7 @@ def test_the_impossible_is_said(tiny_sdxl: Path) -> None:
     assert "no change" in fit.sentence()
 
 
-def test_adapters_and_8_bit_states_are_planned(tiny_sdxl: Path) -> None:
+def test_frugaland_8_bit_states_are_planned(tiny_sdxl: Path) -> None:
     lora = {"rank": 2, "targets": ["to_q", "to_out.0"]}
     recipe = build(tiny_sdxl, assistant={"lora": lora}, generator={"kind": "adamw_8bit"})
     network = tiny.sdxl_unet()
@@ -98,15 +98,18 @@ def test_adapters_and_8_bit_states_are_planned(tiny_sdxl: Path) -> None:
 
 
 def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
-    device = Device(80, 1 / planning.ACHIEVED)  # one FLOP a second
+    device = Device(80, 1 / planning.ACHIEVED)  # one FLOP a second, half of it in a float32 decoder
     work = StepFlops(
         {"learner": 3, "assistant": 2, "reference": 4, "decoder": 2, "rewards": 1}, {"generator": 1, "assistant": 3}
     )
     together = build(tiny_sdxl, devices=1, precision="bf16", batch_size=1)
 
     def seconds(recipe: Recipe) -> tuple[float, float]:
-        found = planning.step_time(recipe, check_placement(recipe), work, device)
+        rates = device.rates(recipe)
+        assert rates is not None
+        found = planning.step_time(recipe, check_placement(recipe), work, rates)
         assert found is not None
+        assert sum(found.assistant_roles.values()) == pytest.approx(found.assistant)
         return found.generator, found.assistant
 
     # The decoder runs at half the rate.
@@ -121,7 +124,9 @@ def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
     coarse = planning.changed(together, {"models.vae_precision": "bf16"})
     assert seconds(coarse) == pytest.approx((3 + 2 + 4 + 2 + 1, 1 + 3))
     fp32 = planning.changed(together, {"optimisation.precision": "fp32"})
-    assert planning.step_time(fp32, check_placement(fp32), work, device) is None
+    assert device.rates(fp32) is None
+    frugal = planning.changed(again, {"optimisation.generator.lora": {"rank": 1}})
+    assert seconds(frugal) == pytest.approx((3 * 1.5 + 3 + 6 + 2 * 3 + 1.5, 1 + 4))  # whatever their own FLOPs
 
 
 def test_the_command(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -140,6 +145,15 @@ def test_the_command(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert large.exit_code == 1
     assert "does not fit: a process of group 'all' needs" in large.output
     assert "cheapest that fits: --set" in large.output
+    here = CliRunner().invoke(app, [str(file), "--device", "here", "--set", "optimisation.precision=fp32", "--json"])
+    assert here.exit_code == 0, here.output
+    data = json.loads(here.stdout)
+    assert data["rates"]["unet"] > 1e6 < data["rates"]["decoder"]
+    one = work / 2 / max(data["rates"].values()), work / 2 / min(data["rates"].values())  # over two processes
+    assert one[0] <= data["seconds"]["step"] <= one[1]
+    table = CliRunner().invoke(app, [str(file), "--device", "h100-80gb"]).output
+    assert "Seconds a step on h100-80gb, at an assumed 45% of its peak" in table
+    assert max(len(line) for line in table.splitlines() if "fits" not in line) <= 80
     unknown = CliRunner().invoke(app, [str(file), "--device", "h1000"])
     assert isinstance(unknown.exception, UsageError)
     assert "known: h100-80gb" in str(unknown.exception)
