@@ -95,7 +95,7 @@ def load(settings: Settings, *more: str) -> Recipe:
     overrides += [f"optimisation.{role}.warmup_steps=0" for role in ("generator", "assistant")]
     if settings.small:
         overrides.append("optimisation.precision=fp32")
-    elif torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
+    elif torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
         overrides.append("optimisation.offload_optimizer=true")
     return recipe_io.load(_RECIPE, [*overrides, *settings.overrides, *more])
 

@@ -7,7 +7,7 @@ peaks are read from the profiler's allocation events.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,7 +147,9 @@ class MeasuredWorker(Worker):
             if step == 0:
                 held.gradients = 0
 
-    def measure_activations(self, prompts: list[str]) -> None:
+    def measure_activations(
+        self, prompts: list[str], roles: Sequence[str] = ("learner", "assistant", "reference", "reward")
+    ) -> None:
         """Every role's forward and input gradient by itself on ``prompts``, the roles' own micro-batch."""
         store, recipe = self._context.store, self.spec.recipe
         keys = [(0, "memory", i) for i in range(len(prompts))]
@@ -174,9 +176,9 @@ class MeasuredWorker(Worker):
             "reference": lambda: served("reference", "guided"),
             "reward": lambda: self.roles["reward"].value_and_grad(z, prompts),
         }
-        for role, call in calls.items():
-            call()  # the first one also fills caches and workspaces
-            self.held[role].activations = peak(call)
+        for role in roles:
+            calls[role]()  # the first one also fills caches and workspaces
+            self.held[role].activations = peak(calls[role])
 
 
 def network(role: str, built: Any) -> Any:
