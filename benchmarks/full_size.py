@@ -119,7 +119,7 @@ def measure(settings: Settings, part: str, checkpointing: str) -> dict[str, floa
         times += 1
     found = {"seconds": timer.lap() / times}
     if does != "generator":
-        worker.measure_activations(batch(recipe, 0), (role,))
+        worker.measure_activations(batch(recipe, 0), (role,), warm_up=False)
         found["activations"] = float(worker.held[role].activations or 0)
     return found
 

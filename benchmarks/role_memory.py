@@ -148,7 +148,10 @@ class MeasuredWorker(Worker):
                 held.gradients = 0
 
     def measure_activations(
-        self, prompts: list[str], roles: Sequence[str] = ("learner", "assistant", "reference", "reward")
+        self,
+        prompts: list[str],
+        roles: Sequence[str] = ("learner", "assistant", "reference", "reward"),
+        warm_up: bool = True,
     ) -> None:
         """Every role's forward and input gradient by itself on ``prompts``, the roles' own micro-batch."""
         store, recipe = self._context.store, self.spec.recipe
@@ -177,7 +180,8 @@ class MeasuredWorker(Worker):
             "reward": lambda: self.roles["reward"].value_and_grad(z, prompts),
         }
         for role in roles:
-            calls[role]()  # the first one also fills caches and workspaces
+            if warm_up:  # the first one also fills caches and workspaces
+                calls[role]()
             self.held[role].activations = peak(calls[role])
 
 
