@@ -119,7 +119,7 @@ def main() -> None:
         "ray, two one-thread processes with all roles": [REPLICAS],
         "ray, two groups of roles": [TWO_GROUPS],
     }
-    from rlhf_t2i.cluster.ray_cluster import start_local_ray
+    from rlhf_t2i.cluster.connect import start_local_ray
 
     start_local_ray(8)  # both Ray placements share it
     runs = [Timed(name, recipe_io.load(args.recipe, [*args.overrides, *more])) for name, more in variants.items()]

@@ -81,7 +81,7 @@ class RewardChoice(PluginChoice):
     scale: float = Field(1.0, allow_inf_nan=False, ge=-1e9, le=1e9, description="alpha_r of (3.3); rewards: only")
     label: Name | None = Field(None, description="the name in metrics; the plugin's name when absent")
     micro_batch: Size | None = Field(None, description="images a call of score(); the whole request when absent")
-    timeout_s: Positive = Field(600.0, description="a call that takes longer stops the run")
+    timeout_s: Positive = Field(600.0, description="a longer call stops the run over Ray; placement: local waits")
 
     @property
     def key(self) -> str:

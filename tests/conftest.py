@@ -78,7 +78,7 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_instance() -> Iterator[None]:
     """A small Ray instance, shared: starting one takes seconds."""
     ray = pytest.importorskip("ray")
-    from rlhf_t2i.cluster.ray_cluster import start_local_ray
+    from rlhf_t2i.cluster.connect import start_local_ray
 
     start_local_ray(8)
     yield

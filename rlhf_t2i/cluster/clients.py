@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 from rlhf_t2i import rng
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
+
+_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
 
 class NoAnswer(RunError):
@@ -31,16 +34,17 @@ def partners(caller: int, callers: int, servers: int) -> list[int]:
     return list(range(caller * block, (caller + 1) * block))
 
 
-def get(references: Any, timeout_s: float | None, role: str) -> Any:
-    """``ray.get`` that raises this project's own errors.
+@contextmanager
+def own_errors(role: str, timeout_s: float | None = None) -> Iterator[None]:
+    """Turn what Ray raises while it sends to a role, or waits for it, into this project's own errors.
 
     Raises:
         ProcessLost: The role's process died, and Ray may not restart it.
         NoAnswer: The role took longer than ``timeout_s``.
-        RunError: The role failed.
+        RunError: The role failed, or Ray's store and its disk are full.
     """
     try:
-        return ray.get(references, timeout=timeout_s)
+        yield
     except ray.exceptions.GetTimeoutError:
         raise NoAnswer(f"the {role} did not answer within {timeout_s:g} s") from None
     except ray.exceptions.RayTaskError as error:
@@ -49,12 +53,29 @@ def get(references: Any, timeout_s: float | None, role: str) -> Any:
             cause = cause.cause
         if isinstance(cause, RunError | UsageError):
             raise cause from None
+        if isinstance(cause, _FULL):  # its answer could not be stored
+            raise _store_full(role, cause) from error
         raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         # The second is Ray ending the largest process of a machine before the system does.
         raise ProcessLost(f"a process of the {role} died: {first_line(error)}") from error
-    except ray.exceptions.RayError as error:  # the object store or its disk is full
+    except _FULL as error:
+        raise _store_full(role, error) from error
+    except ray.exceptions.RayError as error:
         raise RunError(f"Ray failed while the {role} worked: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _store_full(role: str, error: BaseException) -> RunError:
+    return RunError(
+        f"Ray's object store is full, and so is the disk it spills to, while the {role} worked "
+        f"({first_line(error)}): make room below /tmp/ray, or give Ray more shared memory"
+    )
+
+
+def get(references: Any, timeout_s: float | None, role: str) -> Any:
+    """``ray.get`` that raises this project's own errors, see :func:`own_errors`."""
+    with own_errors(role, timeout_s):
+        return ray.get(references, timeout=timeout_s)
 
 
 @dataclass
@@ -148,7 +169,8 @@ class RemoteCalls:
         for server, part in zip(self.servers, parts, strict=True):
             cpu = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in part)
             stopwatch.bytes_sent += sum(a.numel() * a.element_size() for a in cpu if isinstance(a, Tensor))
-            references.append(server.call.remote(self.role, method, *cpu))
+            with own_errors(self.role):
+                references.append(server.call.remote(self.role, method, *cpu))
         return RemotePending(references, join, self.timeout_s, self.role)
 
     def _join(self, answers: list[Tensor], batch: int, dim: int = 0) -> Tensor:

@@ -11,14 +11,14 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import ray_constants
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from rlhf_t2i import geometry, rng
 from rlhf_t2i.cluster.actor import Keeper, WorkerActor
-from rlhf_t2i.cluster.clients import NoAnswer, RemoteCalls, get, partners
+from rlhf_t2i.cluster.clients import NoAnswer, RemoteCalls, get, own_errors, partners
+from rlhf_t2i.cluster.connect import join, start_local_ray
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
@@ -67,12 +67,7 @@ class RayCluster:
             start_local_ray(len(self._all_specs))
             self._started_ray = True
         else:
-            _ray_environment()
-            try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise UsageError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+            join(address)
             self._started_ray = True
         self._gpus = ray.cluster_resources().get("GPU", 0) > 0
 
@@ -174,7 +169,8 @@ class RayCluster:
     def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
         """Call a method on every rank of a role at once."""
         # Large arguments (weights) are stored once for all ranks.
-        stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
+        with own_errors(role):
+            stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
         actors = self._actors[self._roles[role][0]]
         if self._keeper is not None and (role, method) == ("generator", "load"):
             self._wait([self._keeper.keep.remote(stored[0], stored[1:])], role)
@@ -300,32 +296,6 @@ def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | N
             for rank in range(group.devices)
         ]  # fmt: skip
     return specs
-
-
-def start_local_ray(processes: int) -> None:
-    """Start Ray on this machine, on loopback, without dashboard and usage statistics.
-
-    Args:
-        processes: Room for this many. They may outnumber the cores: they share them, each with its own threads.
-    """
-    _ray_environment()
-    # Oddly named, but these two make Ray use 127.0.0.1 alone. Ray read the first when it was imported, so a variable
-    # set now reaches its child processes only and the value itself has to change, too.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    cpus = max(os.cpu_count() or 1, processes)
-    # "local": a RAY_ADDRESS in the environment is not --address.
-    ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    bound = ray.util.get_node_ip_address()
-    if not bound.startswith("127."):
-        ray.shutdown()
-        raise RunError(f"Ray {ray.__version__} listens on {bound} instead of 127.0.0.1: use the version we test with")
-
-
-def _ray_environment() -> None:
-    """Quiet, private Ray: no usage statistics."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _actor_environment(spec: WorkerSpec, alone: bool) -> dict[str, str]:

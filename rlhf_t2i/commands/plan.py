@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
     from rlhf_t2i.planning import Device, Fit, Memory, Plan, Rates, StepTime
@@ -133,14 +133,13 @@ def cluster_resources(address: str) -> dict[str, float]:
     """What a running Ray cluster has in all, by kind.
 
     Raises:
-        UsageError: No cluster answers at the address.
+        UsageError: No cluster answers at the address, or it refuses this process.
     """
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
+    from rlhf_t2i.cluster.connect import join
+
+    join(address)
     try:
         return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
     finally:

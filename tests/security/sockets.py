@@ -12,7 +12,7 @@ import psutil
 import ray  # imported before the run's own code, as a plugin might
 
 from rlhf_t2i.cluster.actor import WorkerActor, _join
-from rlhf_t2i.cluster.ray_cluster import start_local_ray
+from rlhf_t2i.cluster.connect import start_local_ray
 
 
 class Peer(WorkerActor):

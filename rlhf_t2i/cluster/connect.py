@@ -1,0 +1,102 @@
+"""Start Ray on this machine, or join a cluster that runs already."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+from rlhf_t2i.errors import RunError, UsageError, first_line
+
+_ANSWER_TIMEOUT_S = 10.0  # of a port, before Ray's own patience of minutes
+
+
+def start_local_ray(processes: int) -> None:
+    """Start Ray on this machine, on loopback, without dashboard and usage statistics.
+
+    Args:
+        processes: Room for this many. They may outnumber the cores: they share them, each with its own threads.
+
+    Raises:
+        RunError: Ray does not start (it wants a share of the machine's memory free), or is open to the network.
+    """
+    _environment()
+    # Oddly named, but these two make Ray use 127.0.0.1 alone. Ray read the first when it was imported, so a variable
+    # set now reaches its child processes only and the value itself has to change, too.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    cpus = max(os.cpu_count() or 1, processes)
+    # "local": a RAY_ADDRESS in the environment is not --address.
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise RunError(f"Ray does not start on this machine: {first_line(error)}") from error
+    bound = ray.util.get_node_ip_address()
+    if not bound.startswith("127."):
+        ray.shutdown()
+        raise RunError(f"Ray {ray.__version__} listens on {bound} instead of 127.0.0.1: use the version we test with")
+
+
+def join(address: str) -> None:
+    """Join the Ray cluster of ``--address``.
+
+    Raises:
+        UsageError: None answers there, or it refuses this process: its token or certificates are others.
+    """
+    _environment()
+    try:
+        place = _place(address)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
+    try:
+        _introduce(place, address)
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except ray.exceptions.AuthenticationError as error:
+        mode = os.environ.get("RAY_AUTH_MODE", "not set")
+        raise UsageError(
+            f"--address {address}: Ray refuses ({error.message}; RAY_AUTH_MODE is {mode}): set RAY_AUTH_MODE=token, "
+            "and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (docs/security.md)"
+        ) from None
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        tls = os.environ.get("RAY_USE_TLS", "not set")
+        raise UsageError(
+            f"--address {address}: something listens there, but no Ray cluster that answers this process "
+            f"({first_line(error)}): compare the versions of Ray and the TLS settings (RAY_USE_TLS is {tls})"
+        ) from None
+
+
+def _place(address: str) -> str:
+    """HOST:PORT of a cluster's head, where something listens; Ray itself would try for a minute and more.
+
+    Raises:
+        OSError: Nothing does.
+        ValueError: Not an address; ``ray.init`` takes some words that start a Ray of one's own.
+    """
+    place = None if address in ("", "local") or "://" in address else canonicalize_bootstrap_address(address)
+    if place is None:
+        raise ValueError("give HOST:PORT of its head node")
+    host, _, port = place.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), _ANSWER_TIMEOUT_S).close()
+    return place
+
+
+def _introduce(place: str, address: str) -> None:
+    """Ask the cluster who it is: a wrong token is refused at once, where ``ray.init`` tries on and blames nothing."""
+    if address == "auto":
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ensure_token_if_auth_enabled(create_token_if_missing=False)  # without a token the next line would end the process
+    GcsClient(address=place)
+
+
+def _environment() -> None:
+    """Quiet, private Ray: no usage statistics."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,96 @@
+"""Runs over Ray in one process, each of which ends in another way; the last one kills this process.
+
+``python -m tests.training.endings RECIPE FOLDER``. For each it prints one line of JSON with what it has started, one
+with how it ended, and waits for a line on its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf_t2i import recipe_io, training
+from rlhf_t2i.checkpoint import Progress
+
+GROUPS = "{all: {threads: 1, roles: [learner, generator, assistant, reference, reward]}}"
+BAD_REWARD = """
+from rlhf_t2i.plugin import Reward
+
+class Bad(Reward):
+    def score(self, images, prompts):
+        raise ValueError("a reward that fails")
+"""
+
+
+class Watcher(training.Silent):
+    """Tells which processes and ports the run has, and does something after its first step."""
+
+    def __init__(self, after_step: Callable[[], None] = lambda: None) -> None:
+        self._after_step, self._told = after_step, False
+
+    def phase(self, text: str) -> None:
+        if self._told or not text.startswith("measuring"):
+            return
+        self._told = True
+        say(started=[[p.pid, p.name(), listening(p)] for p in psutil.Process().children(recursive=True)])
+
+    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        if progress.step == 1:
+            self._after_step()
+
+    def note(self, text: str) -> None:
+        if text.startswith("SIGINT"):  # the first Ctrl-C has been taken; only now: two at once would count as one
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def listening(process: psutil.Process) -> list[int]:
+    """The TCP ports a process listens on."""
+    return [c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+
+
+def say(**facts: Any) -> None:
+    """One line for the test."""
+    print(json.dumps(facts), flush=True)
+
+
+def send(number: int) -> None:
+    """A signal to this process, a moment from now: in the middle of a step."""
+    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+
+
+ENDINGS: dict[str, Callable[[], None]] = {
+    "done": lambda: None,
+    "failed": lambda: None,
+    "SIGTERM": lambda: send(signal.SIGTERM),
+    "second Ctrl-C": lambda: send(signal.SIGINT),
+    "SIGKILL": lambda: send(signal.SIGKILL),
+}
+
+
+def main(recipe: Path, out: Path) -> None:
+    """All endings, one after another."""
+    plugin = out / "bad.py"
+    plugin.write_text(BAD_REWARD, "utf-8")
+    for how, after_step in ENDINGS.items():
+        changes = [f"placement={{mode: ray, groups: {GROUPS}}}", f"steps={2 if how == 'done' else 100000}"]
+        if how == "failed":
+            changes.append(f"algorithm.rewards=[{{name: '{plugin}:Bad', label: bad}}]")
+        ended, told = "done", ""
+        try:
+            training.run(recipe_io.load(recipe, changes), out / how.replace(" ", "_"), display=Watcher(after_step))
+        except (training.RunError, training.Stopped, KeyboardInterrupt) as error:
+            ended, told = type(error).__name__, str(error)
+        say(ended=ended, told=told)
+        sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

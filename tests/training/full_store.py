@@ -1,0 +1,66 @@
+"""A run over a Ray whose object store and disk fill up; prints how it ended.
+
+``python -m tests.training.full_store RECIPE OUT``. The disk counts as full from the beginning
+(``local_fs_capacity_threshold``), so that nothing can be spilled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlhf_t2i import recipe_io, training
+from rlhf_t2i.checkpoint import Progress
+from rlhf_t2i.errors import RunError
+
+STORE = 80 * 2**20  # Ray takes no less than 75 MiB
+GROUPS = "{train: {roles: [learner], threads: 1}, rest: {roles: [generator, assistant, reward, reference], threads: 1}}"
+
+
+class Filler(training.Silent):
+    """Fills the store after the second step, and from then on takes what room there is, until :meth:`stop`."""
+
+    def __init__(self) -> None:
+        self._thread, self._ended = threading.Thread(target=self._fill), threading.Event()
+
+    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        if progress.step == 2:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Before Ray ends: a ``put`` would start another one."""
+        self._ended.set()
+        self._thread.join()
+
+    def _fill(self) -> None:
+        held = []
+        while not self._ended.wait(0.05):
+            for size in (2**20, 2**16):
+                with contextlib.suppress(ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
+                    while not self._ended.is_set():
+                        held.append(ray.put(np.zeros(size, np.uint8)))
+
+
+def main(recipe: Path, out: Path) -> None:
+    """Run until it ends."""
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+        object_store_memory=STORE, _system_config={"local_fs_capacity_threshold": 0.0},
+    )  # fmt: skip
+    changes = [f"placement={{mode: ray, step_timeout_s: 60, groups: {GROUPS}}}", "steps=200", "checkpoints.every=1"]
+    filler = Filler()
+    try:
+        training.run(recipe_io.load(recipe, changes), out, display=filler)
+    except RunError as error:
+        print(f"ended: {error}", flush=True)
+    filler.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
