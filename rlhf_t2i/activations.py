@@ -1,8 +1,12 @@
-"""What a forward keeps for its backward, counted on the meta device: shapes flow, nothing is computed."""
+"""Memory of activations, counted on the meta device: shapes flow forward and backward, nothing is computed.
+
+What convolutions and attention borrow while they run is their libraries' choice and not counted.
+"""
 
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,75 +16,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf_t2i.models.frozen import freeze
 from rlhf_t2i.models.networks import DTYPES
 
 
 @dataclass(frozen=True)
-class Saved:
-    """Bytes autograd holds between a forward and its backward.
+class Peak:
+    """The most bytes of activations alive at once in a forward and the backward to its input.
 
     Attributes:
-        plain: Everything kept.
-        checkpointed: With activation checkpointing by block: the blocks' inputs, and the largest block recomputed.
+        plain: Everything kept for the backward.
+        checkpointed: With activation checkpointing as the roles do it: kept inputs, and what recomputing a layer and
+            its gradients take.
     """
 
     plain: int
     checkpointed: int
 
-    def scaled(self, factor: int) -> Saved:
-        """For ``factor`` times the batch."""
-        return Saved(self.plain * factor, self.checkpointed * factor)
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that operators make while they live; what convolutions borrow inside is not seen."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.highest = self._now = 0
+        # By address, which is a storage's own while it lives.
+        self._known = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._known:
+                storage = made.untyped_storage()
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.highest = max(self.highest, self._now)
+        return result
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._now -= size
 
 
-def count(network: nn.Module, call: Callable[[], Any], units: tuple[str, ...]) -> Saved:
-    """Run a forward on meta tensors and add up what it saves, parameters left out.
+def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> int:
+    """Run a forward and the backward to its input, on meta tensors or real ones.
 
     Args:
-        network: On the meta device.
-        call: The forward.
-        units: Class names of the blocks that are checkpointed as one.
+        network: Its parameters and buffers are left out, and so are gradients of parameters.
+        call: Makes the input and gives (input, output).
     """
-    known = {p.untyped_storage()._cdata for p in network.parameters()}
-    alive: list[Tensor] = []  # storages are told apart by address, so none may be freed meanwhile
-    stack: list[int] = []
-    inside: dict[int, int] = {}
-    inputs: dict[int, int] = {}
-    total = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known.add(storage._cdata)
-            alive.append(tensor)
-            total += storage.nbytes()
-            if stack:
-                inside[stack[0]] = inside.get(stack[0], 0) + storage.nbytes()
-        return tensor
-
-    def enter(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        stack.append(len(inputs) if not stack else stack[0])
-        if len(stack) == 1:
-            inputs[stack[0]] = args[0].untyped_storage().nbytes() if args and isinstance(args[0], Tensor) else 0
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        stack.pop()
-
-    hooks = []
-    for module in network.modules():
-        if type(module).__name__ in units:
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), flash_attention():
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # The last block's own tensors exist once more while it is recomputed, beside everyone's inputs.
-    checkpointed = total - sum(inside.values()) + sum(inputs.values()) + max(inside.values(), default=0)
-    return Saved(total, min(total, checkpointed))
+    with flash_attention(), _Alive(network) as alive:
+        leaf, output = call()
+        torch.autograd.grad(output, leaf, torch.empty_like(output))
+        del leaf, output
+    return alive.highest
 
 
 class _Flash(torch.autograd.Function):
@@ -94,12 +87,12 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Any:
-        raise NotImplementedError("only counted")
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 @contextmanager
 def flash_attention() -> Iterator[None]:
-    """On the meta device torch takes the path that keeps the whole attention matrix; GPUs do not."""
+    """On the meta device torch takes the path that keeps the whole attention matrix; GPUs and CPUs do not."""
     original = functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -112,13 +105,8 @@ def flash_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
-UNET_UNITS = ("ResnetBlock2D", "BasicTransformerBlock")
-VAE_UNITS = ("ResnetBlock2D", "Attention")
-CLIP_UNITS = ("CLIPEncoderLayer",)
-
-
-def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, context: int = 77) -> Saved:
-    """A UNet's graph for one sample.
+def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, context: int = 77) -> Peak:
+    """A UNet on one sample.
 
     Args:
         config: Its configuration.
@@ -127,61 +115,84 @@ def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, con
         train: Whether parameters want gradients; False keeps only what the gradient in x_t needs.
         context: Text tokens.
     """
-    from rlhf_t2i.models.architectures import build_on_meta
-
-    network = nn.Module.to(build_on_meta(config), dtype)
+    network = nn.Module.to(_on_meta(config), dtype)
     if not train:
-        freeze(network)
-    with torch.device("meta"):
-        x = torch.empty(1, config["in_channels"], size, size, dtype=dtype, requires_grad=not train)
-        t = torch.empty(1, dtype=torch.long)
-        embeds = torch.empty(1, context, config["cross_attention_dim"], dtype=dtype)
-        added = None
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
-        return count(
-            network,
-            lambda: network(x, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False),
-            UNET_UNITS,
-        )
+        freeze(network).to(memory_format=torch.channels_last)
+
+    def call() -> tuple[Tensor, Tensor]:
+        with torch.device("meta"):
+            x = torch.empty(1, config["in_channels"], size, size, dtype=dtype, requires_grad=True)
+            t = torch.empty(1, dtype=torch.long)
+            embeds = torch.empty(1, context, config["cross_attention_dim"], dtype=dtype)
+            added = None
+            if config.get("addition_embed_type") == "text_time":
+                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+                added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
+        latents = x.contiguous(memory_format=torch.channels_last)
+        return x, network(latents, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    plain = peak(network, call)
+    network.enable_gradient_checkpointing()
+    network.train()  # diffusers checkpoints only networks in training mode
+    return Peak(plain, peak(network, call))
 
 
-def decoder(config: dict[str, Any], size: int, dtype: torch.dtype) -> Saved:
-    """The VAE decoder's graph for one sample, for the gradient in the latents."""
-    from rlhf_t2i.models.architectures import build_on_meta
+def decoder(config: dict[str, Any], size: int, dtype: torch.dtype) -> Peak:
+    """The VAE decoder on one sample, for the gradient in the latents."""
+    network = freeze(nn.Module.to(_on_meta(config), dtype)).to(memory_format=torch.channels_last)
 
-    network = freeze(nn.Module.to(build_on_meta(config), dtype))
-    with torch.device("meta"):
-        latents = torch.empty(1, config.get("latent_channels", 4), size, size, dtype=dtype, requires_grad=True)
-        return count(network, lambda: network.decode(latents, return_dict=False), VAE_UNITS)
+    def call() -> tuple[Tensor, Tensor]:
+        with torch.device("meta"):
+            latents = torch.empty(1, config.get("latent_channels", 4), size, size, dtype=dtype, requires_grad=True)
+        image = network.decode(latents.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        return latents, (image.float() / 2 + 0.5).clamp(0, 1)
+
+    return _frozen_peak(network, call)
 
 
-def clip_image(config: dict[str, Any], dtype: torch.dtype) -> Saved:
-    """A CLIP image tower's graph for one image, for the gradient in the pixels."""
-    from rlhf_t2i.models.architectures import build_on_meta
-
-    network = nn.Module.to(build_on_meta(config), dtype).requires_grad_(False)
+def clip_image(config: dict[str, Any], dtype: torch.dtype) -> Peak:
+    """A CLIP image tower on one image, for the gradient in the pixels."""
+    network = nn.Module.to(_on_meta(config), dtype).requires_grad_(False)
     size = config["vision_config"].get("image_size", 224)
-    with torch.device("meta"):
-        pixels = torch.empty(1, 3, size, size, dtype=dtype, requires_grad=True)
-        return count(network, lambda: network.get_image_features(pixel_values=pixels), CLIP_UNITS)
+
+    def call() -> tuple[Tensor, Tensor]:
+        with torch.device("meta"):
+            pixels = torch.empty(1, 3, size, size, dtype=dtype, requires_grad=True)
+        found = network.get_image_features(pixel_values=pixels)
+        return pixels, found if isinstance(found, Tensor) else found.pooler_output
+
+    return _frozen_peak(network, call)
+
+
+def _frozen_peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> Peak:
+    """Without and with checkpointing as rewards do it."""
+    from rlhf_t2i.roles.reward import checkpoint_layers
+
+    plain = peak(network, call)
+    checkpoint_layers(network)
+    return Peak(plain, peak(network, call))
+
+
+def _on_meta(config: dict[str, Any]) -> Any:
+    from rlhf_t2i.models.architectures import build_on_meta
+
+    return build_on_meta(config)
 
 
 # Counted by unet() in bf16 at the published size: SDXL's shapes take a while to flow through 70 transformer blocks.
 # tests/plan counts SD1.5's again on every run and SDXL's among the slow tests.
-KEPT: dict[tuple[str, str], Saved] = {
-    ("sdxl", "train"): Saved(7_308_337_024, 732_469_376),
-    ("sdxl", "frozen"): Saved(5_021_932_288, 543_262_720),
-    ("sd15", "train"): Saved(982_924_800, 232_943_104),
-    ("sd15", "frozen"): Saved(648_475_520, 147_261_824),
+COUNTED: dict[tuple[str, str], Peak] = {
+    ("sdxl", "train"): Peak(7_339_931_028, 808_897_280),
+    ("sdxl", "frozen"): Peak(5_074_947_476, 599_024_256),
+    ("sd15", "train"): Peak(998_751_616, 246_973_056),
+    ("sd15", "frozen"): Peak(680_030_976, 176_808_448),
 }
 
 
 def of_recipe(
     unet_config: Any, vae_config: Any, size: int, precision: str, vae_precision: str = "fp32"
-) -> dict[str, Saved]:
-    """Graphs of one sample: the UNet when ``train``ed and when ``frozen``, and the VAE's ``decoder``.
+) -> dict[str, Peak]:
+    """Of one sample: the UNet when ``train``ed and when ``frozen``, and the VAE's ``decoder``.
 
     Args:
         unet_config: The UNet's configuration, or None where it is not at hand.
@@ -199,32 +210,32 @@ def of_recipe(
     return found
 
 
-def of_reward(config: Any, precision: str) -> Saved:
-    """The graph of one image through a reward's image tower; nothing where it cannot be built."""
+def of_reward(config: Any, precision: str) -> Peak:
+    """One image through a reward's image tower; nothing where it cannot be built."""
     if not config or (config.get("architectures") or [""])[0] != "CLIPModel":
-        return Saved(0, 0)
+        return Peak(0, 0)
     return _clip_at(json.dumps(config, sort_keys=True), precision)
 
 
 @cache
-def _unet_at(config: str, size: int, precision: str, train: bool) -> Saved:
+def _unet_at(config: str, size: int, precision: str, train: bool) -> Peak:
     from rlhf_t2i.models import architectures
 
     parsed = json.loads(config)
     for name, known in (("sdxl", architectures.SDXL_UNET), ("sd15", architectures.SD15_UNET)):
-        saved = KEPT.get((name, "train" if train else "frozen"))
-        if saved is not None and all(parsed.get(key) == value for key, value in known.items()):
-            # Every tensor kept is proportional to the pixels and to the width of a number, near enough.
+        counted = COUNTED.get((name, "train" if train else "frozen"))
+        if counted is not None and all(parsed.get(key) == value for key, value in known.items()):
+            # Every tensor is proportional to the pixels and to the width of a number, near enough.
             ratio = (size / known["sample_size"]) ** 2 * (2 if precision == "fp32" else 1)
-            return Saved(int(saved.plain * ratio), int(saved.checkpointed * ratio))
+            return Peak(int(counted.plain * ratio), int(counted.checkpointed * ratio))
     return unet(parsed, size, DTYPES[precision], train)
 
 
 @cache
-def _decoder_at(config: str, size: int, precision: str) -> Saved:
+def _decoder_at(config: str, size: int, precision: str) -> Peak:
     return decoder(json.loads(config), size, DTYPES[precision])
 
 
 @cache
-def _clip_at(config: str, precision: str) -> Saved:
+def _clip_at(config: str, precision: str) -> Peak:
     return clip_image(json.loads(config), DTYPES[precision])
