@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Held:
         optimiser: Everything else that stays after an update.
         host: Stays in the machine's memory.
         activations: Peak over the state during a forward with graph and the gradient of its input.
+        work: Peak over state and gradients during a whole update; of the assistant, whose update nobody shares.
     """
 
     weights: int = 0
@@ -37,6 +39,7 @@ class Held:
     optimiser: int = 0
     host: int = 0
     activations: int | None = None
+    work: int = 0
 
     @property
     def states(self) -> int:
@@ -140,12 +143,14 @@ class MeasuredWorker(Worker):
             engine.step = noted
             try:
                 with self._noting(role):
-                    self.call(role, method, step, prompts)
+                    highest = peak(partial(self.call, role, method, step, prompts))
             finally:
                 del engine.step
             # What a first update allocates and keeps are the moments; later ones only show the gradients.
             if step == 0:
                 held.gradients = 0
+            elif role == "assistant":
+                held.work = highest - held.gradients
 
     def measure_activations(
         self,
@@ -229,6 +234,7 @@ def compare(recipe: Recipe, worker: MeasuredWorker) -> list[Row]:
             ("host", 0 if on_cpu else memory.host, held.host if memory.host else 0),
             ("states", memory.weights + memory.gradients + memory.optimiser + memory.host, held.states),
             ("activations", memory.activations, held.activations or 0),
+            ("work", memory.activations + memory.buffers if held.work else 0, held.work),
         ):
             if told or found:
                 rows.append(Row(role, kind, told, found))

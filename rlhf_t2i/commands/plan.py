@@ -205,9 +205,9 @@ def show(plan: Plan, cluster: dict[str, float] | None = None) -> None:
 def _memory_table(plan: Plan) -> Any:
     from rich.table import Table
 
-    title = "Memory of a process by role (estimate; the CUDA context comes on top)"
+    title = "Memory of a process by role (work: activations, update; CUDA context on top)"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1))
-    for name in ("group", "role", "params", "weights", "grads", "optim.", "activ.", "total"):
+    for name in ("group", "role", "params", "weights", "grads", "optim.", "work", "total"):
         left = name in ("group", "role")
         table.add_column(name, justify="left" if left else "right", no_wrap=True, max_width=14 if left else None)
     for group in plan.groups:
@@ -223,7 +223,8 @@ def _memory_table(plan: Plan) -> Any:
 
 
 def _cells(memory: Memory) -> list[str]:
-    return [_bytes(n) for n in (memory.weights, memory.gradients, memory.optimiser, memory.activations, memory.device)]
+    work = memory.activations + memory.buffers
+    return [_bytes(n) for n in (memory.weights, memory.gradients, memory.optimiser, work, memory.device)]
 
 
 def _print_traffic(console: Any, plan: Plan) -> None:

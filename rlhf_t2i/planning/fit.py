@@ -73,7 +73,7 @@ def check(recipe: Recipe, plan: Plan, memory: float) -> Fit:
     group = _first_over(plan, limit)
     if group is None:
         return Fit(limit)
-    kinds = ("weights", "gradients", "optimiser", "activations")
+    kinds = ("weights", "gradients", "optimiser", "activations", "buffers")
     role, kind = max(
         ((item, kind) for item in group.roles for kind in kinds), key=lambda pair: getattr(pair[0].memory, pair[1])
     )

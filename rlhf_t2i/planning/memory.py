@@ -14,22 +14,28 @@ from rlhf_t2i.recipe import Recipe
 
 TRAINED = ("learner", "assistant")
 _BYTES = {"fp32": 4, "bf16": 2}
+_SUB_GROUP = 1_000_000_000
+"""Parameters that ZeRO-3 updates at once (DeepSpeed's default)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one role in one process, by kind; ``host`` is in the machine's memory, not on the device."""
+    """Bytes of one role in one process, by kind; ``host`` is in the machine's memory, not on the device.
+
+    ``buffers`` are what ZeRO needs over the activations at the worst moment of a backward or an update.
+    """
 
     weights: int = 0
     gradients: int = 0
     optimiser: int = 0
     activations: int = 0
+    buffers: int = 0
     host: int = 0
 
     @property
     def device(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.gradients + self.optimiser + self.activations
+        return self.weights + self.gradients + self.optimiser + self.activations + self.buffers
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,10 @@ class GroupPlan:
             total = Memory(*(getattr(total, k) + getattr(item.memory, k) for k in Memory.__dataclass_fields__))
         serving = [r.memory.activations for r in self.roles if r.role.startswith("reward")]
         scoring = [r.memory.activations for r in self.roles if r.role in ("assistant", "reference")]
-        idle = min(sum(serving), sum(scoring))
-        return replace(total, activations=total.activations - idle)
+        active = total.activations - min(sum(serving), sum(scoring))
+        # A trained role's own backward or update happens while nobody else holds a graph.
+        alone = max((r.memory.activations + r.memory.buffers for r in self.roles), default=0)
+        return replace(total, activations=active, buffers=max(0, alone - active))
 
 
 def trained_memory(
@@ -71,10 +79,10 @@ def trained_memory(
     buffer it reduces gradients in. Offloaded states come with a float32 gradient in host memory, and below stage 3 with
     the sum over micro-batches where an update ``accumulates``.
     """
-    from rlhf_t2i.roles.engine import REDUCE_BUCKET
-
     if not distributed:
         return Memory(weights=4 * parameters, gradients=4 * parameters, optimiser=8 * parameters)
+    from rlhf_t2i.roles.engine import REDUCE_BUCKET
+
     width = _BYTES[precision]
     share = -(-parameters // ranks)
     master = 4 if stage or precision == "bf16" else 0
@@ -89,8 +97,29 @@ def trained_memory(
     )
 
 
-def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks) -> Memory:
-    """A trained role's states: of the network, or of its adapters beside the frozen network."""
+def update_buffers(
+    parameters: int, ranks: int, stage: int, precision: str, offload: bool, accumulates: bool = False
+) -> tuple[int, int]:
+    """Bytes that DeepSpeed allocates for a while beside weights, gradients and states: (backward, update).
+
+    In a backward, ZeRO-1 and 2 copy gradients into a bucket; what a rank owns of them is then copied out of it, beside
+    the sum so far (stage 2, where an update accumulates) or the whole gradient (stage 1). An update flattens the rank's
+    gradients and converts them to float32, in stage 3 a sub-group at a time and without ZeRO one by one; of offloaded
+    states the host does it.
+    """
+    from rlhf_t2i.roles.engine import REDUCE_BUCKET
+
+    width, share, master = _BYTES[precision], -(-parameters // ranks), 4 if precision == "bf16" else 0
+    if stage == 0:
+        return 0, master * parameters
+    copied = share if stage == 1 or accumulates else 0
+    backward = width * (min(REDUCE_BUCKET, parameters) + copied) if stage < 3 else 0
+    flattened = share if stage < 3 else min(share, _SUB_GROUP)
+    return backward, 0 if offload else flattened * (width + master)
+
+
+def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks, activations: int) -> Memory:
+    """A trained role's memory: of the network, or of its adapters beside the frozen network."""
     settings = recipe.optimisation
     distributed = recipe.placement.mode == "ray"
     optimiser = settings.generator if role == "learner" else settings.assistant
@@ -106,6 +135,12 @@ def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Netwo
     if optimiser.lora is not None:
         width = _BYTES[settings.precision] if distributed else 4
         memory = replace(memory, weights=memory.weights + width * unet)
+    memory = replace(memory, activations=activations)
+    if distributed:
+        backward, update = update_buffers(
+            trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, accumulates
+        )
+        memory = replace(memory, buffers=max(backward, update - activations))
     return memory
 
 
@@ -141,12 +176,12 @@ def of_group(
     needs_vjp = recipe.algorithm.divergence.name != "kl"
     for role in roles:
         if role in TRAINED:
-            memory = _trained(recipe, role, unet, devices, networks)
-            if role == "learner" and settings.ema is not None:
-                memory = replace(memory, host=memory.host + 4 * unet)
             # The assistant trains on micro-batches of its own, and serves the learner's.
             batch = micro if role == "learner" else max(images, settings.micro_batch or settings.batch_size // devices)
-            plans.append(RolePlan(role, unet or None, replace(memory, activations=batch * kept("train", role))))
+            memory = _trained(recipe, role, unet, devices, networks, batch * kept("train", role))
+            if role == "learner" and settings.ema is not None:
+                memory = replace(memory, host=memory.host + 4 * unet)
+            plans.append(RolePlan(role, unet or None, memory))
         elif role == "generator":
             shared = "learner" in roles
             own = Memory() if shared else Memory(weights=4 * unet)

@@ -19,6 +19,7 @@ from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models.loading import ModelStore
 from rlhf_t2i.planning import trained_memory
+from rlhf_t2i.planning.memory import update_buffers
 from rlhf_t2i.recipe import ROLES, Recipe
 from tests import tiny
 
@@ -103,6 +104,31 @@ def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tu
     assert summed.host == memory.host + (2000 if offload else 0)
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload", "accumulates", "expected"),
+    [
+        # 1000 parameters on 4 ranks: (backward, update), the bucket no larger than the network
+        (0, "fp32", False, True, (0, 0)),
+        (0, "bf16", False, True, (0, 4000)),
+        (1, "bf16", False, False, (2000 + 500, 500 + 1000)),
+        (2, "bf16", False, False, (2000, 500 + 1000)),
+        (2, "bf16", False, True, (2000 + 500, 500 + 1000)),
+        (2, "bf16", True, False, (2000, 0)),
+        (2, "fp32", False, False, (4000, 1000)),
+        (3, "bf16", False, True, (0, 500 + 1000)),
+    ],
+)
+def test_buffers_of_a_backward_and_an_update(
+    stage: int, precision: str, offload: bool, accumulates: bool, expected: tuple[int, int]
+) -> None:
+    assert update_buffers(1000, 4, stage, precision, offload, accumulates) == expected
+
+
+def test_sdxl_s_update_takes_more_than_its_recomputed_activations() -> None:
+    """2,567 M parameters in bf16 on one GPU: gradients once more, and in float32."""
+    assert update_buffers(2_567_463_684, 1, 2, "bf16", False) == (1_000_000_000, 6 * 2_567_463_684)
+
+
 def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip: Path) -> None:
     plan = planning.make(build(tiny_sdxl, tiny_clip))
     (group,) = plan.groups
@@ -113,6 +139,9 @@ def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip
     rewards = sum(item.memory.activations for item in group.roles if item.role.startswith("reward"))
     denoisers = by_role["assistant"].memory.activations + by_role["reference"].memory.activations
     assert group.memory.activations == by_role["learner"].memory.activations + max(rewards, denoisers)
+    # An update is made while no other role works.
+    alone = max(item.memory.activations + item.memory.buffers for item in group.roles)
+    assert group.memory.activations + group.memory.buffers == max(alone, group.memory.activations)
     assert plan.traffic == ()
     assert plan.weights_sync == 0
 
@@ -248,7 +277,7 @@ def test_json_is_the_plan(file: Path, app: typer.Typer) -> None:
     assert data["devices"] == 6
     assert data["batch"]["learner"] == {"global": 8, "ranks": 2, "micro": 2, "accumulation": 2}
     train = next(group for group in data["groups"] if group["name"] == "train")
-    kinds = ("weights", "gradients", "optimiser", "activations")
+    kinds = ("weights", "gradients", "optimiser", "activations", "buffers")
     assert train["memory"]["device"] == sum(train["memory"][kind] for kind in kinds) > 0
 
 
