@@ -103,17 +103,17 @@ def update_buffers(
     """Bytes that DeepSpeed allocates for a while beside weights, gradients and states: (backward, update).
 
     In a backward, ZeRO-1 and 2 copy gradients into a bucket; what a rank owns of them is then copied out of it, beside
-    the sum so far (stage 2, where an update accumulates) or the whole gradient (stage 1). An update flattens the rank's
-    gradients and converts them to float32, in stage 3 a sub-group at a time and without ZeRO one by one; of offloaded
-    states the host does it.
+    the sum so far (stage 2, where an update accumulates) or the whole gradient (stage 1); stage 3, whose bucket stays,
+    copies the bucket to scatter it. An update flattens the rank's gradients and converts them to float32, in stage 3 a
+    sub-group at a time; of offloaded states the host does it. Without ZeRO it converts all.
     """
     from rlhf_t2i.roles.engine import REDUCE_BUCKET
 
     width, share, master = _BYTES[precision], -(-parameters // ranks), 4 if precision == "bf16" else 0
     if stage == 0:
         return 0, master * parameters
-    copied = share if stage == 1 or accumulates else 0
-    backward = width * (min(REDUCE_BUCKET, parameters) + copied) if stage < 3 else 0
+    copied = share if stage == 1 or (stage == 2 and accumulates) else 0
+    backward = width * (min(REDUCE_BUCKET, parameters) + copied)
     flattened = share if stage < 3 else min(share, _SUB_GROUP)
     return backward, 0 if offload else flattened * (width + master)
 

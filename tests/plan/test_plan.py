@@ -115,7 +115,7 @@ def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tu
         (2, "bf16", False, True, (2000 + 500, 500 + 1000)),
         (2, "bf16", True, False, (2000, 0)),
         (2, "fp32", False, False, (4000, 1000)),
-        (3, "bf16", False, True, (0, 500 + 1000)),
+        (3, "bf16", False, True, (2000, 500 + 1000)),
     ],
 )
 def test_buffers_of_a_backward_and_an_update(
