@@ -205,7 +205,7 @@ def show(plan: Plan, cluster: dict[str, float] | None = None) -> None:
 def _memory_table(plan: Plan) -> Any:
     from rich.table import Table
 
-    title = "Memory of a process by role (work: activations, update; CUDA context on top)"
+    title = "Memory of a process (work: activations, updates; without CUDA context)"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 0, 0, 1))
     for name in ("group", "role", "params", "weights", "grads", "optim.", "work", "total"):
         left = name in ("group", "role")

@@ -100,12 +100,12 @@ def trained_memory(
 def update_buffers(
     parameters: int, ranks: int, stage: int, precision: str, offload: bool, accumulates: bool = False
 ) -> tuple[int, int]:
-    """Bytes that DeepSpeed allocates for a while beside weights, gradients and states: (backward, update).
+    """Bytes that DeepSpeed allocates for a while beside what stays: (beside activations, after them).
 
-    In a backward, ZeRO-1 and 2 copy gradients into a bucket; what a rank owns of them is then copied out of it, beside
-    the sum so far (stage 2, where an update accumulates) or the whole gradient (stage 1); stage 3, whose bucket stays,
-    copies the bucket to scatter it. An update flattens the rank's gradients and converts them to float32, in stage 3 a
-    sub-group at a time; of offloaded states the host does it. Without ZeRO it converts all.
+    In a backward, ZeRO-1 and 2 copy gradients into a bucket; stage 3, whose bucket stays, copies that to scatter it.
+    What a rank owns is copied out of the bucket, while activations go, beside the sum so far (stage 2, where an update
+    accumulates) or the whole gradient (stage 1). An update flattens the rank's gradients and converts them to float32,
+    in stage 3 a sub-group at a time; of offloaded states the host does it. Without ZeRO it converts all.
     """
     from rlhf_t2i.roles.engine import REDUCE_BUCKET
 
@@ -113,9 +113,9 @@ def update_buffers(
     if stage == 0:
         return 0, master * parameters
     copied = share if stage == 1 or (stage == 2 and accumulates) else 0
-    backward = width * (min(REDUCE_BUCKET, parameters) + copied)
+    bucket = width * min(REDUCE_BUCKET, parameters)
     flattened = share if stage < 3 else min(share, _SUB_GROUP)
-    return backward, 0 if offload else flattened * (width + master)
+    return bucket, max(bucket + width * copied, 0 if offload else flattened * (width + master))
 
 
 def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks, activations: int) -> Memory:
@@ -137,10 +137,10 @@ def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Netwo
         memory = replace(memory, weights=memory.weights + width * unet)
     memory = replace(memory, activations=activations)
     if distributed:
-        backward, update = update_buffers(
+        beside, after = update_buffers(
             trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, accumulates
         )
-        memory = replace(memory, buffers=max(backward, update - activations))
+        memory = replace(memory, buffers=max(beside, after - activations))
     return memory
 
 

@@ -107,15 +107,15 @@ def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tu
 @pytest.mark.parametrize(
     ("stage", "precision", "offload", "accumulates", "expected"),
     [
-        # 1000 parameters on 4 ranks: (backward, update), the bucket no larger than the network
+        # 1000 parameters on 4 ranks: (beside activations, after them), the bucket no larger than the network
         (0, "fp32", False, True, (0, 0)),
         (0, "bf16", False, True, (0, 4000)),
-        (1, "bf16", False, False, (2000 + 500, 500 + 1000)),
-        (2, "bf16", False, False, (2000, 500 + 1000)),
-        (2, "bf16", False, True, (2000 + 500, 500 + 1000)),
-        (2, "bf16", True, False, (2000, 0)),
-        (2, "fp32", False, False, (4000, 1000)),
-        (3, "bf16", False, True, (2000, 500 + 1000)),
+        (1, "bf16", False, False, (2000, 2000 + 500)),
+        (2, "bf16", False, False, (2000, 2000)),
+        (2, "bf16", False, True, (2000, 2000 + 500)),
+        (2, "bf16", True, False, (2000, 2000)),
+        (2, "fp32", False, True, (4000, 4000 + 1000)),
+        (3, "bf16", False, True, (2000, 2000)),
     ],
 )
 def test_buffers_of_a_backward_and_an_update(
