@@ -150,7 +150,7 @@ def test_the_command(tiny_sdxl: Path, tmp_path: Path) -> None:
     data = json.loads(here.stdout)
     assert data["rates"]["unet"] > 1e6 < data["rates"]["decoder"]
     one = work / 2 / max(data["rates"].values()), work / 2 / min(data["rates"].values())  # over two processes
-    assert one[0] <= data["seconds"]["step"] <= one[1]
+    assert 0.999 * one[0] <= data["seconds"]["step"] <= 1.001 * one[1]  # sums round
     table = CliRunner().invoke(app, [str(file), "--device", "h100-80gb"]).output
     assert "Seconds a step on h100-80gb, at an assumed 45% of its peak" in table
     assert max(len(line) for line in table.splitlines() if "fits" not in line) <= 80
