@@ -76,8 +76,9 @@ def trained_memory(
 
     ZeRO keeps float32 master weights beside the compute weights from stage 1 on, and divides optimiser states (1),
     gradients (2) and weights (3) by the ranks; one process without Ray is plain float32 PyTorch. Stage 3 keeps the
-    buffer it reduces gradients in. Offloaded states come with a float32 gradient in host memory, and below stage 3 with
-    the sum over micro-batches where an update ``accumulates``.
+    buffer it reduces gradients in. Offloaded states come with a float32 gradient in host memory, below stage 3 with a
+    copy of the weights in the compute precision, in stage 2 with the sum over micro-batches where an update
+    ``accumulates``; stage 2 keeps no gradients on the device then.
     """
     if not distributed:
         return Memory(weights=4 * parameters, gradients=4 * parameters, optimiser=8 * parameters)
@@ -88,10 +89,13 @@ def trained_memory(
     master = 4 if stage or precision == "bf16" else 0
     states = (share if stage else parameters) * (8 + master)
     bucket = min(REDUCE_BUCKET, parameters) if stage == 3 else 0
-    beside = 4 * share + (width * parameters if accumulates and stage < 3 else 0)
+    beside = 4 * share
+    if stage < 3:
+        beside += width * share + (width * parameters if accumulates and stage == 2 else 0)
+    held = 0 if offload and stage == 2 else share if stage >= 2 else parameters
     return Memory(
         weights=width * (share if stage == 3 else parameters),
-        gradients=width * ((share if stage >= 2 else parameters) + bucket),
+        gradients=width * (held + bucket),
         optimiser=0 if offload and stage else states,
         host=states + beside if offload and stage else 0,
     )
@@ -105,13 +109,14 @@ def update_buffers(
     In a backward, ZeRO-1 and 2 copy gradients into a bucket; stage 3, whose bucket stays, copies that to scatter it.
     What a rank owns is copied out of the bucket, while activations go, beside the sum so far (stage 2, where an update
     accumulates) or the whole gradient (stage 1). An update flattens the rank's gradients and converts them to float32,
-    in stage 3 a sub-group at a time; of offloaded states the host does it. Without ZeRO it converts all.
+    in stage 3 a sub-group at a time; of offloaded states the host does it. Without ZeRO it converts all,
+    after gradients were averaged in flat copies.
     """
     from rlhf_t2i.roles.engine import REDUCE_BUCKET
 
     width, share, master = _BYTES[precision], -(-parameters // ranks), 4 if precision == "bf16" else 0
     if stage == 0:
-        return 0, master * parameters
+        return 0, max(width * min(REDUCE_BUCKET, parameters), master * parameters)
     copied = share if stage == 1 or (stage == 2 and accumulates) else 0
     bucket = width * min(REDUCE_BUCKET, parameters)
     flattened = share if stage < 3 else min(share, _SUB_GROUP)

@@ -94,7 +94,7 @@ def test_local_training_memory_is_torchs_own() -> None:
         (1, "bf16", False, (2000, 2000, 3000, 0)),
         (2, "bf16", False, (2000, 500, 3000, 0)),
         (3, "bf16", False, (500, 2500, 3000, 0)),
-        (2, "bf16", True, (2000, 500, 0, 4000)),  # with a float32 gradient
+        (2, "bf16", True, (2000, 0, 0, 4500)),  # with a float32 gradient and a bf16 copy of the weights
     ],
 )
 def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tuple[int, ...]) -> None:
@@ -108,7 +108,7 @@ def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tu
     ("stage", "precision", "offload", "accumulates", "expected"),
     [
         # 1000 parameters on 4 ranks: (beside activations, after them), the bucket no larger than the network
-        (0, "fp32", False, True, (0, 0)),
+        (0, "fp32", False, True, (0, 4000)),  # gradients are averaged in a flat copy
         (0, "bf16", False, True, (0, 4000)),
         (1, "bf16", False, False, (2000, 2000 + 500)),
         (2, "bf16", False, False, (2000, 2000)),
