@@ -21,8 +21,8 @@ ONE_STEP = "one_step.json"
 def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> None:
     """Export ``StableDiffusionXLPipeline`` (or SD1.5's) with LCMScheduler; whole or absent.
 
-    Text encoders, tokenizers and VAE are the reference's own files. The UNet is float32 after a float32 run and
-    float16 after a bf16 one, which is what published one-step models use.
+    Tokenizers and the weights of text encoders and VAE are the reference's own files. The UNet is float32 after a
+    float32 run and float16 after a bf16 one, which is what published one-step models use.
 
     Args:
         recipe: The run's recipe.
@@ -39,6 +39,7 @@ def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> 
             if isinstance(entry, list) and entry[0] is not None and name not in ("unet", "scheduler"):
                 shutil.copytree(reference / name, folder / name)
                 _drop_variant(folder / name)
+                _load_in_float32(folder / name / "config.json")
         if recipe.models.vae:
             _replace_vae(recipe.models.vae, folder, index)
         with torch.device("meta"):
@@ -77,6 +78,19 @@ def _drop_variant(folder: Path) -> None:
         if file.suffix == ".json":  # the index of shards names them
             file.write_text(file.read_text("utf-8").replace(".fp16", ""), "utf-8")
         file.rename(folder / file.name.replace(".fp16", ""))
+
+
+def _load_in_float32(config: Path) -> None:
+    """Let transformers load an encoder as diffusers loads the UNet: by itself it takes the dtype of the stored weights.
+
+    Who asks a pipeline for another dtype still gets it, everywhere.
+    """
+    if not config.is_file():
+        return
+    data = json.loads(config.read_text("utf-8"))
+    if "architectures" in data:  # of transformers
+        data.pop("torch_dtype", None)  # the key's name before transformers 5
+        files.write_json(config, data | {"dtype": "float32"})
 
 
 def _snapshot(source: sources.ModelSource) -> Path:

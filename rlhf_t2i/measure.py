@@ -110,9 +110,9 @@ def evaluate(
     scores = drawn.scores
     algorithm = recipe.algorithm
     kinds = {r.key: "train" for r in algorithm.rewards} | {r.key: "eval" for r in algorithm.eval_rewards}
-    classes = {
-        r.key: registry.load_class(registry.REWARDS, r.name) for r in [*algorithm.rewards, *algorithm.eval_rewards]
-    }
+    choices = [*algorithm.rewards, *algorithm.eval_rewards]
+    classes = {choice.key: registry.load_class(registry.REWARDS, choice.name) for choice in choices}
+    options = {choice.key: choice.options for choice in choices}
     files.write_json(
         folder / f"{when}.json",
         {
@@ -121,7 +121,8 @@ def evaluate(
             "indices": list(range(len(prompts))),
             "scores": scores,
             "kinds": {label: kinds[label] for label in scores},
-            "units": {label: classes[label].unit for label in scores},
+            # Where the unit is an option of the reward, its class has the default.
+            "units": {label: options[label].get("unit", classes[label].unit) for label in scores},
             "higher_is_better": {label: classes[label].higher_is_better for label in scores},
             "diversity": {"latent_distance": drawn.diversity()},
             "images": names,

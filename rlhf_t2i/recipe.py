@@ -65,7 +65,10 @@ class Data(Section):
 
     prompts: Source = Field(description="the prompts to train on")
     column: Name = Field("prompt", description="the key of a jsonl object or the csv column that holds the prompt")
-    held_out: Source | None = Field(None, description="prompts no step trains on: previews and the before/after table")
+    held_out: Source | None = Field(
+        None,
+        description="prompts no step trains on, for previews and the table before/after; else training's",
+    )
 
 
 class PluginChoice(Section):

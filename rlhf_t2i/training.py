@@ -166,7 +166,7 @@ class Trainer:
         found = f"the {network}'s gradient is not finite" + (f" (prompt {prompt!r})" if prompt else "")
         if state.bad_in_a_row > limit:
             raise RunError(
-                f"step {state.step + 1}: {found}, for the {state.bad_in_a_row}. update in a row "
+                f"step {state.step + 1}: {found}, for {state.bad_in_a_row} updates in a row "
                 f"(optimisation.max_bad_steps: {limit}); lower the learning rate or look at that prompt"
             )
         self._warn(state.step + 1, f"{found}; the update is skipped")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import sources
 from rlhf_t2i.models.compiling import compile_blocks
 from rlhf_t2i.models.conditioning import Conditioner
@@ -73,7 +73,7 @@ class ModelStore:
         except KeyError as error:
             raise UsageError(f"{self._reference.location}/{file} has no {error.args[0]}: it is damaged") from None
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise UsageError(f"{self._reference.location}/{file}: {_first_line(error)}") from None
+            raise UsageError(f"{self._reference.location}/{file}: {first_line(error)}") from None
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -213,7 +213,7 @@ class ModelStore:
                 # Files of the format before torch 1.6 are no zip archives and cannot be mapped.
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except Exception as error:
-            raise UsageError(f"{path} is damaged or not a file of weights: {_first_line(error)}") from None
+            raise UsageError(f"{path} is damaged or not a file of weights: {first_line(error)}") from None
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(self.unet_config)
         try:
@@ -243,7 +243,7 @@ def _load(source: ModelSource, subfolder: str | None, loader: Callable[..., Any]
         loaded = loader(source.location, **source.kwargs, **kwargs)
     except Exception as error:
         damaged = damaged_weights(Path(where)) if source.is_local else None
-        raise UsageError(f"{where} cannot be loaded: {damaged or _first_line(error)}") from error
+        raise UsageError(f"{where} cannot be loaded: {damaged or first_line(error)}") from error
     if not isinstance(loaded, tuple):
         return loaded
     model, info = loaded
@@ -271,7 +271,7 @@ def damaged_weights(folder: Path) -> str | None:
             with safe_open(file, framework="pt") as weights:
                 weights.keys()
         except (SafetensorError, OSError) as error:
-            return f"{file.name} is damaged or cut short ({_first_line(error)})"
+            return f"{file.name} is damaged or cut short ({first_line(error)})"
     return None
 
 
@@ -285,7 +285,3 @@ def only_fp16_variant(folder: Path) -> bool:
     """Published folders sometimes hold ``*.fp16.safetensors`` alone."""
     names = [p.name for p in folder.glob("*.safetensors")]
     return bool(names) and all(".fp16" in name for name in names)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import architectures, sources
 from rlhf_t2i.models.architectures import Config
 from rlhf_t2i.recipe import Lora, Recipe
@@ -132,5 +132,5 @@ def count_files(folder: Path) -> int | None:
                         size *= length
                     total += size
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{file} is damaged: {first_line(error)}") from None
     return total or None

@@ -75,6 +75,32 @@ def test_a_wrong_plain_loop_is_not_timed(built: Any, monkeypatch: pytest.MonkeyP
         against_plain.side_by_side(local(built), steps=1)
 
 
+def test_every_part_of_a_step_is_timed_beside_the_plan(built: Any) -> None:
+    """``benchmarks/full_size.py``, each part through its role's own code; what a forward keeps is as planned."""
+    import dataclasses
+
+    import full_size
+
+    settings = dataclasses.replace(built, overrides=("models.resolution=64",))
+    rates = full_size.Rates(1e9, 2e9)
+    rows = []
+    for part in full_size.PARTS:
+        told, found = (
+            full_size.predict(settings, rates, part, "false"),
+            full_size.measure(settings, part, "false"),
+        )
+        rows.append({"part": part, "checkpointing": "kept", "predicted": told, "measured": found})
+        assert told["seconds"] > 0 < found["seconds"]
+        if part != "generator: drawing":
+            assert found["activations"] == pytest.approx(told["activations"], rel=0.25), part
+    text = full_size.table(dataclasses.asdict(rates), rows)
+    assert all(f"| {part} | kept |" in text for part in full_size.PARTS)
+    # Guidance asks the frozen reference for two branches, the assistant for one.
+    work = {row["part"]: row["predicted"]["seconds"] for row in rows}
+    assert work["reference, both branches"] == pytest.approx(2 * work["assistant: serving"])
+    assert work["learner"] == pytest.approx(1.5 * work["assistant: serving"])
+
+
 def test_a_section_that_fails_is_written_down_and_the_others_go_on(tmp_path: Path) -> None:
     done = subprocess.run(
         [

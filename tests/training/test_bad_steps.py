@@ -78,7 +78,7 @@ def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_
 
 def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RunError, match=r"step 3: the generator's gradient .* 2. update in a row .*max_bad_steps: 1"):
+    with pytest.raises(RunError, match=r"step 3: the generator's gradient .* 2 updates in a row .*max_bad_steps: 1"):
         training.run(poisoned(2, 99, optimisation__max_bad_steps=1, algorithm__assistant_steps=0), out)
     folder, progress, warnings = checkpoint.find(out)
     assert (folder.name, progress.bad_steps, progress.bad_in_a_row, warnings) == ("step_000002", 1, 1, [])

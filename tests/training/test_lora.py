@@ -28,8 +28,9 @@ def test_the_assistant_starts_as_the_reference(make_recipe: MakeRecipe) -> None:
     roles = cluster._worker.roles
     x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     request = ("ticket", x_t, torch.tensor([100, 700]), PROMPTS[:2], "conditional", False)
+    # Frozen weights lie channels last, trained ones as they were: convolutions sum in another order.
     torch.testing.assert_close(
-        roles["assistant"].forward(*request), roles["reference"].forward(*request), rtol=0, atol=0
+        roles["assistant"].forward(*request), roles["reference"].forward(*request), rtol=1e-5, atol=1e-5
     )
 
 
@@ -50,6 +51,7 @@ def test_resume_is_bit_identical_and_the_export_is_plain(
     assert metrics(broken) == metrics(whole)
     for role in ("learner", "assistant"):
         state = torch.load(whole / f"checkpoints/step_000003/{role}/local.pt", weights_only=True)
+        assert state["module"]
         assert all(".lora_" in name for name in state["module"])
 
     start = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet").state_dict()

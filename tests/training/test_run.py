@@ -224,13 +224,24 @@ def test_micro_batches_do_not_change_the_step(make_recipe: MakeRecipe) -> None:
         assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
 
 
-def test_model_loads_in_diffusers_and_equals_sample(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_model_loads_in_diffusers_and_equals_sample(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_sdxl: Path, stored: str
+) -> None:
+    """Also where the reference's encoders are float16, as published: by themselves they would stay so."""
     from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from rlhf_t2i.sampling import sample
 
+    reference = tmp_path / "reference"
+    shutil.copytree(tiny_sdxl, reference)
+    if stored == "float16":
+        for name, cls in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            cls.from_pretrained(reference / name).half().save_pretrained(reference / name)
+            assert json.loads((reference / name / "config.json").read_text())["dtype"] == "float16"
     out = tmp_path / "out"
-    training.run(make_recipe(steps=1), out)
+    training.run(make_recipe(steps=1, models__reference=str(reference)), out)
     pipeline = StableDiffusionXLPipeline.from_pretrained(out / "model")
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(

@@ -114,6 +114,7 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
     assert len(told) == 1
     assert "step 2: " in told[0]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert rows
     assert all({"watch/reward", "watch/judge", "watch/diversity"} <= row.keys() for row in rows)
     assert all(row["timing"]["watch"] > 0 for row in rows)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]
