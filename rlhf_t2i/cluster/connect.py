@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 
@@ -97,6 +98,7 @@ def _introduce(place: str, address: str) -> None:
 
 
 def _environment() -> None:
-    """Quiet, private Ray: no usage statistics."""
+    """Quiet, private Ray: no usage statistics, and no advice on tokens (docs/security.md has ours)."""
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
