@@ -14,6 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from rlhf_t2i import planning, rng
 from rlhf_t2i.models.networks import one_step
@@ -54,8 +56,8 @@ def live(kind: str) -> int:
         return int(torch.cuda.memory_allocated())
     sizes: dict[int, int] = {}
     for item in gc.get_objects():
-        if not issubclass(type(item), torch.Tensor):
-            continue
+        if not issubclass(type(item), torch.Tensor) or isinstance(item, FakeTensor | FunctionalTensor):
+            continue  # those of torch.compile's caches hold nothing
         # A gradient exists in C++ and shows in Python only once it is asked for.
         for tensor in (item, item.grad if item.is_leaf else None):
             if tensor is not None and tensor.device.type == "cpu" and tensor.layout is torch.strided:

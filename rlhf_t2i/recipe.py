@@ -27,6 +27,7 @@ Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_no_co
 Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control)]
 Timestep = Annotated[int, Field(ge=0, le=999)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Checkpointed = Literal["learner", "assistant", "reference", "reward"]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
@@ -184,7 +185,7 @@ class Optimisation(Section):
     max_bad_steps: int = Field(
         3, ge=0, le=1_000_000, description="updates in a row that may be skipped, their gradient not being finite"
     )
-    gradient_checkpointing: bool | list[Literal["learner", "assistant", "reference", "reward"]] = Field(
+    gradient_checkpointing: bool | Annotated[list[Checkpointed], Field(min_length=1)] = Field(
         False, description="recompute activations, of all roles or of these: less memory, more time"
     )
     compile: bool = Field(

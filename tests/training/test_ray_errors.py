@@ -19,7 +19,7 @@ EXCEPTIONS = ray.exceptions
         (EXCEPTIONS.OutOfMemoryError("1 worker(s) were killed\nConsidered workers: [\n..."), ProcessLost,
          "a process of the learner died: 1 worker(s) were killed"),
         (EXCEPTIONS.OutOfDiskError("Local disk is full\nThe object cannot be created\n"), RunError,
-         "Ray failed while the learner worked: OutOfDiskError: Local disk is full"),
+         "Ray's object store is full, and so is the disk it spills to, while the learner worked (Local disk is full)"),
         (EXCEPTIONS.GetTimeoutError("Get timed out\nmore"), clients.NoAnswer, "the learner did not answer within 5 s"),
     ],
 )  # fmt: skip
