@@ -34,7 +34,7 @@ VARIANTS = {
     ],
     "micro-batch of 2": ["optimisation.micro_batch=2"],
     "without activation checkpointing": ["optimisation.gradient_checkpointing=false"],
-    "activations recomputed in rewards and decoder alone": ["optimisation.gradient_checkpointing=[reward]"],
+    "all activations recomputed": ["optimisation.gradient_checkpointing=true"],
     "blocks compiled": ["optimisation.compile=true"],
     "decoder in bf16": ["models.vae_precision=bf16"],
     "8-bit AdamW": [*(f"optimisation.{role}.kind=adamw_8bit" for role in ("generator", "assistant")), _RESIDENT],
