@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 from rlhf_t2i import files
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.recipe import Optimisation, Recipe
-from rlhf_t2i.roles import universal
-from rlhf_t2i.roles.engine import LocalEngine
+from rlhf_t2i.roles import pickles, universal
+from rlhf_t2i.roles.engine import LocalEngine, import_deepspeed
 from tests.security.hostile import Payload
 from tests.training.ranks import run_ranks
 from tests.training.test_universal import build, train
@@ -57,3 +58,20 @@ def test_shards_of_zero(make_recipe: Callable[..., Recipe], tmp_path: Path) -> N
     (tmp_path / "saved").mkdir()
     settings = make_recipe(optimisation__zero_stage=2).optimisation
     run_ranks(1, tmp_path, hostile_shards, settings, tmp_path / "saved", tmp_path / "ran")
+
+
+class Reach:
+    """Pickled as ``getattr(LossScaler, name)``."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+        return getattr, (LossScaler, "__init__")
+
+
+def test_getattr_serves_one_enum_alone(tmp_path: Path) -> None:
+    """Some releases of Python 3.11 pickle an enum's member through it, and with it nothing else may be reached."""
+    import_deepspeed()
+    torch.save({"more": Reach()}, tmp_path / "states.pt")
+    with pytest.raises(RunError, match="nothing of it was run: GLOBAL getattr"), pickles.tensors_only(tmp_path):
+        torch.load(tmp_path / "states.pt", weights_only=False)
