@@ -115,21 +115,16 @@ def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, con
         train: Whether parameters want gradients; False keeps only what the gradient in x_t needs.
         context: Text tokens.
     """
+    from rlhf_t2i.models.architectures import unet_inputs
+
     network = nn.Module.to(_on_meta(config), dtype)
     if not train:
         freeze(network).to(memory_format=torch.channels_last)
 
     def call() -> tuple[Tensor, Tensor]:
-        with torch.device("meta"):
-            x = torch.empty(1, config["in_channels"], size, size, dtype=dtype, requires_grad=True)
-            t = torch.empty(1, dtype=torch.long)
-            embeds = torch.empty(1, context, config["cross_attention_dim"], dtype=dtype)
-            added = None
-            if config.get("addition_embed_type") == "text_time":
-                pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-                added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
-        latents = x.contiguous(memory_format=torch.channels_last)
-        return x, network(latents, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+        inputs = unet_inputs(config, size, context=context, dtype=dtype)
+        x = inputs.pop("sample").requires_grad_(True)
+        return x, network(x.contiguous(memory_format=torch.channels_last), **inputs)[0]
 
     plain = peak(network, call)
     network.enable_gradient_checkpointing()

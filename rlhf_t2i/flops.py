@@ -174,19 +174,11 @@ def fresh_unet(config: dict[str, Any], size: int, context: int = 77) -> int:
 
 @cache
 def _unet(text: str, size: int, context: int) -> int:
-    import torch
-
-    from rlhf_t2i.models.architectures import build_on_meta
+    from rlhf_t2i.models.architectures import build_on_meta, unet_inputs
 
     config = json.loads(text)
-    network = build_on_meta(config)
-    with torch.device("meta"):
-        x, t = torch.empty(1, config["in_channels"], size, size), torch.empty(1, dtype=torch.long)
-        embeds, added = torch.empty(1, context, config["cross_attention_dim"]), None
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        return count(lambda: network(x, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False))
+    network, inputs = build_on_meta(config), unet_inputs(config, size, context=context)
+    return count(lambda: network(**inputs))
 
 
 def decoder(config: dict[str, Any], size: int) -> int:

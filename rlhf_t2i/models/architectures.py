@@ -186,3 +186,35 @@ def build_on_meta(config: Config) -> Any:
             kind = transformers.CLIPConfig if name == "CLIPModel" else transformers.CLIPTextConfig
             return getattr(transformers, name)(kind(**config))
     raise ValueError(f"{name} is not an architecture this project builds")
+
+
+def unet_inputs(config: Config, size: int, batch: int = 1, context: int = 77, dtype: Any = None) -> dict[str, Any]:
+    """Arguments of a UNet's forward without memory behind them.
+
+    Args:
+        config: The UNet's configuration.
+        size: Latent height and width.
+        batch: Samples.
+        context: Text tokens.
+        dtype: Of what is not a timestep; torch's default when absent.
+
+    Returns:
+        By name; ``sample`` is [batch, C, size, size].
+    """
+    import torch
+
+    with torch.device("meta"):
+        added = None
+        if config.get("addition_embed_type") == "text_time":
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            added = {
+                "text_embeds": torch.empty(batch, pooled, dtype=dtype),
+                "time_ids": torch.empty(batch, 6, dtype=dtype),
+            }
+        return {
+            "sample": torch.empty(batch, config["in_channels"], size, size, dtype=dtype),
+            "timestep": torch.empty(batch, dtype=torch.long),
+            "encoder_hidden_states": torch.empty(batch, context, config["cross_attention_dim"], dtype=dtype),
+            "added_cond_kwargs": added,
+            "return_dict": False,
+        }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i import flops
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models.architectures import build_on_meta
+from rlhf_t2i.models.architectures import build_on_meta, unet_inputs
 from rlhf_t2i.models.compiling import compile_blocks
 from rlhf_t2i.models.frozen import freeze
 from rlhf_t2i.models.networks import DTYPES
@@ -76,7 +76,7 @@ class _Block:
         return (flops.TRAINED if train else flops.PULLED) * self.flops / _seconds(run, device)
 
 
-def _heaviest(network: nn.Module, blocks: Iterable[nn.Module], call: Callable[[], Any]) -> _Block:
+def _heaviest(blocks: Iterable[nn.Module], call: Callable[[], Any]) -> _Block:
     """The block with the most FLOPs in a forward of the whole network, all on the meta device."""
     seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     hooks = [
@@ -93,19 +93,9 @@ def _heaviest(network: nn.Module, blocks: Iterable[nn.Module], call: Callable[[]
 
 
 def _unet_block(config: dict[str, Any], size: int, batch: int) -> _Block:
-    network = build_on_meta(config)
-    with torch.device("meta"):
-        x, t = torch.empty(batch, config["in_channels"], size, size), torch.empty(batch, dtype=torch.long)
-        embeds, added = torch.empty(batch, 77, config["cross_attention_dim"]), None
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            added = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
-        blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
-        return _heaviest(
-            network,
-            blocks,
-            lambda: network(x, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False),
-        )
+    network, inputs = build_on_meta(config), unet_inputs(config, size, batch)
+    blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
+    return _heaviest(blocks, lambda: network(**inputs))
 
 
 def _decoder_block(config: dict[str, Any], size: int, batch: int) -> _Block:
@@ -115,7 +105,7 @@ def _decoder_block(config: dict[str, Any], size: int, batch: int) -> _Block:
     blocks = [inner.mid_block, *inner.up_blocks] if hasattr(inner, "up_blocks") else [inner]
     with torch.device("meta"):
         latents = torch.empty(batch, config.get("latent_channels", 4), size, size)
-        return _heaviest(network, blocks, lambda: network.decode(latents, return_dict=False))
+        return _heaviest(blocks, lambda: network.decode(latents, return_dict=False))
 
 
 def _filled(module: nn.Module, device: torch.device) -> nn.Module:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.planning.devices import USABLE
 from rlhf_t2i.planning.memory import GroupPlan
@@ -135,7 +137,7 @@ def _changes(recipe: Recipe, group: GroupPlan) -> Iterator[Change]:
 def _fits(recipe: Recipe, change: Change, limit: float) -> bool:
     try:
         return _first_over(make(changed(recipe, change)), limit) is None
-    except (UsageError, ValueError):  # a batch or placement that does not divide; keys that exclude each other
+    except (UsageError, ValidationError):  # a batch or placement that does not divide; keys that exclude each other
         return False
 
 
