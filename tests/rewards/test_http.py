@@ -171,7 +171,11 @@ def test_an_answer_longer_than_its_scores_is_refused(body: bytes, server: Server
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("body", [b"[" * 4000, b'{"scores": [1, 1' + b"0" * 400 + b"]}", gzip.compress(b"[1, 2]")])
+# Named, because pytest would make the names from the bytes, and a gzip file holds the second it was written in.
+TRAPS = {"nesting": b"[" * 4000, "huge number": b'{"scores": [1, 1' + b"0" * 400 + b"]}", "gzip": gzip.compress(b"[1, 2]")}
+
+
+@pytest.mark.parametrize("body", TRAPS.values(), ids=TRAPS)
 def test_short_answers_that_are_traps(body: bytes, server: Server) -> None:
     server.answers = [(200, body, 0.0)]
     with pytest.raises(RunError, match=r"did not answer with JSON|number too large"):
