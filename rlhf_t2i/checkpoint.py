@@ -30,7 +30,7 @@ class Progress:
         rounds: Assistant updates done in all.
         reports: What the rounds of the current cycle measured, for the next line of metrics.
         bad_steps: Updates of generator or assistant skipped in all, their gradients not being finite.
-        bad_in_a_row: Those since the last good update.
+        bad_in_a_row: Those of each network since its last good update.
         rewards: The reward term of the last steps, oldest first: what checkpoints are compared by.
     """
 
@@ -39,7 +39,7 @@ class Progress:
     rounds: int = 0
     reports: list[dict[str, float]] = field(default_factory=list)
     bad_steps: int = 0
-    bad_in_a_row: int = 0
+    bad_in_a_row: dict[str, int] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
 
     def remember(self, reward: float | None, window: int) -> None:

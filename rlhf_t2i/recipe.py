@@ -183,7 +183,10 @@ class Optimisation(Section):
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimiser states in host memory")
     max_bad_steps: int = Field(
-        3, ge=0, le=1_000_000, description="updates in a row that may be skipped, their gradient not being finite"
+        3,
+        ge=0,
+        le=1_000_000,
+        description="updates of a network in a row that may be skipped, their gradient not being finite",
     )
     gradient_checkpointing: bool | Annotated[list[Checkpointed], Field(min_length=1)] = Field(
         False, description="recompute activations, of all roles or of these: less memory, more time"

@@ -153,20 +153,22 @@ class Trainer:
     def _judge(self, network: str, reports: list[dict[str, Any]]) -> None:
         """Count an update that the engines skipped.
 
+        Each network by itself: they take turns, so that a sound assistant would hide a generator that never moves.
+
         Raises:
-            RunError: More in a row than ``optimisation.max_bad_steps``.
+            RunError: More of the network's in a row than ``optimisation.max_bad_steps``.
         """
         state, limit = self.progress, self.recipe.optimisation.max_bad_steps
         if math.isfinite(reports[0]["grad_norm"]):
-            state.bad_in_a_row = 0
+            state.bad_in_a_row.pop(network, None)
             return
         state.bad_steps += 1
-        state.bad_in_a_row += 1
+        row = state.bad_in_a_row[network] = state.bad_in_a_row.get(network, 0) + 1
         prompt = next((p for report in reports for p in report.get("bad", [])), None)
         found = f"the {network}'s gradient is not finite" + (f" (prompt {prompt!r})" if prompt else "")
-        if state.bad_in_a_row > limit:
+        if row > limit:
             raise RunError(
-                f"step {state.step + 1}: {found}, for {state.bad_in_a_row} updates in a row "
+                f"step {state.step + 1}: {found}, for {row} of its updates in a row "
                 f"(optimisation.max_bad_steps: {limit}); lower the learning rate or look at that prompt"
             )
         self._warn(state.step + 1, f"{found}; the update is skipped")

@@ -172,7 +172,11 @@ def test_an_answer_longer_than_its_scores_is_refused(body: bytes, server: Server
 
 
 # Named, because pytest would make the names from the bytes, and a gzip file holds the second it was written in.
-TRAPS = {"nesting": b"[" * 4000, "huge number": b'{"scores": [1, 1' + b"0" * 400 + b"]}", "gzip": gzip.compress(b"[1, 2]")}
+TRAPS = {
+    "nesting": b"[" * 4000,
+    "huge number": b'{"scores": [1, 1' + b"0" * 400 + b"]}",
+    "gzip": gzip.compress(b"[1, 2]"),
+}
 
 
 @pytest.mark.parametrize("body", TRAPS.values(), ids=TRAPS)

@@ -76,12 +76,17 @@ def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_
     assert any(not torch.equal(states[1]["module"][n], states[2]["module"][n]) for n in states[1]["module"])
 
 
-def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
+@pytest.mark.parametrize("assistant_steps", [0, 2])
+def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path: Path, assistant_steps: int) -> None:
+    """Also with good updates of the assistant in between."""
     out = tmp_path / "out"
-    with pytest.raises(RunError, match=r"step 3: the generator's gradient .* 2 updates in a row .*max_bad_steps: 1"):
-        training.run(poisoned(2, 99, optimisation__max_bad_steps=1, algorithm__assistant_steps=0), out)
+    with pytest.raises(
+        RunError, match=r"step 3: the generator's gradient .* 2 of its updates in a row .*max_bad_steps: 1"
+    ):
+        training.run(poisoned(2, 99, optimisation__max_bad_steps=1, algorithm__assistant_steps=assistant_steps), out)
     folder, progress, warnings = checkpoint.find(out)
-    assert (folder.name, progress.bad_steps, progress.bad_in_a_row, warnings) == ("step_000002", 1, 1, [])
+    assert (folder.name, progress.bad_steps, progress.bad_in_a_row) == ("step_000002", 1, {"generator": 1})
+    assert warnings == []
 
 
 @pytest.mark.ray
