@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_t2i.device import own_device
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.export import ONE_STEP
 from rlhf_t2i.models import sources
@@ -41,8 +42,7 @@ def sample(model: str, prompts: Sequence[str], seed: int = 0, timestep: int | No
         pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=torch.float32, **source.kwargs)
     except Exception as error:
         raise UsageError(f"{model} cannot be loaded: {first_line(error)}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline.to(device)
+    pipeline.to(own_device())
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     size = settings.get("resolution")

@@ -82,6 +82,7 @@ class RayCluster:
         available = _available(kind, needed)
         if self._gpus and self._recipe.placement.share_devices and available >= 1:
             self._share = 1.0 / math.ceil(needed / available)
+            _check_sharing(self._specs, self._share)
         if available < needed * self._share:
             raise UsageError(
                 f"placement needs {needed} {kind}s ({', '.join(f'{g}: {len(s)}' for g, s in self._specs.items())}) "
@@ -267,6 +268,20 @@ class RayCluster:
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
+
+
+def _check_sharing(specs: dict[str, list[WorkerSpec]], share: float) -> None:
+    """Ranks that train together need a GPU each: NCCL refuses two on one, minutes later and without a name.
+
+    Raises:
+        UsageError: There are fewer GPUs than processes, and a group that trains has several.
+    """
+    for group, ranks in specs.items():
+        if share < 1 and ranks[0].trains and len(ranks) > 1:
+            raise UsageError(
+                f"placement.share_devices: the {len(ranks)} ranks of group {group!r} train together and cannot share "
+                "a GPU, and there are fewer GPUs than processes: give the group 1 device, or use more GPUs"
+            )
 
 
 def _available(kind: str, needed: int) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import files, plugin, registry
+from rlhf_t2i.device import own_device
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import benchmarks, features, fingerprints, journal, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
@@ -61,7 +62,7 @@ class Work:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         found = benchmarks.load(self.settings.prompts, self.settings.column).first(self.settings.limit)
         self.prompts = found
         self.sampling: Sampling = resolve(self.settings)

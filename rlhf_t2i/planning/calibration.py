@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i import flops
+from rlhf_t2i.device import own_device
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models.architectures import build_on_meta, unet_inputs
 from rlhf_t2i.models.compiling import compile_blocks
@@ -41,7 +42,7 @@ def rates(recipe: Recipe, micro: int) -> Rates:
     if networks.unet is None or networks.vae is None:
         raise UsageError("--device here: the configurations of UNet and VAE must be at hand, and one is not")
     size, compiled = networks.latents[1], recipe.optimisation.compile
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     unet = _unet_block(networks.unet, size, micro)
     decoder = _decoder_block(networks.vae, size, micro)
     return Rates(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import flops, plugin, registry, rng
+from rlhf_t2i.device import own_device
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models import sources
 from rlhf_t2i.models.quiet import quietly
@@ -64,7 +65,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         sources.use_revisions(spec.recipe.revisions)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
         # Before the networks: afterwards there may be no room. Processes that share a GPU would measure each other.
         shared = spec.recipe.placement.share_devices
