@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from rlhf_t2i import files
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import Checkpoints
 
 MANIFEST = "manifest.json"
 TRAINED_ROLES = ("learner", "assistant")
 _LONGEST_WINDOW = 1000
+_NAME = re.compile(r"step_(\d+)(?:_round_(\d+))?")
 
 
 @dataclass
@@ -66,19 +67,18 @@ def save(cluster: Cluster, out: Path, progress: Progress, policy: Checkpoints) -
     """
     target = folder_of(out, progress)
     try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        files.remove_unfinished(out / "checkpoints")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.sync_folder(out)
+        files.remove_unfinished(target.parent)
         with files.whole_folder(target) as folder:
             for role in TRAINED_ROLES:
                 (folder / role).mkdir()
                 cluster.call_all(role, "save", str(folder / role))
             manifest = {"progress": asdict(progress), "reward": progress.reward(), "files": _entries(folder)}
             files.write_json(folder / MANIFEST, manifest)
+        _prune(out, target, policy)
     except OSError as error:
-        raise RunError(
-            f"the checkpoint {target} could not be written: {error.strerror or error}; earlier ones are intact"
-        ) from error
-    _prune(out, target, policy)
+        raise files.not_written(Path(error.filename or target.parent), error.strerror) from error
     return target
 
 
@@ -102,7 +102,7 @@ def _prune(out: Path, target: Path, policy: Checkpoints) -> None:
         kept |= {*best(older)}
     for folder in present:
         if folder not in kept:
-            shutil.rmtree(folder)
+            files.remove(folder)
 
 
 def best(folders: Sequence[Path]) -> list[Path]:
@@ -125,12 +125,11 @@ def _reward(folder: Path) -> float | None:
 
 
 def _newest_first(out: Path) -> list[Path]:
-    return sorted((out / "checkpoints").glob("step_*"), key=_when, reverse=True)
-
-
-def _when(folder: Path) -> list[int]:
-    """``step_000123_round_004`` as [123, 4]: as text a millionth step would sort before the second."""
-    return [int(part) for part in folder.name.split("_") if part.isdigit()]
+    """What :func:`folder_of` names; a copy under another name is neither read nor pruned."""
+    found = {folder: _NAME.fullmatch(folder.name) for folder in (out / "checkpoints").glob("step_*")}
+    # As numbers: as text a millionth step would sort before the second.
+    when = {folder: (int(name[1]), int(name[2] or 0)) for folder, name in found.items() if name}
+    return sorted(when, key=lambda folder: when[folder], reverse=True)
 
 
 def find(out: Path) -> tuple[Path | None, Progress, list[str]]:
@@ -143,6 +142,7 @@ def find(out: Path) -> tuple[Path | None, Progress, list[str]]:
         UsageError: All are damaged.
     """
     warnings: list[str] = []
+    files.put_back(out / "checkpoints")
     for folder in _newest_first(out):
         damage = _damage(folder)
         if damage is None:
@@ -164,7 +164,7 @@ def _damage(folder: Path) -> str | None:
             if file.stat().st_size != entry["bytes"] or files.sha256(file) != entry["sha256"]:
                 return f"{name} has changed"
         Progress(**manifest["progress"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return None
 

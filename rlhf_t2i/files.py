@@ -1,7 +1,9 @@
-"""Files that are whole or absent: written aside, then renamed."""
+"""Files that are whole or absent: written aside, then renamed. And folders that one process has to itself."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -12,9 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 
-_ASIDE = ".writing-"
+_ASIDE, _OLD = ".writing-", ".writing-old-"
+_FULL = 2**16  # free bytes of a disk that counts as full
+LOCK = ".lock"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors of the system that speak of the disk, not of the program."""
 
 
 def expanded(path: str) -> Path:
@@ -48,12 +54,24 @@ def write_atomic(path: Path, data: bytes | str, durable: bool = False) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(_ASIDE + path.name)
-    with aside.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    return aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        return aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def append_line(path: Path, row: Any) -> None:
+    """Add a line of JSON to a file, and wait until it is on the disk: a checkpoint written next must not outlive it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,23 +81,59 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``path`` only if the block succeeds; an older ``path`` is replaced."""
-    aside = path.with_name(_ASIDE + path.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Yield an empty folder that becomes ``path`` only if the block succeeds; an older ``path`` is replaced.
+
+    Raises:
+        RunError: It could not be written, and why; an older ``path`` is as it was.
+    """
+    aside, old = path.with_name(_ASIDE + path.name), path.with_name(_OLD + path.name)
     try:
+        remove(aside)
+        aside.mkdir(parents=True)
         yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            shutil.rmtree(path)
+        _sync_tree(aside)
+        if os.path.lexists(path):  # out of the way in one step: a kill while it is being removed would leave half of it
+            remove(old)
+            path.rename(old)
         aside.rename(path)
         sync_folder(path.parent)
-    except BaseException:
+        remove(old)
+    except BaseException as error:
+        why = _why_not_written(error, path.parent)  # while the disk is still full
         shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        if why is not None:
+            raise not_written(path, why) from error
         raise
+
+
+def not_written(path: Path, why: str | None) -> RunError:
+    """The sentence about a file or folder that could not be written."""
+    return RunError(f"{path} could not be written: {why}; what was written before is intact")
+
+
+def _why_not_written(error: BaseException, folder: Path) -> str | None:
+    """The disk's part in an error; None where it has none.
+
+    Of a full disk torch's writer says "iostream error", and a process under Ray only that it failed.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, ProcessLost) or not isinstance(error, Exception):
+        return None
+    if shutil.disk_usage(folder).free < _FULL:
+        return os.strerror(errno.ENOSPC)
+    writers = "iostream" in str(error) or "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
+    return first_line(error) if writers else None
+
+
+def put_back(parent: Path) -> None:
+    """Give a folder its name again that :func:`whole_folder` had moved away when its process was killed."""
+    for old in parent.glob(f"{_OLD}*"):
+        path = parent / old.name.removeprefix(_OLD)
+        if not os.path.lexists(path):
+            old.rename(path)
 
 
 def remove_unfinished(parent: Path) -> None:
@@ -89,18 +143,54 @@ def remove_unfinished(parent: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder and all in it, if it is there."""
-    if folder.exists():
+    """Remove a folder and all in it, if it is there; of a link to one only the link."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
         shutil.rmtree(folder)
 
 
+def _sync_tree(folder: Path) -> None:
+    """Wait until all files in a folder, and their names, are on the disk."""
+    for below, _, names in os.walk(folder):
+        for name in names:
+            with (Path(below) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(below))
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a power cut."""
+    """Make new names in the folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(out: Path, what: str) -> Iterator[None]:
+    """Hold OUT for one process; the lock ends with the process, however it ends.
+
+    A file system without locks (Lustre can be mounted so) holds nothing.
+
+    Raises:
+        UsageError: Another process holds it, or the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stream = (out / LOCK).open("w")
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--out {out}: another {what} works in this folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+        yield
 
 
 def sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_t2i import files, flops
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.report.reading import events
 from rlhf_t2i.roles.engine import learning_rate
 from rlhf_t2i.roles.stopwatch import WAIT
 
@@ -95,23 +96,17 @@ class MetricsFile:
 
             self._writers = open_writers(list(writers), out)
 
-    def drop_after(self, step: int) -> None:
-        """Forget lines of steps that a resumed run will do again (and one half-written by a kill)."""
+    def drop_after(self, progress: Progress) -> None:
+        """Forget lines of updates that a resumed run will do again (and one half-written by a kill)."""
         if not self._path.is_file():
             return
-        kept = []
-        for line in self._path.read_text("utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
-        files.write_text(self._path, "".join(line + "\n" for line in kept))
+        done = [progress.step, progress.round]
+        kept = [row for row in events(self._path) if row.get("after", [row["step"], 0]) <= done]
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(files.finite(metrics), allow_nan=False) + "\n")
+        files.append_line(self._path, metrics)
         for writer in self._writers:
             writer.log(metrics["step"], metrics)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import time
@@ -49,11 +48,13 @@ class RunFolder:
             self.evaluation.mkdir(exist_ok=True)
             files.write_text(self.recipe, recipe_io.dump(recipe))
         except OSError as error:
+            self.discard()
             raise UsageError(f"--out {self.path} cannot be written: {error.strerror}") from None
 
     def discard(self) -> None:
         """Take back what :meth:`create` wrote for a run that never started; anything else in the folder stays."""
-        self.recipe.unlink(missing_ok=True)
+        for file in (self.recipe, self.path / files.LOCK):
+            file.unlink(missing_ok=True)
         for folder in (self.samples, self.evaluation, self.path):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
@@ -96,8 +97,7 @@ class RunFolder:
         changed = _differences(recipe_io.load(self.recipe).model_dump(), recipe.model_dump())
         if not changed:
             return
-        with (self.path / "recipe_changes.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "changed": changed}, ensure_ascii=False) + "\n")
+        files.append_line(self.path / "recipe_changes.jsonl", {"step": step, "changed": changed})
         files.write_text(self.recipe, recipe_io.dump(recipe))
 
     @contextmanager

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i import checkpoint, export, measure, prompts, report
+from rlhf_t2i import checkpoint, export, files, measure, prompts, report
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.display import Display, Silent
@@ -20,18 +17,11 @@ from rlhf_t2i.metrics import MetricsFile, reward_term, step_metrics
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.rounding import RoundingJudge
 from rlhf_t2i.run_folder import RunFolder
+from rlhf_t2i.signals import Signals, Stopped
 from rlhf_t2i.watch import Watch
 
 TRAINED = {"generator": "learner", "assistant": "assistant"}
 """Trained networks, and the roles that train them."""
-
-
-class Stopped(Exception):
-    """A signal ended the run after a checkpoint."""
-
-    def __init__(self, number: int, saved: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; checkpoint {saved}; continue with --resume")
-        self.exit_code = 128 + number
 
 
 @dataclass
@@ -44,6 +34,7 @@ class Trainer:
         cluster: The roles.
         display: Who is told.
         progress: Where the run stands.
+        signals: Who may ask it to stop.
     """
 
     recipe: Recipe
@@ -51,6 +42,7 @@ class Trainer:
     cluster: Cluster
     display: Display
     progress: Progress
+    signals: Signals
 
     def __post_init__(self) -> None:
         data, seed = self.recipe.data, self.recipe.seed
@@ -63,8 +55,8 @@ class Trainer:
         self._events = MetricsFile(self.out.path / "events.jsonl", (), self.out.path)
         self._watch = Watch(self.out.evaluation / "watch.jsonl", self.recipe)
         self._rounding = RoundingJudge(self.recipe)
-        self._stop: int | None = None
         self._saving: float | None = None
+        self._saved: tuple[int, int, Path] | None = None
 
     def run(self) -> None:
         """Train to the end, from wherever ``progress`` stands.
@@ -72,11 +64,11 @@ class Trainer:
         Raises:
             Stopped: A signal arrived; a checkpoint was written.
         """
-        self._metrics.drop_after(self.progress.step)
-        self._events.drop_after(self.progress.step)
+        self._metrics.drop_after(self.progress)
+        self._events.drop_after(self.progress)
         self._watch.resume(self.progress.step if self.progress != Progress() else -1)
         try:
-            with self._signals():
+            with self.signals.held():
                 if self.progress == Progress():
                     self._measure("before")
                 self._loop()
@@ -86,7 +78,7 @@ class Trainer:
             weights = self.cluster.call_all("learner", "weights", self._weights)[0]
             export.write_pipeline(self.recipe, weights, self.out.model)
         except ProcessLost as lost:
-            if self._stop is not None:  # who asked to stop shall not wait for a restart
+            if self.signals.asked is not None:  # who asked to stop shall not wait for a restart
                 raise RunError(f"{lost}, while stopping; continue with --resume") from lost
             raise
         finally:
@@ -137,18 +129,20 @@ class Trainer:
         self._metrics.write(metrics)
         self.display.step(state, metrics)
         for text in warnings:
-            self._warn(state.step, text)
+            self._warn(text, state.step)
         if state.step % self.recipe.logging.samples_every == 0:
             self._preview()
         if state.step % self.recipe.checkpoints.every == 0 and state.step < self.recipe.steps:
             self._save()
 
     def _save(self) -> Path:
-        """Write a checkpoint; the next step's metrics say how long training stood still for it."""
-        began = time.perf_counter()
-        saved = checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints)
-        self._saving = time.perf_counter() - began
-        return saved
+        """Write a checkpoint, if there is none of this moment; the next step's metrics say how long that took."""
+        step, round_ = self.progress.step, self.progress.round
+        if self._saved is None or self._saved[:2] != (step, round_):
+            began = time.perf_counter()
+            saved = checkpoint.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints)
+            self._saving, self._saved = time.perf_counter() - began, (step, round_, saved)
+        return self._saved[2]
 
     def _judge(self, network: str, reports: list[dict[str, Any]]) -> None:
         """Count an update that the engines skipped.
@@ -171,12 +165,14 @@ class Trainer:
                 f"step {state.step + 1}: {found}, for {row} of its updates in a row "
                 f"(optimisation.max_bad_steps: {limit}); lower the learning rate or look at that prompt"
             )
-        self._warn(state.step + 1, f"{found}; the update is skipped")
+        done = (state.step, state.round + 1) if network == "assistant" else (state.step + 1, 0)
+        self._warn(f"{found}; the update is skipped", *done)
 
-    def _warn(self, step: int, text: str) -> None:
-        """Tell the user, and keep it for the report."""
-        self.display.note(f"step {step}: {text}")
-        self._events.write({"step": step, "text": text})
+    def _warn(self, text: str, step: int, round_: int = 0) -> None:
+        """Tell the user, and keep it for the report; with how many steps, and rounds of the next one, were done."""
+        named = step + 1 if round_ else step
+        self.display.note(f"step {named}: {text}")
+        self._events.write({"step": named, "after": [step, round_], "text": text})
 
     def _look(self, metrics: dict[str, Any]) -> list[str]:
         """Every ``logging.watch_every`` steps: add what is watched to the metrics; returns the warnings it gives."""
@@ -232,31 +228,19 @@ class Trainer:
         self._preview()
         drawn = measure.evaluate(
             self.recipe, self.cluster, self._evaluated(), self._weights, self.progress.step,
-            self.out.evaluation, when, self.display.phase,
+            self.out.evaluation, when, self._measured,
         )  # fmt: skip
         if when == "before" and self.recipe.logging.watch_every:
             self._watch.take(0, drawn.first(len(self._watched())))
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGTERM or Ctrl-C ends the run after a checkpoint; a second one at once."""
-
-        def handler(number: int, frame: Any) -> None:
-            if self._stop is not None:
-                raise KeyboardInterrupt
-            self._stop = number
-            self.display.note(f"{signal.Signals(number).name}: finishing this update, then writing a checkpoint")
-
-        previous = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, old in previous.items():
-                signal.signal(number, old)
+    def _measured(self, text: str) -> None:
+        """A part of an evaluation is done; all of it can take as long as hundreds of steps."""
+        self.display.phase(text)
+        self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self._stop is not None:
-            raise Stopped(self._stop, self._save())
+        if self.signals.asked is not None:
+            raise Stopped(self.signals.asked, self._save())
 
 
 def run(
@@ -283,32 +267,56 @@ def run(
     Raises:
         UsageError: The recipe or a file is wrong; nothing was started.
         RunError: Something failed while running.
-        Stopped: A signal arrived; a checkpoint was written.
+        Stopped: A signal arrived; while the run trained a checkpoint was written.
     """
+    display, folder = display or Silent(), RunFolder(out)
+    signals = Signals(display)
+    try:
+        with signals:
+            recipe = _checked(recipe, folder.revisions() if resume else None)
+            with files.exclusive(folder.path, "run"):
+                _run(recipe, folder, resume, allow_recipe_change, address, display, signals, command)
+    except OSError as error:
+        if error.errno not in files.DISK:
+            raise
+        raise files.not_written(Path(error.filename or folder.path), error.strerror) from error
+    except KeyboardInterrupt:
+        if signals.asked is None or signals.again:
+            raise
+        raise Stopped(signals.asked) from None
+
+
+def _run(
+    recipe: Recipe,
+    folder: RunFolder,
+    resume: bool,
+    allow_recipe_change: bool,
+    address: str | None,
+    display: Display,
+    signals: Signals,
+    command: str,
+) -> None:
     from rlhf_t2i.cluster.start import start
 
-    display = display or Silent()
-    folder = RunFolder(out)
-    recipe = _checked(recipe, folder.revisions() if resume else None)
     progress, saved = Progress(), None
     if resume:
         changed = folder.compare_recipe(recipe, allow_recipe_change)
-        saved, progress = _newest(out, display)
+        saved, progress = _newest(folder.path, display)
         if changed:
             display.note(f"the recipe has changed: {', '.join(changed)}")
     else:
         folder.create(recipe)
-    display.phase("starting the roles")
     try:
+        display.phase("starting the roles")
         cluster = start(recipe, folder, address)
-    except (RunError, UsageError):
+    except BaseException:
         if not resume:
             folder.discard()
         raise
     with folder.record(recipe, command):
-        _train_with_restarts(recipe, folder, cluster, address, display, saved, progress)
+        _train_with_restarts(recipe, folder, cluster, address, display, signals, saved, progress)
     display.phase("writing the report")
-    report.write_report(out)
+    report.write_report(folder.path)
 
 
 def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
@@ -334,6 +342,7 @@ def _train_with_restarts(
     cluster: Cluster,
     address: str | None,
     display: Display,
+    signals: Signals,
     saved: Path | None,
     progress: Progress,
 ) -> None:
@@ -349,7 +358,7 @@ def _train_with_restarts(
     while True:
         try:
             running = running or start(recipe, folder, address)  # a process lost meanwhile is one more restart
-            _train(recipe, folder, running, display, saved, progress)
+            _train(recipe, folder, running, display, signals, saved, progress)
             return
         except ProcessLost as lost:
             if restarts == recipe.placement.max_restarts:
@@ -364,7 +373,13 @@ def _train_with_restarts(
 
 
 def _train(
-    recipe: Recipe, folder: RunFolder, cluster: Cluster, display: Display, saved: Path | None, progress: Progress
+    recipe: Recipe,
+    folder: RunFolder,
+    cluster: Cluster,
+    display: Display,
+    signals: Signals,
+    saved: Path | None,
+    progress: Progress,
 ) -> None:
     """Train on a fresh cluster, from a checkpoint or the beginning; the cluster is closed whatever happens."""
     try:
@@ -374,7 +389,7 @@ def _train(
             cluster.sync_generator()
             display.note(f"resuming from {saved.name}")
         folder.update_recipe(recipe, progress.step)  # only now: what cannot be restored changes nothing
-        Trainer(recipe, folder, cluster, display, progress).run()
+        Trainer(recipe, folder, cluster, display, progress, signals).run()
     finally:
         cluster.close()
 

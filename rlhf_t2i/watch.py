@@ -136,8 +136,7 @@ class Watch:
         measurement = self._measurement(step, drawn)
         if measurement is None:
             return {}, []
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(measurement))
+        files.append_line(self._path, vars(measurement))
         return measurement.metrics(), self._detector.take(measurement)
 
     def _measurement(self, step: int, drawn: Drawn) -> Measurement | None:

@@ -57,7 +57,7 @@ def ablate(
     """
     ablation = _with_seeds(schema.load(recipe), seeds)
     execute.tasks(ablation, out, list(more), only)  # refuses a bad row before anything is started
-    with journal.exclusive(out, "ablation"), _terminable():
+    with files.exclusive(out, "ablation"), _terminable():
         ablation = _with_unit(ablation, out, more, say, train)
         tasks = execute.tasks(ablation, out, list(more), only)
         for task in tasks:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray._private import ray_constants
@@ -37,7 +41,8 @@ def start_local_ray(processes: int) -> None:
     cpus = max(os.cpu_count() or 1, processes)
     # "local": a RAY_ADDRESS in the environment is not --address.
     try:
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        with _own_sigterm():
+            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"Ray does not start on this machine: {first_line(error)}") from error
     bound = ray.util.get_node_ip_address()
@@ -59,7 +64,8 @@ def join(address: str) -> None:
         raise UsageError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
     try:
         _introduce(place, address)
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with _own_sigterm():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
     except ray.exceptions.AuthenticationError as error:
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise UsageError(
@@ -95,6 +101,21 @@ def _introduce(place: str, address: str) -> None:
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     ensure_token_if_auth_enabled(create_token_if_missing=False)  # without a token the next line would end the process
     GcsClient(address=place)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray replaces it by its own, which exits with code 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM and callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> None:

@@ -63,12 +63,9 @@ class RayCluster:
     def _connect_ray(self, address: str | None) -> None:
         if address is None and ray.is_initialized():
             pass
-        elif address is None:
-            start_local_ray(len(self._all_specs))
-            self._started_ray = True
         else:
-            join(address)
-            self._started_ray = True
+            self._started_ray = True  # also if a signal comes while it starts
+            join(address) if address is not None else start_local_ray(len(self._all_specs))
         self._gpus = ray.cluster_resources().get("GPU", 0) > 0
 
     @property

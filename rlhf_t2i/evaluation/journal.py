@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,26 +55,6 @@ class Journal:
 def dumps(data: Any) -> str:
     """JSON that any reader takes: numbers that are none become null, and the same data gives the same bytes."""
     return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-@contextmanager
-def exclusive(out: Path, what: str) -> Iterator[None]:
-    """Hold OUT for one process; the lock ends with the process, however it ends.
-
-    Raises:
-        UsageError: Another process holds it, or the folder cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stream = (out / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"--out {out}: another {what} works in this folder") from None
-        yield
 
 
 def claim(out: Path, name: str, identity: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ def evaluate(settings: Settings, out: Path, progress: Progress | None = None) ->
         UsageError: Bad settings, or ``out`` holds another evaluation.
     """
     check(settings)
-    with journal.exclusive(out, "evaluation"), quietly():
+    with files.exclusive(out, "evaluation"), quietly():
         start = time.monotonic()
         work = Work(settings, out, progress or (lambda what, done, total: None))
         work.draw()

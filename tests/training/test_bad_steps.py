@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import torch
 from rlhf_t2i import checkpoint, training
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.recipe import Recipe
-from tests.training.test_run import metrics
+from rlhf_t2i.roles.assistant import AssistantRole
+from tests.training.test_run import StopAt, metrics
 
 MakeRecipe = Callable[..., Recipe]
 # Not finite in the calls FIRST to LAST of the first process alone, so that ranks must agree to skip.
@@ -87,6 +90,27 @@ def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path
     folder, progress, warnings = checkpoint.find(out)
     assert (folder.name, progress.bad_steps, progress.bad_in_a_row) == ("step_000002", 1, {"generator": 1})
     assert warnings == []
+
+
+@pytest.mark.parametrize("stop", [(1, 1), (1, 0), (0, 1)])
+def test_warnings_of_an_unfinished_cycle_are_kept_once(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: tuple[int, int]
+) -> None:
+    """A skipped update of the assistant, before a checkpoint in the middle of that cycle or after it."""
+    train = AssistantRole.train
+
+    def bad_in_the_first_round(role: AssistantRole, number: int, *args: Any) -> Any:
+        report = train(role, number, *args)
+        return report | {"grad_norm": math.inf} if number % 2 == 0 else report
+
+    monkeypatch.setattr(AssistantRole, "train", bad_in_the_first_round)
+    recipe, out = make_recipe(steps=2, algorithm__assistant_steps=2), tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(training.Stopped):
+        training.run(recipe, out, display=StopAt(patch, *stop))
+    training.run(recipe, out, resume=True)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]
+    assert [event["step"] for event in events] == [1, 2]
+    assert [row["bad_steps"] for row in metrics(out)] == [1, 2]
 
 
 @pytest.mark.ray

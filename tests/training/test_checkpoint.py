@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_t2i import checkpoint, training
+from rlhf_t2i import checkpoint, files, training
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.recipe import Checkpoints, Recipe
 
@@ -78,6 +81,70 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path) == (None, Progress(), [])
     save(tmp_path, 8, None, Checkpoints())
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000008"]
+
+
+@pytest.mark.parametrize("moment", ["before it is moved", "between", "while the old one is removed"])
+def test_a_kill_while_one_replaces_another_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """SIGTERM just after a regular checkpoint once removed it to write the same one again; SIGKILL came next."""
+    save(tmp_path, 1, None, Checkpoints(keep=1))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if moment == "while the old one is removed":
+            # Half of it is gone.
+            patch.setattr(files.shutil, "rmtree", lambda folder, **more: (Path(folder) / "learner/state").unlink())
+        else:
+            renamed, left = Path.rename, 0 if moment == "before it is moved" else 1
+
+            def rename(path: Path, to: Path) -> Path:
+                nonlocal left
+                left -= 1
+                return renamed(path, to) if left >= 0 else killed()
+
+            patch.setattr(Path, "rename", rename)
+            patch.setattr(files, "_why_not_written", killed)  # nor does anything that would tidy up
+        with contextlib.suppress(Killed):
+            save(tmp_path, 1, None, Checkpoints(keep=1))
+    found, _, warnings = checkpoint.find(tmp_path)
+    assert found == tmp_path / "checkpoints/step_000001"
+    assert warnings == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux which file a descriptor is")
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+
+    def named(path: Path) -> str:
+        return str(path.relative_to(tmp_path)).replace(".writing-", "")
+
+    synced, renamed = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(named(Path(f"/proc/self/fd/{fd}").resolve())) or synced(fd))
+    monkeypatch.setattr(Path, "rename", lambda path, to: done.append("renamed") or renamed(path, to))
+    save(tmp_path, 1, None, Checkpoints())
+    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    folder = "checkpoints/step_000001"
+    parts = ("", "/learner", "/learner/state", "/assistant", "/assistant/state", "/manifest.json")
+    assert {".", *(folder + part for part in parts)} <= set(before)
+    assert after == ["checkpoints"]
+
+
+def test_a_copy_under_another_name_is_neither_read_nor_pruned(tmp_path: Path) -> None:
+    save(tmp_path, 1, None, Checkpoints(keep=1))
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_000001", folder / "step_000001_before_the_crash")
+    shutil.copytree(folder / "step_000001", tmp_path / "elsewhere")
+    (folder / "step_000000").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path, 2, None, Checkpoints(keep=1, keep_best=False))
+    assert checkpoint.find(tmp_path)[1].step == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000001_before_the_crash", "step_000002"]
+    assert (tmp_path / "elsewhere/manifest.json").is_file()
 
 
 def test_the_window_is_the_last_steps(tmp_path: Path) -> None:

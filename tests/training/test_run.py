@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_t2i import checkpoint, recipe_io, training
+from rlhf_t2i import checkpoint, export, recipe_io, training
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, UsageError
@@ -112,22 +114,50 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(make_recipe: M
     assert metrics(broken) == metrics(whole)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(
+@contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """As on a full disk, writing fails part of the way, in torch's and safetensors' own writers as well."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [10_000, 100_000])
+def test_a_full_disk_keeps_the_last_checkpoint(make_recipe: MakeRecipe, tmp_path: Path, size: int) -> None:
+    cluster = LocalCluster(make_recipe())
+    checkpoint.save(cluster, tmp_path, Progress(1, 0, 1), Checkpoints())
+    with no_file_over(size), pytest.raises(RunError, match=r"step_000002 could not be written: .*; what was .* intact"):
+        checkpoint.save(cluster, tmp_path, Progress(2, 0, 2), Checkpoints())
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    assert checkpoint.find(tmp_path)[1].step == 1
+
+
+def test_a_full_disk_keeps_the_exported_model(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", make_recipe(steps=1)
+    training.run(recipe, out)
+    before = model_bytes(out)
+    weights = LocalCluster(recipe).call_all("learner", "weights", "live")[0]
+    with no_file_over(100_000), pytest.raises(RunError, match=r"out/model could not be written: .* intact"):
+        export.write_pipeline(recipe, weights, out / "model")
+    assert model_bytes(out) == before
+    assert not list(out.glob(".writing-*"))
+
+
+def test_a_disk_that_is_full_for_metrics_is_a_sentence_too(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
-    cluster = LocalCluster(make_recipe())
-    checkpoint.save(cluster, out, Progress(1, 0, 1), Checkpoints())
+    def full(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", str(self))
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("rlhf_t2i.files.write_json", full)
-    with pytest.raises(training.RunError, match="No space left on device; earlier ones are intact"):
-        checkpoint.save(cluster, out, Progress(2, 0, 2), Checkpoints())
-    monkeypatch.undo()
-    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_000001"]
-    assert checkpoint.find(out)[1].step == 1
+    out, opened = tmp_path / "out", Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *a, **k: (full if path.name == "metrics.jsonl" else opened)(path, *a, **k)
+    )
+    with pytest.raises(RunError, match=r"metrics\.jsonl could not be written: No space left on device"):
+        training.run(make_recipe(), out)
 
 
 def test_refuses_a_folder_with_another_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:

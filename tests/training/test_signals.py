@@ -1,0 +1,116 @@
+"""SIGTERM in every phase of a run, and two runs at once in one folder."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_t2i import checkpoint, training
+from rlhf_t2i.cluster import connect
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import Recipe
+from tests.training.test_run import metrics, model_bytes
+
+MakeRecipe = Callable[..., Recipe]
+
+
+class At(training.Silent):
+    """Does something once when a phase begins."""
+
+    def __init__(self, phase: str, act: Callable[[], Any]) -> None:
+        self._phase, self._act = phase, act
+        self.acted = False
+
+    def phase(self, text: str) -> None:
+        if not self.acted and text.startswith(self._phase):
+            self.acted = True
+            self._act()
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, handler = make_recipe(steps=1), signal.getsignal(signal.SIGTERM)
+    training.run(recipe, tmp_path / "whole")
+    phases = {
+        "starting the roles": None,
+        "measuring before training: 4 of 8": "step_000000",
+        "measuring after training: 4 of 8": "step_000001",
+        "writing the model": "step_000001",
+        "writing the report": "step_000001",
+    }
+    for phase, newest in phases.items():
+        out, display = tmp_path / phase, At(phase, terminate)
+        with pytest.raises(training.Stopped, match="stopped by SIGTERM") as stopped:
+            training.run(recipe, out, display=display)
+        assert stopped.value.exit_code == 143
+        assert signal.getsignal(signal.SIGTERM) is handler
+        if newest is None:
+            assert not out.exists()  # as if the command had never been given
+            training.run(recipe, out)
+        else:
+            assert checkpoint.find(out)[0] == out / "checkpoints" / newest, phase
+            assert not list(out.glob(".writing-*"))
+            training.run(recipe, out, resume=True)
+        assert model_bytes(out) == model_bytes(tmp_path / "whole"), phase
+        assert metrics(out) == metrics(tmp_path / "whole"), phase
+        for name in ("evaluation/before.json", "evaluation/after.json", "report.html"):
+            assert (out / name).is_file(), (phase, name)
+
+
+def test_a_second_signal_ends_a_run_at_once(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    def twice() -> None:
+        terminate()
+        terminate()
+
+    with pytest.raises(KeyboardInterrupt):
+        training.run(make_recipe(), tmp_path / "out", display=At("measuring after", twice))
+    assert checkpoint.find(tmp_path / "out")[1].step == 3
+
+
+def test_a_folder_holds_one_run_at_a_time(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, out = make_recipe(steps=1), tmp_path / "out"
+
+    def again() -> None:
+        for resume in (True, False):
+            with pytest.raises(UsageError, match="another run works in this folder"):
+                training.run(recipe, out, resume=resume)
+
+    display = At("measuring after", again)
+    training.run(recipe, out, display=display)
+    assert display.acted
+    training.run(recipe, out, resume=True)  # the lock ended with the run
+
+
+@pytest.mark.parametrize("stop", ["", "while Ray starts"])
+def test_ray_leaves_sigterm_to_the_run(monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    """Its own handler exits with code 15, and nothing is written."""
+    heard = list[int]()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    ours = signal.getsignal(signal.SIGTERM)
+
+    def init(*args: Any, **more: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if stop:
+            terminate()
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    try:
+        if stop:
+            with pytest.raises(SystemExit):
+                connect.start_local_ray(1)
+        else:
+            connect.start_local_ray(1)
+        assert signal.getsignal(signal.SIGTERM) is ours
+        assert heard == ([signal.SIGTERM] if stop else [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
