@@ -7,20 +7,23 @@ pictures and token go to the named host alone; an answer longer than its numbers
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from rlhf_t2i import plugin
-from rlhf_t2i.errors import RunError
+from rlhf_t2i.errors import RunError, UsageError
 
 _BASE_BYTES, _BYTES_A_SCORE = 4096, 64  # an answer of B scores may have this much more than B times that
 
@@ -31,7 +34,7 @@ class HTTPOptions(plugin.Options):
     """Where the scorer answers and how patient to be."""
 
     url: str = Field(description="http:// or https:// address that takes the POST")
-    timeout_s: Seconds = Field(60.0, description="seconds for one attempt")
+    timeout_s: Seconds = Field(60.0, description="seconds for one attempt, from the connection to the last byte")
     retries: int = Field(3, ge=0, le=100, description="more attempts after a time-out, a lost connection or a 5xx")
     backoff_s: float = Field(1.0, ge=0, le=600, description="pause before the first retry; doubled each time")
     token_env: str | None = Field(None, description="environment variable with a bearer token")
@@ -42,6 +45,9 @@ class HTTPOptions(plugin.Options):
     def _web_address(cls, value: str) -> str:
         if not value.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
+        parts = urlsplit(value)
+        if not parts.hostname or parts.port == 0:  # port raises, too
+            raise ValueError("must name a host")
         return value
 
 
@@ -56,10 +62,15 @@ class HTTPReward(plugin.Reward):
     def __init__(self, options: HTTPOptions) -> None:
         super().__init__(options)
         self.unit = options.unit
-        if options.token_env is not None and not os.environ.get(options.token_env):
-            from rlhf_t2i.errors import UsageError
-
-            raise UsageError(f"reward 'http': the environment variable {options.token_env} is not set")
+        if options.token_env is not None:
+            token = os.environ.get(options.token_env)
+            if not token:
+                raise UsageError(f"reward 'http': the environment variable {options.token_env} is not set")
+            if not (token.isascii() and token.isprintable()):  # a client's error would show it
+                raise UsageError(
+                    f"reward 'http': the environment variable {options.token_env} holds a character that no header "
+                    "takes: a line break at its end?"
+                )
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The server's scores [B] for images [B, 3, H, W] in [0, 1].
@@ -90,7 +101,12 @@ class HTTPReward(plugin.Reward):
             if attempt:
                 time.sleep(self.options.backoff_s * 2 ** (attempt - 1))
             try:
-                status, content = self._exchange(body, headers, limit)
+                # In a thread of its own, for the caller may have an event loop.
+                with ThreadPoolExecutor(1) as pool:
+                    status, content = pool.submit(asyncio.run, self._exchange(body, headers, limit)).result()
+            except TimeoutError:
+                reason = f"not done within {self.options.timeout_s:g} s"
+                continue
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__} {error}".strip()
                 continue
@@ -106,23 +122,30 @@ class HTTPReward(plugin.Reward):
                 raise RunError(f"{self.options.url} did not answer with JSON") from None
         raise RunError(f"{self.options.url} gave no answer in {self.options.retries + 1} attempts: {reason}")
 
-    def _exchange(self, body: dict[str, Any], headers: dict[str, str], limit: int) -> tuple[int, bytes]:
+    async def _exchange(self, body: dict[str, Any], headers: dict[str, str], limit: int) -> tuple[int, bytes]:
         """One attempt: the status and the body.
+
+        Asynchronous for its time-out: httpx's own is for every read, so that a server that sends a byte now and then
+        could hold a run for days.
 
         Raises:
             RunError: A redirect, or a body over the limit.
+            TimeoutError: Not done in time.
         """
         import httpx
 
-        patience = self.options.timeout_s
-        with httpx.stream("POST", self.options.url, json=body, headers=headers, timeout=patience) as response:
-            if response.is_redirect:
+        async with (
+            asyncio.timeout(self.options.timeout_s),
+            httpx.AsyncClient(timeout=None) as client,
+            client.stream("POST", self.options.url, json=body, headers=headers) as response,
+        ):
+            if response.has_redirect_location:
                 raise RunError(
                     f"{self.options.url} redirects to {_readable(response.headers['location'].encode())}, which is not "
                     "followed: name the final address in the recipe"
                 )
             content = b""
-            for chunk in response.iter_raw():
+            async for chunk in response.aiter_raw():
                 content += chunk
                 if len(content) > limit and response.status_code != 200:
                     break  # the start of an error's page says enough

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -137,10 +139,53 @@ def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytes
         reward(server, token_env="SCORER_TOKEN")
 
 
-def test_it_cannot_train_and_needs_a_web_address() -> None:
+@pytest.mark.parametrize("token", ["secret\n", "sec\nret", "sécret"], ids=["line end", "two lines", "accent"])
+def test_a_token_that_no_header_takes_is_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An HTTP client's error quotes it, and would be kept in failures/."""
+    monkeypatch.setenv("SCORER_TOKEN", token)
+    with pytest.raises(UsageError, match="SCORER_TOKEN holds a character that no header takes") as caught:
+        registry.reward("http", url="http://127.0.0.1:9/", token_env="SCORER_TOKEN")
+    assert "ret" not in str(caught.value)
+
+
+def test_it_cannot_train() -> None:
     assert registry.load_class(registry.REWARDS, "http").differentiable is False
-    with pytest.raises(UsageError, match=r"reward 'http', option 'url'.*http://"):
-        registry.reward("http", url="file:///etc/passwd")
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", "https://[::1", "http://host:99999/"])
+def test_it_needs_a_web_address(url: str) -> None:
+    with pytest.raises(UsageError, match=r"reward 'http', option 'url'") as caught:
+        registry.reward("http", url=url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["header", "body"])
+def test_a_server_that_drips_is_given_up_in_time(part: str) -> None:
+    """A byte every 50 ms: no single read times out."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n" + b"\r\n" * (part == "body"))
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        slow = registry.reward("http", url=f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.5, retries=0)
+        with pytest.raises(RunError, match=r"no answer in 1 attempts: not done within 0.5 s"):
+            slow.score(IMAGES, ["a", "b"])
+        thread.join(10)
+        assert not thread.is_alive()  # the connection is closed
+
+
+def test_a_status_of_three_hundred_without_an_address_is_an_answer(server: Server) -> None:
+    server.answers = [(304, {}, 0.0)]
+    with pytest.raises(RunError, match="answered 304"):
+        reward(server).score(IMAGES, ["a", "b"])
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
