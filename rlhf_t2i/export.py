@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i import files
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.loading import only_fp16_variant
+from rlhf_t2i.models import snapshot, sources
 from rlhf_t2i.recipe import Recipe
 
 ONE_STEP = "one_step.json"
@@ -32,14 +31,12 @@ def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> 
     from diffusers import LCMScheduler, UNet2DConditionModel
 
     source = sources.parse(recipe.models.reference)
-    reference = Path(source.location) if source.is_local else _snapshot(source)
+    reference = snapshot.pipeline_folder(source)
     with files.whole_folder(target) as folder:
         index = sources.pipeline_index(sources.ModelSource(str(reference)))
-        for name, entry in index.items():
-            if isinstance(entry, list) and entry[0] is not None and name not in ("unet", "scheduler"):
-                shutil.copytree(reference / name, folder / name)
-                _drop_variant(folder / name)
-                _load_in_float32(folder / name / "config.json")
+        for name in snapshot.copied_parts(index):
+            snapshot.copy_part(reference / name, folder / name)
+            _load_in_float32(folder / name / "config.json")
         if recipe.models.vae:
             _replace_vae(recipe.models.vae, folder, index)
         with torch.device("meta"):
@@ -63,21 +60,10 @@ def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> 
 def _replace_vae(text: str, folder: Path, index: dict[str, Any]) -> None:
     """The VAE the run decoded with takes the reference's place."""
     source = sources.parse(text)
-    path = Path(source.location) if source.is_local else _snapshot(source)
+    path = snapshot.network_folder(source)
     shutil.rmtree(folder / "vae", ignore_errors=True)
-    shutil.copytree(path, folder / "vae")
-    _drop_variant(folder / "vae")
+    snapshot.copy_part(path, folder / "vae")
     index["vae"] = ["diffusers", json.loads((path / "config.json").read_text("utf-8"))["_class_name"]]
-
-
-def _drop_variant(folder: Path) -> None:
-    """Give ``*.fp16.safetensors`` that stand alone their plain names, so that no ``variant=`` is needed to load."""
-    if not only_fp16_variant(folder):
-        return
-    for file in list(folder.glob("*.fp16*")):
-        if file.suffix == ".json":  # the index of shards names them
-            file.write_text(file.read_text("utf-8").replace(".fp16", ""), "utf-8")
-        file.rename(folder / file.name.replace(".fp16", ""))
 
 
 def _load_in_float32(config: Path) -> None:
@@ -91,14 +77,3 @@ def _load_in_float32(config: Path) -> None:
     if "architectures" in data:  # of transformers
         data.pop("torch_dtype", None)  # the key's name before transformers 5
         files.write_json(config, data | {"dtype": "float32"})
-
-
-def _snapshot(source: sources.ModelSource) -> Path:
-    from huggingface_hub import snapshot_download
-
-    # The networks are in the cache already, except for the UNet, which is not wanted here.
-    return Path(
-        snapshot_download(
-            source.location, revision=source.revision, ignore_patterns=["*.bin", "*.onnx*", "*.msgpack", "unet/*.safe*"]
-        )
-    )

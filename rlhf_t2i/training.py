@@ -323,6 +323,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     """The recipe with its hub models pinned, once its plugins, prompts and model folders were found sound."""
     import torch
 
+    from rlhf_t2i.models import snapshot
     from rlhf_t2i.models.loading import ModelStore
     from rlhf_t2i.models.pins import pin
     from rlhf_t2i.roles.worker import check_plugins
@@ -333,6 +334,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
         if file:
             prompts.read(file, recipe.data.column)
     ModelStore(recipe.models, torch.device("cpu")).check()
+    snapshot.fetch(recipe.models)
     return recipe
 
 

@@ -19,6 +19,7 @@ from rlhf_t2i.models.compiling import compile_blocks
 from rlhf_t2i.models.conditioning import Conditioner
 from rlhf_t2i.models.frozen import freeze
 from rlhf_t2i.models.networks import DTYPES, LatentDecoder
+from rlhf_t2i.models.snapshot import is_fp16_alone
 from rlhf_t2i.models.sources import ModelSource
 from rlhf_t2i.recipe import Models
 
@@ -234,7 +235,7 @@ def _load(source: ModelSource, subfolder: str | None, loader: Callable[..., Any]
         raise UsageError(f"{where} is missing: {source.location} is not a complete model folder")
     if subfolder:
         kwargs["subfolder"] = subfolder
-    if source.is_local and only_fp16_variant(Path(where)):
+    if source.is_local and is_fp16_alone(Path(where)):
         kwargs["variant"] = "fp16"
     if "from_pretrained" in getattr(loader, "__qualname__", "") and _is_model(loader):
         kwargs.setdefault("use_safetensors", True)
@@ -279,9 +280,3 @@ def _is_model(loader: Callable[..., Any]) -> bool:
     """Whether the loader belongs to a network (which may be asked for safetensors), not to a tokenizer."""
     owner = getattr(loader, "__self__", None)
     return isinstance(owner, type) and issubclass(owner, nn.Module)
-
-
-def only_fp16_variant(folder: Path) -> bool:
-    """Published folders sometimes hold ``*.fp16.safetensors`` alone."""
-    names = [p.name for p in folder.glob("*.safetensors")]
-    return bool(names) and all(".fp16" in name for name in names)

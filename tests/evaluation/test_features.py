@@ -28,12 +28,12 @@ def pictures(folder, count, seed=0):
 
 
 def test_clip_features_agree_with_transformers(tiny_clip, tmp_path):
-    from transformers import AutoImageProcessor, CLIPModel
+    from transformers import CLIPImageProcessorPil, CLIPModel
 
     folder = pictures(tmp_path / "p", 3)
     paths = sorted(folder.iterdir())
     ours = ClipFeatures(str(tiny_clip), torch.device("cpu"))(read_images(paths))
-    processor = AutoImageProcessor.from_pretrained(tiny_clip)
+    processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
     inputs = processor(images=[Image.open(path) for path in paths], return_tensors="pt")
     with torch.no_grad():
         theirs = CLIPModel.from_pretrained(tiny_clip).get_image_features(**inputs).pooler_output
