@@ -16,6 +16,13 @@ from rlhf_t2i import rng
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
 
+PATIENCE = "placement.step_timeout_s"
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,  # Ray ends the largest process of a machine before the system does
+    ray.exceptions.ObjectLostError,  # an answer that went with its node
+    ray.exceptions.NodeDiedError,
+)
 _FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
 
@@ -35,18 +42,23 @@ def partners(caller: int, callers: int, servers: int) -> list[int]:
 
 
 @contextmanager
-def own_errors(role: str, timeout_s: float | None = None) -> Iterator[None]:
+def own_errors(role: str, timeout_s: float | None = None, limit: str = PATIENCE) -> Iterator[None]:
     """Turn what Ray raises while it sends to a role, or waits for it, into this project's own errors.
 
+    Args:
+        role: Who is called.
+        timeout_s: How long it may take.
+        limit: The key of the recipe that says so.
+
     Raises:
-        ProcessLost: The role's process died, and Ray may not restart it.
+        ProcessLost: The role's process died and Ray may not restart it, or its answer was lost with its node.
         NoAnswer: The role took longer than ``timeout_s``.
         RunError: The role failed, or Ray's store and its disk are full.
     """
     try:
         yield
     except ray.exceptions.GetTimeoutError:
-        raise NoAnswer(f"the {role} did not answer within {timeout_s:g} s") from None
+        raise NoAnswer(f"the {role} did not answer within {timeout_s:g} s ({limit})") from None
     except ray.exceptions.RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
@@ -56,8 +68,7 @@ def own_errors(role: str, timeout_s: float | None = None) -> Iterator[None]:
         if isinstance(cause, _FULL):  # its answer could not be stored
             raise _store_full(role, cause) from error
         raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
-    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-        # The second is Ray ending the largest process of a machine before the system does.
+    except _LOST as error:
         raise ProcessLost(f"a process of the {role} died: {first_line(error)}") from error
     except _FULL as error:
         raise _store_full(role, error) from error
@@ -72,9 +83,9 @@ def _store_full(role: str, error: BaseException) -> RunError:
     )
 
 
-def get(references: Any, timeout_s: float | None, role: str) -> Any:
+def get(references: Any, timeout_s: float | None, role: str, limit: str = PATIENCE) -> Any:
     """``ray.get`` that raises this project's own errors, see :func:`own_errors`."""
-    with own_errors(role, timeout_s):
+    with own_errors(role, timeout_s, limit):
         return ray.get(references, timeout=timeout_s)
 
 
@@ -86,11 +97,12 @@ class RemotePending:
     join: Callable[[list[Any]], Any]
     timeout_s: float | None
     role: str
+    limit: str
 
     def result(self) -> Any:
         """Wait for all parts and join them."""
         with stopwatch.span(WAIT):
-            return self.join(get(self.references, self.timeout_s, self.role))
+            return self.join(get(self.references, self.timeout_s, self.role, self.limit))
 
 
 @dataclass
@@ -101,12 +113,14 @@ class RemoteCalls:
         role: The role's name there.
         servers: The actors this caller talks to.
         timeout_s: How long one answer may take; None waits for ever.
+        limit: The key of the recipe that says so.
         device: Where answers are moved.
     """
 
     role: str
     servers: list[Any]
     timeout_s: float | None = None
+    limit: str = PATIENCE
     device: torch.device | None = None
 
     def start_forward(
@@ -171,7 +185,7 @@ class RemoteCalls:
             stopwatch.bytes_sent += sum(a.numel() * a.element_size() for a in cpu if isinstance(a, Tensor))
             with own_errors(self.role):
                 references.append(server.call.remote(self.role, method, *cpu))
-        return RemotePending(references, join, self.timeout_s, self.role)
+        return RemotePending(references, join, self.timeout_s, self.role, self.limit)
 
     def _join(self, answers: list[Tensor], batch: int, dim: int = 0) -> Tensor:
         """The servers' answers as one batch, on the caller's device."""

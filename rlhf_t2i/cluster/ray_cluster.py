@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from rlhf_t2i import geometry, rng
 from rlhf_t2i.cluster.actor import Keeper, WorkerActor
-from rlhf_t2i.cluster.clients import NoAnswer, RemoteCalls, get, own_errors, partners
+from rlhf_t2i.cluster.clients import PATIENCE, NoAnswer, RemoteCalls, get, own_errors, partners
 from rlhf_t2i.cluster.connect import join, start_local_ray
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.recipe import Recipe
@@ -94,7 +95,7 @@ class RayCluster:
 
     def _create(self) -> None:
         if self._roles["generator"][0] != self._roles["learner"][0]:
-            self._keeper = ray.remote(Keeper).options(num_cpus=0, name=_KEEPER.format(self._group.id.hex())).remote()
+            self._keeper = start_keeper(_KEEPER.format(self._group.id.hex()))
         bundle = 0
         for group, specs in self._specs.items():
             self._actors[group] = []
@@ -137,9 +138,9 @@ class RayCluster:
     def _clients(self, group: str, rank: int, world: int) -> dict[str, Any]:
         """The remote clients of one process: every role that does not live in its own group."""
 
-        def client(role: str, other: str, timeout_s: float | None = None) -> RemoteCalls:
+        def client(role: str, other: str, *limits: Any) -> RemoteCalls:
             servers = self._actors[other]
-            return RemoteCalls(role, [servers[i] for i in partners(rank, world, len(servers))], timeout_s)
+            return RemoteCalls(role, [servers[i] for i in partners(rank, world, len(servers))], *limits)
 
         clients: dict[str, Any] = {
             role: client(role, self._roles[role][0])
@@ -147,21 +148,22 @@ class RayCluster:
             if self._roles[role][0] != group
         }
         clients["rewards"] = [
-            client("reward", other, timeout)
-            for other, timeout in self._reward_groups(trained=True).items()
+            client("reward", other, *limits)
+            for other, limits in self._reward_groups(trained=True).items()
             if other != group
         ]
         return clients
 
-    def _reward_groups(self, trained: bool) -> dict[str, float | None]:
-        """Groups that host rewards, and the longest timeout of theirs."""
+    def _reward_groups(self, trained: bool) -> dict[str, tuple[float, str]]:
+        """Groups that host rewards, the longest time-out of theirs, and whose it is; without rewards they decode."""
         keys = {r.key for r in self._recipe.algorithm.rewards}
-        found: dict[str, float | None] = {}
+        found: dict[str, tuple[float, str]] = {}
         for group, specs in self._specs.items():
             hosted = hosted_rewards(self._recipe, specs[0].roles)
             wanted = [r for r in hosted if r.key in keys or not trained]
             if wanted or (not trained and "reward" in specs[0].roles):
-                found[group] = max((r.timeout_s for r in wanted), default=None)
+                limits = [(r.timeout_s, f"timeout_s of {r.key}") for r in wanted]
+                found[group] = max(limits, default=(self._patience, PATIENCE))
         return found
 
     def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
@@ -175,16 +177,22 @@ class RayCluster:
         return self._wait([actor.call.remote(role, method, *stored) for actor in actors], role)
 
     def _wait(self, references: list[Any], role: str) -> list[Any]:
-        """The answers; a lost or stuck process is told from one that failed.
+        """The answers, with the errors of :meth:`_told_apart`."""
+        with self._told_apart(role):
+            return list(get(references, self._patience, role))
+
+    @contextmanager
+    def _told_apart(self, role: str) -> Iterator[None]:
+        """Tell a lost or stuck process from one that failed.
 
         Raises:
             ProcessLost: A process that holds training state died.
-            RunError: A role failed, or nothing came within ``placement.step_timeout_s``.
+            RunError: A role failed, or no answer came in time; then also where every process stands.
         """
         try:
-            return list(get(references, self._recipe.placement.step_timeout_s, role))
+            yield
         except NoAnswer as error:
-            raise RunError(f"{error} (placement.step_timeout_s); {self._standing()}") from None
+            raise RunError(f"{error}; {self._standing()}") from None
         except ProcessLost:
             raise
         except RunError as error:
@@ -225,7 +233,8 @@ class RayCluster:
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents from the generator, spread over its replicas."""
         servers = self._actors[self._roles["generator"][0]]
-        return RemoteCalls("generator", servers, self._patience).start_sample(prompts, keys, weights).result()
+        with self._told_apart("generator"):
+            return RemoteCalls("generator", servers, self._patience).start_sample(prompts, keys, weights).result()
 
     @property
     def _patience(self) -> float:
@@ -234,13 +243,18 @@ class RayCluster:
     def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's value [B]."""
         groups = self._reward_groups(trained=False)
-        pending = [RemoteCalls("reward", self._actors[g], t).start_scores(latents, prompts) for g, t in groups.items()]
-        return {label: values for p in pending for label, values in p.result().items()}
+        with self._told_apart("reward"):
+            pending = [
+                RemoteCalls("reward", self._actors[group], *limits).start_scores(latents, prompts)
+                for group, limits in groups.items()
+            ]
+            return {label: values for p in pending for label, values in p.result().items()}
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
         group = next(iter(self._reward_groups(trained=False)))
-        return RemoteCalls("reward", self._actors[group], self._patience).start_decode(latents).result()
+        with self._told_apart("reward"):
+            return RemoteCalls("reward", self._actors[group], self._patience).start_decode(latents).result()
 
     def sync_generator(self) -> None:
         """Send the learner's weights to a generator that lives elsewhere."""
@@ -279,6 +293,15 @@ def _check_sharing(specs: dict[str, list[WorkerSpec]], share: float) -> None:
                 f"placement.share_devices: the {len(ranks)} ranks of group {group!r} train together and cannot share "
                 "a GPU, and there are fewer GPUs than processes: give the group 1 device, or use more GPUs"
             )
+
+
+def start_keeper(name: str) -> Any:
+    """A :class:`Keeper` beside the driver, without whose node the run is lost anyway.
+
+    Left to Ray it may share the node of a generator, which would take the weights along that it should start from.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Keeper).options(num_cpus=0, name=name, scheduling_strategy=here).remote()
 
 
 def _available(kind: str, needed: int) -> float:

@@ -144,6 +144,26 @@ def test_a_run_survives_the_loss_of_a_whole_node_bit_for_bit(
     assert metrics(folder) == metrics(joined[0])
 
 
+KEEPERS = """
+import sys
+import ray
+from rlhf_t2i.cluster.connect import join
+from rlhf_t2i.cluster.ray_cluster import start_keeper
+join(sys.argv[1])
+keepers = [start_keeper(str(i)) for i in range(5)]
+ask = lambda _: ray.get_runtime_context().get_node_id()
+print(*{ray.get(keeper.__ray_call__.remote(ask)) == ask(0) for keeper in keepers})
+"""
+
+
+def test_the_keeper_of_weights_stays_beside_the_driver(address: str) -> None:
+    """On a generator's node it would be lost with it, and the run could not go on."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPERS, address], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.stdout.split() == ["True"], done.stderr
+
+
 def steps_done(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     return len(file.read_text("utf-8").splitlines()) if file.is_file() else 0
