@@ -35,7 +35,7 @@ class Reward(nn.Module):
     """
 
     Options: ClassVar[type[Options]] = Options
-    differentiable: ClassVar[bool] = True
+    differentiable: bool = True
     """False: the reward can measure (``eval_rewards:``) but not train (``rewards:``)."""
     unit: str = ""
     """What a value of 1 means, for tables and plots; e.g. ``cosine``. An option may change it on the instance."""

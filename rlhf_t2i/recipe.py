@@ -239,7 +239,9 @@ class Placement(Section):
     max_restarts: int = Field(
         3, ge=0, le=1000, description="how often a run that lost a trained process restores itself"
     )
-    step_timeout_s: Positive = Field(3600.0, description="a call without an answer for this long ends the run")
+    step_timeout_s: Positive = Field(
+        3600.0, description="over Ray a call without an answer for this long ends the run; placement: local waits"
+    )
 
     @model_validator(mode="before")
     @classmethod

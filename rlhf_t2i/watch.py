@@ -21,6 +21,7 @@ from rlhf_t2i import files, registry, statistics
 from rlhf_t2i.measure import Drawn
 from rlhf_t2i.recipe import Recipe
 from rlhf_t2i.report.compare import KEPT
+from rlhf_t2i.report.reading import events
 
 RISEN, FALLEN = 3.0, 4.0
 """Standard errors by which the reward must have risen and the signal fallen. With 16 prompts, the reward climbing and
@@ -113,14 +114,7 @@ class Watch:
         self._detector = HackingDetector()
         if not self._path.is_file():
             return
-        kept = []
-        for line in self._path.read_text("utf-8").splitlines():
-            try:
-                found = Measurement(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # cut short by a kill
-            if found.step <= last_step:
-                kept.append(found)
+        kept = [Measurement(**row) for row in events(self._path) if row["step"] <= last_step]
         files.write_text(self._path, "".join(map(_line, kept)))
         for m in kept:
             self._detector.take(

@@ -126,7 +126,7 @@ class IsolatedReward(Reward):
         super().__init__()
         cls: Any = registry.load_class(registry.REWARDS, name)
         registry.parse_options(cls, "reward", name, options)
-        self.differentiable = cls.differentiable  # type: ignore[misc]
+        self.differentiable = cls.differentiable
         self._name, self._timeout_s = name, timeout_s
         python = overlay_python(cls.pip)
         # The device is shared with the group's process, so it is passed on instead of asked for from Ray.

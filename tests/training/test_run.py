@@ -114,6 +114,47 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(make_recipe: M
     assert metrics(broken) == metrics(whole)
 
 
+def test_what_a_crash_left_of_the_last_lines_is_cut_off(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A kill leaves half a line; a power cut may leave zeros, or bytes that are no text."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    watched = {"logging__watch_every": 1, "logging__watch_images": 4}
+    training.run(make_recipe(**watched), whole)
+    training.run(make_recipe(**watched, steps=2), broken)
+    (broken / "events.jsonl").write_text('{"step": 2, "after": [2, 0], "text": "kept"}\n', "utf-8")
+    files = ("metrics.jsonl", "events.jsonl", "evaluation/watch.jsonl")
+    for name, rest in zip(files, (b'{"step": 3, "rew', bytes(40), b'{"step": 3\xff\xfe'), strict=True):
+        with (broken / name).open("ab") as file:
+            file.write(rest)
+    training.run(make_recipe(**watched), broken, resume=True)
+    assert metrics(broken) == metrics(whole)
+    assert (broken / files[2]).read_bytes() == (whole / files[2]).read_bytes()
+    assert [json.loads(line)["text"] for line in (broken / files[1]).read_text("utf-8").splitlines()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("holds", "sentence"),
+    [
+        (None, "holds no run"),
+        ({}, "holds no run"),
+        ({"thesis.txt": "mine"}, "holds no run"),
+        ({"recipe.yaml": "seed: 3\nsteps: 3\nmod"}, r"out/recipe\.yaml"),
+        ({"recipe.yaml": ""}, r"out/recipe\.yaml"),
+    ],
+)
+def test_there_must_be_a_run_to_resume(
+    make_recipe: MakeRecipe, tmp_path: Path, holds: dict[str, str] | None, sentence: str
+) -> None:
+    out = tmp_path / "out"
+    if holds is not None:
+        out.mkdir()
+        for name, text in holds.items():
+            (out / name).write_text(text, "utf-8")
+    with pytest.raises(UsageError, match=sentence):
+        training.run(make_recipe(), out, resume=True)
+    assert out.exists() == (holds is not None)
+    assert {path.name: path.read_text("utf-8") for path in out.glob("*")} == (holds or {})
+
+
 @contextmanager
 def no_file_over(size: int) -> Iterator[None]:
     """As on a full disk, writing fails part of the way, in torch's and safetensors' own writers as well."""
