@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from baseline_diffusers import Noise, PlainLoop
-from gpu_sections import StepTimes, Timer, batch
+from gpu_sections import StepTimes, Timer, batch, spacious
 from torch import Tensor
 
 from rlhf_t2i import rng
@@ -104,7 +104,7 @@ def _as_diffusers_has_them(worker: Worker) -> Iterator[None]:
         for module in frozen.modules():
             if isinstance(module, FrozenConv2d):
                 module.__class__ = torch.nn.Conv2d
-    frugal = not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 120 * 2**30
+    frugal = not spacious()
     for network, _, _ in before:
         network.train()  # diffusers checkpoints nothing else
         network.enable_gradient_checkpointing() if frugal else network.disable_gradient_checkpointing()

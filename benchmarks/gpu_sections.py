@@ -95,9 +95,14 @@ def load(settings: Settings, *more: str) -> Recipe:
     overrides += [f"optimisation.{role}.warmup_steps=0" for role in ("generator", "assistant")]
     if settings.small:
         overrides.append("optimisation.precision=fp32")
-    elif torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 120 * 2**30:
+    elif torch.cuda.is_available() and not spacious():
         overrides.append("optimisation.offload_optimizer=true")
     return recipe_io.load(_RECIPE, [*overrides, *settings.overrides, *more])
+
+
+def spacious() -> bool:
+    """Whether this is a GPU that holds SDXL's whole training, optimiser states and all: more than 120 GiB."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 120 * 2**30
 
 
 def count(settings: Settings) -> dict[str, Any]:

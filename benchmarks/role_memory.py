@@ -78,12 +78,17 @@ def peak(call: Callable[[], Any]) -> int:
         return int(torch.cuda.max_memory_allocated() - before)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
+    # The allocator's own counter: events of several threads are not always in order.
+    waiting, found = list(profile.profiler.kineto_results.experimental_event_tree()), []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if type(event.extra_fields).__name__ == "_ExtraFields_Allocation":
+            found.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.total_allocated))
+    if not found:
+        return 0
+    _, first, after = min(found)
+    return max(0, max(total for *_, total in found) - (after - first))
 
 
 class MeasuredWorker(Worker):

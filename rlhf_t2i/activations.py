@@ -31,10 +31,12 @@ class Peak:
         plain: Everything kept for the backward.
         checkpointed: With activation checkpointing as the roles do it: kept inputs, and what recomputing a layer and
             its gradients take.
+        forward: Of a forward alone, without gradient; 0 where it was not counted.
     """
 
     plain: int
     checkpointed: int
+    forward: int = 0
 
 
 class _Alive(TorchDispatchMode):
@@ -62,16 +64,18 @@ class _Alive(TorchDispatchMode):
         self._now -= size
 
 
-def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> int:
+def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]], gradient: bool = True) -> int:
     """Run a forward and the backward to its input, on meta tensors or real ones.
 
     Args:
         network: Its parameters and buffers are left out, and so are gradients of parameters.
         call: Makes the input and gives (input, output).
+        gradient: Whether there is a backward; else nothing is kept for one.
     """
-    with flash_attention(), _Alive(network) as alive:
+    with flash_attention(), _Alive(network) as alive, torch.set_grad_enabled(gradient):
         leaf, output = call()
-        torch.autograd.grad(output, leaf, torch.empty_like(output))
+        if gradient:
+            torch.autograd.grad(output, leaf, torch.empty_like(output))
         del leaf, output
     return alive.highest
 
@@ -163,9 +167,9 @@ def _frozen_peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) 
     """Without and with checkpointing as rewards do it."""
     from rlhf_t2i.roles.reward import checkpoint_layers
 
-    plain = peak(network, call)
+    plain, forward = peak(network, call), peak(network, call, gradient=False)
     checkpoint_layers(network)
-    return Peak(plain, peak(network, call))
+    return Peak(plain, peak(network, call), forward)
 
 
 def _on_meta(config: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from rlhf_t2i.planning.devices import ACHIEVED, DEVICES, HERE, USABLE, Device, Rates, named
 from rlhf_t2i.planning.fit import Fit, changed, check
-from rlhf_t2i.planning.memory import GroupPlan, Memory, RolePlan, trained_memory
+from rlhf_t2i.planning.memory import GroupPlan, Memory, RolePlan
 from rlhf_t2i.planning.plan import Plan, make
 from rlhf_t2i.planning.time import StepTime
 from rlhf_t2i.planning.time import of_recipe as step_time
@@ -11,5 +11,5 @@ from rlhf_t2i.planning.traffic import Traffic
 __all__ = [
     "ACHIEVED", "DEVICES", "HERE", "USABLE", "Device", "Fit", "GroupPlan", "Memory", "Plan", "Rates", "RolePlan",
     "StepTime", "Traffic",
-    "changed", "check", "make", "named", "step_time", "trained_memory",
+    "changed", "check", "make", "named", "step_time",
 ]  # fmt: skip

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from rlhf_t2i.planning.networks import Networks, count_adapters
+from rlhf_t2i.planning import zero
+from rlhf_t2i.planning.networks import Networks, adapter_sizes, parameter_sizes
 from rlhf_t2i.recipe import Recipe
 
+if TYPE_CHECKING:
+    from rlhf_t2i.activations import Peak
+
 TRAINED = ("learner", "assistant")
-_BYTES = {"fp32": 4, "bf16": 2}
-_SUB_GROUP = 1_000_000_000
-"""Parameters that ZeRO-3 updates at once (DeepSpeed's default)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one role in one process, by kind; ``host`` is in the machine's memory, not on the device.
+    """Bytes in one process at its worst moment, by kind; ``host`` is in the machine's memory, not on the device.
 
-    ``buffers`` are what ZeRO needs over the activations at the worst moment of a backward or an update.
+    Attributes:
+        weights: Stay.
+        gradients: Wait for an update, or for the next micro-batch.
+        optimiser: Stays; ZeRO-3's gradients and bucket are among it, since they do, too.
+        activations: Of a forward and its backward.
+        buffers: What ZeRO borrows over gradients and activations (:mod:`rlhf_t2i.planning.zero`).
+        host: Stays.
     """
 
     weights: int = 0
@@ -37,14 +45,27 @@ class Memory:
         """Bytes on the device."""
         return self.weights + self.gradients + self.optimiser + self.activations + self.buffers
 
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(getattr(self, kind) + getattr(other, kind) for kind in Memory.__dataclass_fields__))
+
 
 @dataclass(frozen=True)
 class RolePlan:
-    """One role of a group: its parameters and what they cost in one process."""
+    """One role of a group: its parameters and what they cost in one process.
+
+    Attributes:
+        role: Its name.
+        parameters: Of its networks; 0 where they are another role's.
+        memory: At its own worst moment.
+        summed: Of its gradients, what waits while other roles work for its next micro-batch.
+        measuring: Activations of a reward or a decoder that measures between steps, without gradient.
+    """
 
     role: str
     parameters: int | None
     memory: Memory
+    summed: int = 0
+    measuring: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,96 +78,73 @@ class GroupPlan:
 
     @property
     def memory(self) -> Memory:
-        """The sum of a process. Roles that share one take turns: the learner's graph waits while each other runs."""
-        total = Memory()
-        for item in self.roles:
-            total = Memory(*(getattr(total, k) + getattr(item.memory, k) for k in Memory.__dataclass_fields__))
-        serving = [r.memory.activations for r in self.roles if r.role.startswith("reward")]
-        scoring = [r.memory.activations for r in self.roles if r.role in ("assistant", "reference")]
-        active = total.activations - min(sum(serving), sum(scoring))
-        # A trained role's own backward or update happens while nobody else holds a graph.
-        alone = max((r.memory.activations + r.memory.buffers for r in self.roles), default=0)
-        return replace(total, activations=active, buffers=max(0, alone - active))
+        """A process at its worst moment: what stays of all roles, and the largest of the phases' needs."""
+        stays = sum((replace(r.memory, gradients=0, activations=0, buffers=0) for r in self.roles), Memory())
+        return stays + max(self._phases(), key=lambda phase: phase.device)
+
+    def _phases(self) -> list[Memory]:
+        """What is there for a while only, phase by phase.
+
+        Both trained roles work by themselves once: the assistant in its own updates, when the learner has no gradient,
+        and the learner in its backward and update, when the assistant has none. Before its backward the learner's
+        graph, and what it has summed, wait for the answers of rewards and of denoisers, one after the other. Between
+        steps held-out prompts are measured.
+        """
+        alone = [replace(r.memory, weights=0, optimiser=0, host=0) for r in self.roles if r.role in TRAINED]
+        graph = Memory(
+            gradients=sum(r.summed for r in self.roles if r.role == "learner"),
+            activations=sum(r.memory.activations for r in self.roles if r.role == "learner"),
+        )
+        rewards = sum(r.memory.activations for r in self.roles if r.role.startswith("reward"))
+        denoisers = sum(r.memory.activations for r in self.roles if r.role in ("assistant", "reference"))
+        measuring = Memory(activations=sum(r.measuring for r in self.roles))
+        return [*alone, graph + Memory(activations=max(rewards, denoisers)), measuring]
 
 
-def trained_memory(
-    parameters: int, ranks: int, stage: int, precision: str, offload: bool, distributed: bool, accumulates: bool = False
-) -> Memory:
-    """Weights, gradients and optimiser states of a network under AdamW in one process.
-
-    ZeRO keeps float32 master weights beside the compute weights from stage 1 on, and divides optimiser states (1),
-    gradients (2) and weights (3) by the ranks; one process without Ray is plain float32 PyTorch. Stage 3 keeps the
-    buffer it reduces gradients in. Offloaded states come with a float32 gradient in host memory, below stage 3 with a
-    copy of the weights in the compute precision, in stage 2 with the sum over micro-batches where an update
-    ``accumulates``; stage 2 keeps no gradients on the device then.
-    """
-    if not distributed:
-        return Memory(weights=4 * parameters, gradients=4 * parameters, optimiser=8 * parameters)
-    from rlhf_t2i.roles.engine import REDUCE_BUCKET
-
-    width = _BYTES[precision]
-    share = -(-parameters // ranks)
-    master = 4 if stage or precision == "bf16" else 0
-    states = (share if stage else parameters) * (8 + master)
-    bucket = min(REDUCE_BUCKET, parameters) if stage == 3 else 0
-    beside = 4 * share
-    if stage < 3:
-        beside += width * share + (width * parameters if accumulates and stage == 2 else 0)
-    held = 0 if offload and stage == 2 else share if stage >= 2 else parameters
+def trained_memory(sizes: zero.Sizes, setting: zero.Setting, activations: int = 0) -> Memory:
+    """A trained network at its worst moment: beside its activations, or after them."""
+    items = zero.terms(sizes, setting)
+    waiting = zero.total(items, "waiting")
+    after = max(zero.total(items, "reduction"), zero.total(items, "update"))
+    peak = max(activations + zero.total(items, "backward"), after)
     return Memory(
-        weights=width * (share if stage == 3 else parameters),
-        gradients=width * (held + bucket),
-        optimiser=0 if offload and stage else states,
-        host=states + beside if offload and stage else 0,
+        weights=zero.total(items, "weights"),
+        gradients=waiting,
+        optimiser=zero.total(items, "states"),
+        activations=activations,
+        buffers=peak - activations - waiting,
+        host=zero.total(items, "host"),
     )
 
 
-def update_buffers(
-    parameters: int, ranks: int, stage: int, precision: str, offload: bool, accumulates: bool = False
-) -> tuple[int, int]:
-    """Bytes that DeepSpeed allocates for a while beside what stays: (beside activations, after them).
-
-    In a backward, ZeRO-1 and 2 copy gradients into a bucket; stage 3, whose bucket stays, copies that to scatter it.
-    What a rank owns is copied out of the bucket, while activations go, beside the sum so far (stage 2, where an update
-    accumulates) or the whole gradient (stage 1). An update flattens the rank's gradients and converts them to float32,
-    in stage 3 a sub-group at a time; of offloaded states the host does it. Without ZeRO it converts all,
-    after gradients were averaged in flat copies.
-    """
+def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks, activations: int) -> RolePlan:
+    """A trained role: its network, or its adapters beside the frozen network."""
     from rlhf_t2i.roles.engine import REDUCE_BUCKET
 
-    width, share, master = _BYTES[precision], -(-parameters // ranks), 4 if precision == "bf16" else 0
-    if stage == 0:
-        return 0, max(width * min(REDUCE_BUCKET, parameters), master * parameters)
-    copied = share if stage == 1 or (stage == 2 and accumulates) else 0
-    bucket = width * min(REDUCE_BUCKET, parameters)
-    flattened = share if stage < 3 else min(share, _SUB_GROUP)
-    return bucket, max(bucket + width * copied, 0 if offload else flattened * (width + master))
-
-
-def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks, activations: int) -> Memory:
-    """A trained role's memory: of the network, or of its adapters beside the frozen network."""
     settings = recipe.optimisation
     distributed = recipe.placement.mode == "ray"
     optimiser = settings.generator if role == "learner" else settings.assistant
-    trained = unet if optimiser.lora is None else count_adapters(networks.unet, optimiser.lora)
-    accumulates = settings.micro_batch is not None and settings.micro_batch * devices < settings.batch_size
-    memory = trained_memory(
-        trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, distributed, accumulates
+    adapters = optimiser.lora
+    sizes = parameter_sizes(networks.unet) if adapters is None else adapter_sizes(networks.unet, adapters)
+    setting = zero.Setting(
+        ranks=devices,
+        stage=settings.zero_stage if distributed else None,
+        precision=settings.precision,
+        bucket=REDUCE_BUCKET,
+        offload=settings.offload_optimizer,
+        accumulates=settings.micro_batch is not None and settings.micro_batch * devices < settings.batch_size,
     )
+    memory = trained_memory(sizes, setting, activations)
     if optimiser.kind == "adamw_8bit":
         # Both moments take a byte instead of four; their scales, one number in 256, are left out.
-        ranks = devices if distributed and settings.zero_stage else 1
-        memory = replace(memory, optimiser=memory.optimiser - 6 * -(-trained // ranks))
-    if optimiser.lora is not None:
-        width = _BYTES[settings.precision] if distributed else 4
+        ranks = devices if setting.stage else 1
+        memory = replace(memory, optimiser=memory.optimiser - 6 * -(-sizes.total // ranks))
+    if adapters is not None:
+        width = zero.BYTES[settings.precision] if distributed else 4
         memory = replace(memory, weights=memory.weights + width * unet)
-    memory = replace(memory, activations=activations)
-    if distributed:
-        beside, after = update_buffers(
-            trained, devices, settings.zero_stage, settings.precision, settings.offload_optimizer, accumulates
-        )
-        memory = replace(memory, buffers=max(beside, after - activations))
-    return memory
+    if role == "learner" and settings.ema is not None:
+        memory = replace(memory, host=memory.host + 4 * unet)
+    return RolePlan(role, unet or None, memory, zero.total(zero.terms(sizes, setting), "summed"))
 
 
 def of_group(
@@ -163,7 +161,7 @@ def of_group(
     from rlhf_t2i import activations
 
     settings = recipe.optimisation
-    width = _BYTES[settings.precision]
+    width = zero.BYTES[settings.precision]
     unet = parts["unet"] or 0
     # Several servers share a micro-batch; a server of several learner ranks keeps the graphs of all, but a reward call
     # is over when it returns.
@@ -183,10 +181,7 @@ def of_group(
         if role in TRAINED:
             # The assistant trains on micro-batches of its own, and serves the learner's.
             batch = micro if role == "learner" else max(images, settings.micro_batch or settings.batch_size // devices)
-            memory = _trained(recipe, role, unet, devices, networks, batch * kept("train", role))
-            if role == "learner" and settings.ema is not None:
-                memory = replace(memory, host=memory.host + 4 * unet)
-            plans.append(RolePlan(role, unet or None, memory))
+            plans.append(_trained(recipe, role, unet, devices, networks, batch * kept("train", role)))
         elif role == "generator":
             shared = "learner" in roles
             own = Memory() if shared else Memory(weights=4 * unet)
@@ -198,29 +193,50 @@ def of_group(
     if any(r.role in ("learner", "generator", "assistant", "reference") for r in plans):
         text = parts["text encoders"]
         plans.append(RolePlan("text encoders", text, Memory(weights=width * (text or 0))))
-    plans += _rewards(recipe, roles, networks, parts, scored * kept("decoder", "reward"), scored)
+    plans += _rewards(recipe, roles, devices, networks, parts, saved.get("decoder"), scored)
     return GroupPlan(name, devices, tuple(plans))
 
 
 def _rewards(
-    recipe: Recipe, roles: list[str], networks: Networks, parts: Mapping[str, int | None], decoding: int, images: int
+    recipe: Recipe,
+    roles: list[str],
+    devices: int,
+    networks: Networks,
+    parts: Mapping[str, int | None],
+    decoder: Peak | None,
+    images: int,
 ) -> list[RolePlan]:
-    """The VAE and the rewards of a process; rewards that name one model share it."""
-    hosted = [role for role in roles if role.startswith("reward:")]
+    """The VAE and the rewards of a process; rewards that name one model share it.
+
+    One decoding serves all of them, so the smallest of their own micro-batches bounds it. Those that only measure keep
+    no graph.
+    """
+    hosted = [role.partition(":")[2] for role in roles if role.startswith("reward:")]
     if not hosted:
         return []
     from rlhf_t2i import activations
 
+    algorithm, width = recipe.algorithm, zero.BYTES[recipe.optimisation.precision]
+    trained = [choice for choice in algorithm.rewards if choice.key in hosted]
+    measured = [choice for choice in (*algorithm.rewards, *algorithm.eval_rewards) if choice.key in hosted]
+    learnt = min([images, *(choice.micro_batch for choice in trained if choice.micro_batch)]) if trained else 0
+    drawn = -(-recipe.evaluation.batch_size // devices)
+    shown = min([drawn, *(choice.micro_batch for choice in measured if choice.micro_batch)])
+
+    def plan(role: str, weights: int, counted: int | None, saved: Peak | None, learnt: int) -> RolePlan:
+        saved = saved or activations.Peak(0, 0)
+        kept = saved.checkpointed if recipe.optimisation.checkpoints("reward") else saved.plain
+        return RolePlan(role, counted, Memory(weights=weights, activations=learnt * kept), 0, shown * saved.forward)
+
     vae = parts["vae"]
-    held = Memory(weights=_BYTES[recipe.models.vae_precision] * (vae or 0), activations=decoding)
-    plans = [RolePlan("reward: VAE", vae, held)]
+    plans = [plan("reward: VAE", zero.BYTES[recipe.models.vae_precision] * (vae or 0), vae, decoder, learnt)]
     seen: set[str] = set()
-    for role in hosted:
-        where, config, counted = networks.rewards[role.partition(":")[2]]
+    for label in hosted:
+        where, config, counted = networks.rewards[label]
         fresh = where not in seen
         seen.add(where)
         saved = activations.of_reward(config, recipe.optimisation.precision)
-        kept = saved.checkpointed if recipe.optimisation.checkpoints("reward") else saved.plain
-        weights = _BYTES[recipe.optimisation.precision] * (counted or 0) if fresh else 0
-        plans.append(RolePlan(role, counted if fresh else 0, Memory(weights=weights, activations=images * kept)))
+        trains = label in [choice.key for choice in trained]
+        role, held = f"reward:{label}", counted if fresh else 0
+        plans.append(plan(role, width * (held or 0), held, saved, learnt if trains else 0))
     return plans

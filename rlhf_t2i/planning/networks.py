@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.models import architectures, sources
 from rlhf_t2i.models.architectures import Config
+from rlhf_t2i.planning.zero import Sizes, sizes_of
 from rlhf_t2i.recipe import Lora, Recipe
 
 
@@ -92,21 +93,34 @@ def count_parameters(config: Config | None) -> int | None:
     return None if config is None else _counted(json.dumps(config, sort_keys=True, default=str))
 
 
-def count_adapters(config: Config | None, settings: Lora) -> int:
-    """Parameters of a UNet's low-rank adapters, ``rank * (inputs + outputs)`` a layer; 0 without its configuration."""
+def parameter_sizes(config: Config | None) -> Sizes:
+    """Of the network of a configuration; zeros where :func:`count_parameters` is None."""
+    if config is None or not count_parameters(config):
+        return Sizes(0)
+    return _sizes(json.dumps(config, sort_keys=True, default=str))
+
+
+@cache
+def _sizes(config: str) -> Sizes:
+    return sizes_of([p.numel() for p in architectures.build_on_meta(json.loads(config)).parameters()])
+
+
+def adapter_sizes(config: Config | None, settings: Lora) -> Sizes:
+    """Of a UNet's low-rank adapters, a matrix of ``rank x inputs`` and one of ``outputs x rank`` a layer."""
     if config is None:
-        return 0
+        return Sizes(0)
     return _adapters(json.dumps(config, sort_keys=True, default=str), settings.rank, tuple(settings.targets))
 
 
 @cache
-def _adapters(config: str, rank: int, targets: tuple[str, ...]) -> int:
+def _adapters(config: str, rank: int, targets: tuple[str, ...]) -> Sizes:
     network = architectures.build_on_meta(json.loads(config))
-    return sum(
-        rank * (layer.in_features + layer.out_features)
+    layers = [
+        layer
         for name, layer in network.named_modules()
         if any(name == target or name.endswith(f".{target}") for target in targets) and hasattr(layer, "in_features")
-    )
+    ]
+    return sizes_of([rank * n for layer in layers for n in (layer.in_features, layer.out_features)])
 
 
 @cache

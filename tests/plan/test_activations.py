@@ -57,6 +57,8 @@ def test_a_gradient_s_own_tensors_are_counted() -> None:
 
     # The last layer's gradient in its input (4000 bytes) beside the kept output of the ReLU, then the ReLU's own.
     assert activations.peak(layers, call) == pytest.approx(3 * 4000, rel=0.2)
+    # Without a backward the first layer's output is gone when the ReLU's is used.
+    assert activations.peak(layers, call, gradient=False) == pytest.approx(2 * 4000, rel=0.1)
 
 
 def test_frozen_networks_keep_less_and_bf16_half() -> None:

@@ -55,6 +55,17 @@ def test_states_are_within_a_tenth_of_the_plan(built: Any) -> None:
     assert found["learner", "gradients"].measured < 0.2 * found["learner", "weights"].measured
 
 
+def test_an_update_under_zero_borrows_what_the_plan_says() -> None:
+    """``benchmarks/zero_memory.py`` on stages 1 to 3: DeepSpeed's own buffers, in real updates of two micro-batches."""
+    command = [sys.executable, BENCHMARKS / "zero_memory.py", "--only", "1 rank, bf16, accumulating"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [row[0][:6] for row in rows] == ["ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    for label, stays, held, peak, highest, *_ in rows:
+        assert float(held) == pytest.approx(float(stays), rel=0.02), label
+        assert float(highest) == pytest.approx(float(peak), rel=0.2), label
+
+
 def test_the_plain_diffusers_loop_computes_the_same(built: Any) -> None:
     """What the framework's speed is compared with has its losses and gradients; both then train on."""
     import against_plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,8 +19,6 @@ from rlhf_t2i import planning
 from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.planning import trained_memory
-from rlhf_t2i.planning.memory import update_buffers
 from rlhf_t2i.recipe import ROLES, Recipe
 from tests import tiny
 
@@ -68,67 +67,6 @@ def test_sd15_has_one_text_encoder(tiny_sd15: Path) -> None:
     )
 
 
-def test_local_training_memory_is_torchs_own() -> None:
-    """Weights, gradients and Adam's states of a real step, to the byte."""
-    network = torch.nn.Linear(30, 20)
-    optimizer = torch.optim.AdamW(network.parameters())
-    network(torch.ones(1, 30)).sum().backward()
-    optimizer.step()
-    memory = trained_memory(size(network), 1, 0, "fp32", offload=False, distributed=False)
-    tensors = list(network.parameters())
-    assert memory.weights == sum(p.nbytes for p in tensors)
-    assert memory.gradients == sum(p.grad.nbytes for p in tensors if p.grad is not None)
-    states = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
-    assert memory.optimiser == sum(v.nbytes for v in states)
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "offload", "expected"),
-    [
-        # 1000 parameters on 4 ranks: (weights, gradients, optimiser, host)
-        (0, "fp32", False, (4000, 4000, 8000, 0)),
-        (1, "fp32", False, (4000, 4000, 3000, 0)),
-        (2, "fp32", False, (4000, 1000, 3000, 0)),
-        (3, "fp32", False, (1000, 5000, 3000, 0)),  # with the buffer gradients are reduced in
-        (0, "bf16", False, (2000, 2000, 12000, 0)),
-        (1, "bf16", False, (2000, 2000, 3000, 0)),
-        (2, "bf16", False, (2000, 500, 3000, 0)),
-        (3, "bf16", False, (500, 2500, 3000, 0)),
-        (2, "bf16", True, (2000, 0, 0, 4500)),  # with a float32 gradient and a bf16 copy of the weights
-    ],
-)
-def test_zero_arithmetic(stage: int, precision: str, offload: bool, expected: tuple[int, ...]) -> None:
-    memory = trained_memory(1000, 4, stage, precision, offload, distributed=True)
-    assert (memory.weights, memory.gradients, memory.optimiser, memory.host) == expected
-    summed = trained_memory(1000, 4, stage, precision, offload, distributed=True, accumulates=True)
-    assert summed.host == memory.host + (2000 if offload else 0)
-
-
-@pytest.mark.parametrize(
-    ("stage", "precision", "offload", "accumulates", "expected"),
-    [
-        # 1000 parameters on 4 ranks: (beside activations, after them), the bucket no larger than the network
-        (0, "fp32", False, True, (0, 4000)),  # gradients are averaged in a flat copy
-        (0, "bf16", False, True, (0, 4000)),
-        (1, "bf16", False, False, (2000, 2000 + 500)),
-        (2, "bf16", False, False, (2000, 2000)),
-        (2, "bf16", False, True, (2000, 2000 + 500)),
-        (2, "bf16", True, False, (2000, 2000)),
-        (2, "fp32", False, True, (4000, 4000 + 1000)),
-        (3, "bf16", False, True, (2000, 2000)),
-    ],
-)
-def test_buffers_of_a_backward_and_an_update(
-    stage: int, precision: str, offload: bool, accumulates: bool, expected: tuple[int, int]
-) -> None:
-    assert update_buffers(1000, 4, stage, precision, offload, accumulates) == expected
-
-
-def test_sdxl_s_update_takes_more_than_its_recomputed_activations() -> None:
-    """2,567 M parameters in bf16 on one GPU: gradients once more, and in float32."""
-    assert update_buffers(2_567_463_684, 1, 2, "bf16", False) == (1_000_000_000, 6 * 2_567_463_684)
-
-
 def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip: Path) -> None:
     plan = planning.make(build(tiny_sdxl, tiny_clip))
     (group,) = plan.groups
@@ -139,9 +77,6 @@ def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip
     rewards = sum(item.memory.activations for item in group.roles if item.role.startswith("reward"))
     denoisers = by_role["assistant"].memory.activations + by_role["reference"].memory.activations
     assert group.memory.activations == by_role["learner"].memory.activations + max(rewards, denoisers)
-    # An update is made while no other role works.
-    alone = max(item.memory.activations + item.memory.buffers for item in group.roles)
-    assert group.memory.activations + group.memory.buffers == max(alone, group.memory.activations)
     assert plan.traffic == ()
     assert plan.weights_sync == 0
 
@@ -178,6 +113,25 @@ def test_kl_and_outer_guidance_change_the_traffic(tiny_sdxl: Path) -> None:
     outer = planning.make(build(tiny_sdxl, placement=APART, algorithm={"cfg": {"mode": "outer"}}))
     found = {item.target: (item.sent, item.returned) for item in outer.traffic}
     assert found["reference"] == (4 * LATENT_BYTES, 3 * LATENT_BYTES)
+
+
+def test_a_reward_s_own_micro_batch_bounds_the_decoder(tiny_sdxl: Path, tiny_clip: Path) -> None:
+    """One decoding serves all rewards of a call; those that only measure keep no graph, and no training has any."""
+
+    def rewards(micro_batch: int | None, kind: str = "rewards") -> list[planning.RolePlan]:
+        choice = {"name": "pickscore", "options": {"model": str(tiny_clip)}, "micro_batch": micro_batch}
+        algorithm: dict[str, Any] = {"rewards": [], kind: [choice]}
+        recipe = build(tiny_sdxl, algorithm=algorithm, evaluation={"batch_size": 8})
+        (group,) = planning.make(recipe).groups
+        return [role for role in group.roles if role.role.startswith("reward")]
+
+    for whole, one in zip(rewards(None), rewards(1), strict=True):
+        assert whole.memory.activations == 8 * one.memory.activations > 0
+        assert whole.measuring == 8 * one.measuring > 0
+        assert one.measuring < one.memory.activations
+    for role, measures in zip(rewards(2), rewards(2, "eval_rewards"), strict=True):
+        assert measures.memory == dataclasses.replace(role.memory, activations=0)
+        assert measures.measuring == role.measuring
 
 
 def test_rewards_with_one_model_share_it(tiny_sdxl: Path, tiny_clip: Path) -> None:
