@@ -17,11 +17,13 @@ class Stopped(Exception):
     Args:
         number: The signal.
         saved: The checkpoint written for it, if one was.
+        begun: Whether there is a run to continue.
     """
 
-    def __init__(self, number: int, saved: Path | None = None) -> None:
+    def __init__(self, number: int, saved: Path | None = None, begun: bool = True) -> None:
         wrote = f"; checkpoint {saved}" if saved else ""
-        super().__init__(f"stopped by {signal.Signals(number).name}{wrote}; continue with --resume")
+        told = "continue with --resume" if begun else "nothing was written"
+        super().__init__(f"stopped by {signal.Signals(number).name}{wrote}; {told}")
         self.exit_code = 128 + number
 
 

@@ -283,7 +283,7 @@ def run(
     except KeyboardInterrupt:
         if signals.asked is None or signals.again:
             raise
-        raise Stopped(signals.asked) from None
+        raise Stopped(signals.asked, begun=folder.recipe.exists()) from None
 
 
 def _run(
