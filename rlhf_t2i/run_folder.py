@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf_t2i import files, recipe_io
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.report.reading import read_json
 
 _PACKAGES = ("rlhf-t2i", "torch", "deepspeed", "ray", "diffusers", "transformers")
 
@@ -34,6 +35,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.failures = self.path / "failures"
         self.run = self.path / "run.json"
+        self.inputs = self.path / "inputs.json"
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe.
@@ -46,6 +48,7 @@ class RunFolder:
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.evaluation.mkdir(exist_ok=True)
+            files.write_json(self.inputs, _inputs(recipe))
             files.write_text(self.recipe, recipe_io.dump(recipe))
         except OSError as error:
             self.discard()
@@ -53,7 +56,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take back what :meth:`create` wrote for a run that never started; anything else in the folder stays."""
-        for file in (self.recipe, self.path / files.LOCK):
+        for file in (self.recipe, self.inputs, self.path / files.LOCK):
             file.unlink(missing_ok=True)
         for folder in (self.samples, self.evaluation, self.path):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -70,20 +73,19 @@ class RunFolder:
         return recipe_io.load(self.recipe).revisions
 
     def compare_recipe(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
-        """Compare the recipe of a run that is resumed with the one it began with.
+        """Compare the recipe of a run that is resumed, and its prompts, with those it began with.
 
         Args:
             recipe: The recipe given now.
             allow_change: Accept changes that make the rest of the run another one than its beginning.
 
         Returns:
-            Every difference, as ``key (old -> new)``.
+            Every difference, as ``key (old -> new)``, or ``key (the file's content)``.
 
         Raises:
             UsageError: A change means another run; the differences are listed.
         """
-        old, new = recipe_io.load(self.recipe).model_dump(), recipe.model_dump()
-        changed = _differences(old, new)
+        changed = self._changes(recipe)
         refused = [name for name in changed if not _harmless(name)]
         if refused and not allow_change:
             raise UsageError(
@@ -94,11 +96,18 @@ class RunFolder:
 
     def update_recipe(self, recipe: Recipe, step: int) -> None:
         """Make a changed recipe the run's own; ``recipe_changes.jsonl`` keeps what changed at which step."""
-        changed = _differences(recipe_io.load(self.recipe).model_dump(), recipe.model_dump())
+        changed = self._changes(recipe)
         if not changed:
             return
         files.append_line(self.path / "recipe_changes.jsonl", {"step": step, "changed": changed})
+        files.write_json(self.inputs, _inputs(recipe))
         files.write_text(self.recipe, recipe_io.dump(recipe))
+
+    def _changes(self, recipe: Recipe) -> list[str]:
+        changed = _differences(recipe_io.load(self.recipe).model_dump(), recipe.model_dump())
+        before = read_json(self.inputs)
+        edited = [key for key, digest in _inputs(recipe).items() if before.get(key, digest) != digest]
+        return changed + [f"{key} (the file's content)" for key in edited]
 
     @contextmanager
     def record(self, recipe: Recipe, command: str) -> Iterator[None]:
@@ -131,6 +140,12 @@ _HARMLESS = ("logging.", "checkpoints.", "steps", "placement.max_restarts", "pla
 def _harmless(difference: str) -> bool:
     """A revision that was not known before takes nothing back."""
     return difference.startswith(_HARMLESS) or (difference.startswith("revisions.") and "(None ->" in difference)
+
+
+def _inputs(recipe: Recipe) -> dict[str, str]:
+    """Digests of the prompt files: their order makes every draw, and the recipe only says where they are."""
+    paths = {"data.prompts": recipe.data.prompts, "data.held_out": recipe.data.held_out}
+    return {key: files.sha256(Path(path)) for key, path in paths.items() if path}
 
 
 def _differences(old: object, new: object, name: str = "") -> list[str]:

@@ -232,6 +232,24 @@ def test_a_changed_recipe_is_refused_unless_allowed(make_recipe: MakeRecipe, tmp
     assert change == {"step": 1, "changed": ["steps (1 -> 2)", "algorithm.cfg.scale (3.0 -> 5.0)"]}
 
 
+def test_an_edited_prompt_file_is_a_change_of_the_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """One prompt more, and every draw to come is another."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a red cat\na blue dog\n", "utf-8")
+    changed = {"data__prompts": str(prompts), "data__held_out": make_recipe().data.prompts}
+    training.run(make_recipe(steps=1, **changed), out)
+    prompts.write_text("a red cat\na blue dog\na green owl\n", "utf-8")
+    with pytest.raises(
+        UsageError, match=r"since the run began: data\.prompts \(the file's content\); .*--allow-recipe"
+    ):
+        training.run(make_recipe(steps=2, **changed), out, resume=True)
+    assert [row["step"] for row in metrics(out)] == [1]
+    training.run(make_recipe(steps=2, **changed), out, resume=True, allow_recipe_change=True)
+    change = json.loads((out / "recipe_changes.jsonl").read_text("utf-8"))
+    assert change == {"step": 1, "changed": ["steps (1 -> 2)", "data.prompts (the file's content)"]}
+    training.run(make_recipe(steps=3, **changed), out, resume=True)  # accepted once, it is the run's own
+
+
 def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe) -> None:
     cluster = LocalCluster(make_recipe())
     cluster.call_all("learner", "step", 0, ["a red cat"] * 4)
