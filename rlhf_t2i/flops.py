@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any
 
 from rlhf_t2i.objective import guidance_omega
-from rlhf_t2i.recipe import Optimiser, Recipe
+from rlhf_t2i.recipe import Guidance, Optimiser, Recipe
 
 TRAINED, PULLED, PREDICTED = 3, 2, 1
 """Forwards' worth of work of a trained network, of a frozen one with a gradient through it, and of a prediction."""
@@ -95,24 +95,32 @@ def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
     algorithm = recipe.algorithm
     gradient = PREDICTED if algorithm.divergence.name == "kl" else PULLED
     cfg = algorithm.cfg
+    reference = guided_branches(cfg) * gradient
     if cfg.mode == "outer" and cfg.scale > 0:
-        reference = gradient + PREDICTED  # the branch without the prompt carries no gradient
-    else:
-        branches = 1 if cfg.mode == "outer" or guidance_omega(cfg.scale, cfg.convention) == 1.0 else 2
-        reference = branches * gradient
-    implicit = sum(choice.name == "cfg_implicit" for choice in algorithm.rewards)
+        reference += PREDICTED  # the branch without the prompt carries no gradient
+    implicit = len(algorithm.rewards) - len(image_rewards(recipe))
     generator = {
         "learner": trained(recipe.optimisation.generator) * forward.unet,
         "assistant": gradient * forward.unet,
         "reference": (reference + 2 * PREDICTED * implicit) * forward.unet,
     }
-    if len(algorithm.rewards) > implicit:
-        images = [choice.key for choice in algorithm.rewards if choice.name != "cfg_implicit"]
+    images = image_rewards(recipe)
+    if images:
         # One decode serves all rewards; each pulls its own gradient back through the decoder.
         generator["decoder"] = (PREDICTED + len(images) * (PULLED - PREDICTED)) * forward.decoder
         generator["rewards"] = PULLED * sum(forward.rewards[label] for label in images)
     assistant = trained(recipe.optimisation.assistant) * forward.unet
     return StepFlops(generator, {"generator": PREDICTED * forward.unet, "assistant": assistant})
+
+
+def guided_branches(cfg: Guidance) -> int:
+    """Branches of the reference that carry a gradient in a generator step."""
+    return 1 if cfg.mode == "outer" or guidance_omega(cfg.scale, cfg.convention) == 1.0 else 2
+
+
+def image_rewards(recipe: Recipe) -> list[str]:
+    """Labels of the rewards that train on decoded images; the implicit one asks the reference about latents."""
+    return [choice.key for choice in recipe.algorithm.rewards if choice.name != "cfg_implicit"]
 
 
 def utilisation(flops: float, seconds: float, rates: Sequence[float | None]) -> float | None:

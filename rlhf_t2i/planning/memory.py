@@ -159,6 +159,7 @@ def of_group(
 ) -> GroupPlan:
     """What every process of a group holds; ``micro`` is the learner's micro-batch, ``ranks`` those of trained roles."""
     from rlhf_t2i import activations
+    from rlhf_t2i.flops import guided_branches
 
     settings = recipe.optimisation
     width = zero.BYTES[settings.precision]
@@ -187,8 +188,7 @@ def of_group(
             own = Memory() if shared else Memory(weights=4 * unet)
             plans.append(RolePlan(role, 0 if shared else unet or None, own))
         elif role == "reference":
-            branches = 2 if recipe.algorithm.cfg.scale not in (0, 1) and recipe.algorithm.cfg.mode == "inner" else 1
-            active = images * branches * kept("frozen", role) if needs_vjp else 0
+            active = images * guided_branches(recipe.algorithm.cfg) * kept("frozen", role) if needs_vjp else 0
             plans.append(RolePlan(role, unet or None, Memory(weights=width * unet, activations=active)))
     if any(r.role in ("learner", "generator", "assistant", "reference") for r in plans):
         text = parts["text encoders"]
@@ -215,9 +215,10 @@ def _rewards(
     if not hosted:
         return []
     from rlhf_t2i import activations
+    from rlhf_t2i.flops import image_rewards
 
     algorithm, width = recipe.algorithm, zero.BYTES[recipe.optimisation.precision]
-    trained = [choice for choice in algorithm.rewards if choice.key in hosted]
+    trained = [c for c in algorithm.rewards if c.key in hosted and c.key in image_rewards(recipe)]
     measured = [choice for choice in (*algorithm.rewards, *algorithm.eval_rewards) if choice.key in hosted]
     learnt = min([images, *(choice.micro_batch for choice in trained if choice.micro_batch)]) if trained else 0
     drawn = -(-recipe.evaluation.batch_size // devices)

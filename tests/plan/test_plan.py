@@ -96,6 +96,21 @@ def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_c
     assert activations(planning.make(frugal), "learner") < activations(whole, "learner")
 
 
+def test_an_update_of_several_micro_batches_keeps_its_sum(tiny_sdxl: Path) -> None:
+    """While other roles work; and one process without Ray is plain torch, whatever ``zero_stage`` says."""
+
+    def learner(mode: str, micro_batch: int | None) -> planning.RolePlan:
+        settings = {"zero_stage": 2, "micro_batch": micro_batch}
+        placement = {"mode": mode, "groups": {"all": {"roles": list(ROLES)}}}
+        (group,) = planning.make(build(tiny_sdxl, placement=placement, optimisation=settings)).groups
+        return next(role for role in group.roles if role.role == "learner")
+
+    whole, summed = learner("ray", None), learner("ray", 2)
+    assert (whole.summed, summed.summed) == (0, 4 * (whole.parameters or 0))
+    assert learner("ray", 8).summed == 0
+    assert whole.memory.buffers > 0 == learner("local", None).memory.buffers
+
+
 def test_traffic_of_an_image(tiny_sdxl: Path, tiny_clip: Path) -> None:
     plan = planning.make(build(tiny_sdxl, tiny_clip, placement=APART))
     found = {(item.source, item.target): (item.sent, item.returned) for item in plan.traffic}
@@ -132,6 +147,28 @@ def test_a_reward_s_own_micro_batch_bounds_the_decoder(tiny_sdxl: Path, tiny_cli
     for role, measures in zip(rewards(2), rewards(2, "eval_rewards"), strict=True):
         assert measures.memory == dataclasses.replace(role.memory, activations=0)
         assert measures.measuring == role.measuring
+
+
+def test_the_implicit_reward_decodes_nothing(tiny_sdxl: Path) -> None:
+    (group,) = planning.make(build(tiny_sdxl, algorithm={"rewards": [{"name": "cfg_implicit"}]})).groups
+    assert all(role.memory.activations == 0 for role in group.roles if role.role.startswith("reward"))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "branches"),
+    [
+        ({"scale": 7.5}, 2),
+        ({"scale": 1.0}, 1),
+        ({"scale": 1.0, "convention": "one_plus"}, 2),
+        ({"scale": 0}, 1),
+        ({"mode": "outer"}, 1),
+    ],
+)
+def test_the_reference_keeps_a_graph_a_branch(tiny_sdxl: Path, guidance: dict[str, Any], branches: int) -> None:
+    (group,) = planning.make(build(tiny_sdxl, algorithm={"cfg": guidance})).groups
+    (one,) = planning.make(build(tiny_sdxl, algorithm={"cfg": {"scale": 0}})).groups
+    kept, single = (next(r.memory.activations for r in g.roles if r.role == "reference") for g in (group, one))
+    assert kept == branches * single > 0
 
 
 def test_rewards_with_one_model_share_it(tiny_sdxl: Path, tiny_clip: Path) -> None:
