@@ -136,9 +136,9 @@ def _stage_1(sizes: Sizes, setting: Setting) -> Iterator[Term]:
     """All gradients wait on the device until the last backward; then bucket by bucket is reduced."""
     width, _ = _widths(setting)
     share, bucket = _share(sizes, setting), _bucket(sizes, setting)
-    yield Term("summed", width * sizes.total, "gradients")
-    yield Term("backward", width * sizes.total, "gradients")
-    yield Term("backward", width * bucket, "the bucket, there from the first gradient on")
+    for when in ("summed", "backward"):
+        yield Term(when, width * sizes.total, "gradients")
+        yield Term(when, width * bucket, "the bucket, there from the first gradient on")
     yield Term("reduction", width * sizes.total, "gradients; those of a bucket are freed when they are in it")
     copy = bucket if setting.ranks > 1 else 0
     kept = 0 if setting.offload else share

@@ -90,6 +90,13 @@ def test_what_is_borrowed(chosen: zero.Setting, expected: tuple[int, ...]) -> No
     assert sums(chosen, "backward", "reduction", "update") == expected
 
 
+@pytest.mark.parametrize(("stage", "expected"), [(None, 4000), (0, 2000), (1, 2000 + 400), (2, 500), (3, 0)])
+def test_what_waits_for_the_next_micro_batch(stage: int | None, expected: int) -> None:
+    """ZeRO-1 keeps its bucket until it reduces; ZeRO-3's sum is among its states."""
+    assert sums(setting(stage, accumulates=True), "summed") == (expected,)
+    assert sums(setting(stage), "summed") == (0,)
+
+
 def test_zero_3_keeps_small_parameters_whole() -> None:
     sizes = zero.sizes_of([100_000, 100_001, 5])
     assert sizes == zero.Sizes(200_006, 100_001, 100_005)
