@@ -44,9 +44,10 @@ def evaluate(settings: Settings, out: Path, progress: Progress | None = None) ->
         UsageError: Bad settings, or ``out`` holds another evaluation.
     """
     check(settings)
+    start = time.monotonic()
+    with quietly():
+        work = Work(settings, out, progress or (lambda what, done, total: None))  # refuses before OUT is made
     with files.exclusive(out, "evaluation"), quietly():
-        start = time.monotonic()
-        work = Work(settings, out, progress or (lambda what, done, total: None))
         work.draw()
         measured = work.measure()
         _add_cost(out, time.monotonic() - start, len(work.indices), str(work.device))

@@ -225,11 +225,13 @@ def test_a_reward_of_the_wrong_length_stops_the_run(settings, tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"options": {"clip": {"model": "x"}}}, "not among the metrics"),
         ({"prompts": "./nowhere.txt"}, "no such prompt file"),
+        ({"model": "./nowhere"}, "no such model"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         evaluate(settings(**changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_inception_that_is_not_there(settings, tmp_path):
