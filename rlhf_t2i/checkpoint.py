@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rlhf_t2i import files
+from rlhf_t2i import files, manifest
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import Checkpoints
 
-MANIFEST = "manifest.json"
 TRAINED_ROLES = ("learner", "assistant")
 _LONGEST_WINDOW = 1000
 _NAME = re.compile(r"step_(\d+)(?:_round_(\d+))?")
@@ -74,23 +71,11 @@ def save(cluster: Cluster, out: Path, progress: Progress, policy: Checkpoints) -
             for role in TRAINED_ROLES:
                 (folder / role).mkdir()
                 cluster.call_all(role, "save", str(folder / role))
-            manifest = {"progress": asdict(progress), "reward": progress.reward(), "files": _entries(folder)}
-            files.write_json(folder / MANIFEST, manifest)
+            manifest.write(folder, progress=asdict(progress), reward=progress.reward())
         _prune(out, target, policy)
     except OSError as error:
         raise files.not_written(Path(error.filename or target.parent), error.strerror) from error
     return target
-
-
-def _entries(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and digest of every file; digests of several files are taken at once, for training waits."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(files.sha256, found))
-    return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
-        for file, digest in zip(found, digests, strict=True)
-    }
 
 
 def _prune(out: Path, target: Path, policy: Checkpoints) -> None:
@@ -118,8 +103,8 @@ def best(folders: Sequence[Path]) -> list[Path]:
 
 def _reward(folder: Path) -> float | None:
     try:
-        reward = json.loads((folder / MANIFEST).read_text("utf-8")).get("reward")
-    except (OSError, ValueError, AttributeError):
+        reward = manifest.read(folder).get("reward")
+    except (OSError, ValueError):
         return None
     return reward if isinstance(reward, int | float) else None
 
@@ -146,8 +131,7 @@ def find(out: Path) -> tuple[Path | None, Progress, list[str]]:
     for folder in _newest_first(out):
         damage = _damage(folder)
         if damage is None:
-            manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-            return folder, Progress(**manifest["progress"]), warnings
+            return folder, Progress(**manifest.read(folder)["progress"]), warnings
         warnings.append(f"checkpoint {folder.name} is damaged ({damage}); using an older one")
     if not warnings:
         return None, Progress(), []
@@ -155,18 +139,13 @@ def find(out: Path) -> tuple[Path | None, Progress, list[str]]:
 
 
 def _damage(folder: Path) -> str | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        for name, entry in manifest["files"].items():
-            file = folder / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"] or files.sha256(file) != entry["sha256"]:
-                return f"{name} has changed"
-        Progress(**manifest["progress"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} cannot be read"
-    return None
+    found = manifest.damage(folder)
+    if found is None:
+        try:
+            Progress(**manifest.read(folder)["progress"])
+        except (KeyError, TypeError):
+            return f"{manifest.NAME} cannot be read"
+    return found
 
 
 def restore(cluster: Cluster, folder: Path) -> list[str]:

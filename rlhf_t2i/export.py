@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_t2i import files
+from rlhf_t2i import files, manifest
 from rlhf_t2i.models import snapshot, sources
 from rlhf_t2i.recipe import Recipe
 
@@ -55,6 +55,7 @@ def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> 
             folder / ONE_STEP,
             {"timestep": recipe.models.generator_timestep, "resolution": recipe.models.resolution},
         )
+        manifest.write(folder)
 
 
 def _replace_vae(text: str, folder: Path, index: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import checkpoint, export, recipe_io, training
+from rlhf_t2i import checkpoint, export, manifest, recipe_io, training
 from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, UsageError
@@ -338,3 +338,16 @@ def test_model_loads_in_diffusers_and_equals_sample(
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).images.float()  # fmt: skip
     torch.testing.assert_close(sample(str(out), ["a red cat"], seed=5), theirs, rtol=0, atol=1e-5)
+
+
+def test_the_model_has_a_manifest(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    training.run(make_recipe(steps=1), tmp_path / "out")
+    model = tmp_path / "out/model"
+    listed = manifest.read(model)["files"]
+    assert listed.keys() == {str(f.relative_to(model)) for f in model.rglob("*") if f.is_file()} - {manifest.NAME}
+    assert manifest.damage(model) is None
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert manifest.damage(model) == "unet/diffusion_pytorch_model.safetensors has changed"
+    weights.unlink()
+    assert manifest.damage(model) == "unet/diffusion_pytorch_model.safetensors is missing"
