@@ -36,7 +36,7 @@ class RewardRole:
 
     Args:
         rewards: By label. They are frozen, put into eval mode and moved to ``device`` and ``dtype`` here.
-        vae: None when only images are scored.
+        vae: None where all rewards are latent ones.
         device: Where the rewards live; results return to the device of the request.
         dtype: Of the rewards' weights and activations; values and gradients come back in float32 or better.
         micro_batch: Images a call of ``score`` sees; the whole request when None. Or one number a label.
@@ -98,29 +98,11 @@ class RewardRole:
         results = self._run(latents, prompts, names, context, gradient=False)
         return {label: values for label, (values, _) in results.items()}
 
-    def score_images(
-        self, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Each reward's values [B] for images [B, 3, H, W] in [0, 1]; latent rewards cannot be asked.
-
-        Raises:
-            RewardFailure: As :meth:`value_and_grad`.
-            UsageError: An unknown label, or a latent reward.
-        """
-        if names is None:
-            names = [label for label, reward in self.rewards.items() if not isinstance(reward, LatentReward)]
-        labels = self._labels(names)
-        for label in labels:
-            if isinstance(self.rewards[label], LatentReward):
-                raise UsageError(f"reward {label!r} scores latents, not images")
-        moved = self._to_device(images)
-        return {label: self._image_reward(label, moved, prompts, None)[0].to(images.device) for label in labels}
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32, without gradient."""
         if self._vae is None:
-            raise UsageError("this reward group has no VAE: it can only score images")
+            raise UsageError("this reward group has no VAE: it can only score latents")
         parts = [self._decode(latents[part]).float() for part in self._parts(len(latents), list(self.rewards))]
         return torch.cat(parts).to(latents.device)
 
@@ -165,7 +147,7 @@ class RewardRole:
     ) -> dict[str, ValueAndGrad]:
         """Rewards on images of one micro-batch: decode once, score, pull each gradient back to the latents."""
         if self._vae is None:
-            raise UsageError("this reward group has no VAE: it can only score images")
+            raise UsageError("this reward group has no VAE: it can only score latents")
         leaf = latents.detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             images = self._decode(leaf)
@@ -186,15 +168,14 @@ class RewardRole:
         return results
 
     def _image_reward(
-        self, label: str, images: Tensor, prompts: Sequence[str], latents: Tensor | None
+        self, label: str, images: Tensor, prompts: Sequence[str], latents: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Values [B] and, where ``images`` want it, the gradient at the images."""
         reward, values, grads = self.rewards[label], [], []
         # Images of a float64 reward (gradient checks) are float64, whatever the decoder gives.
         images = images.to(torch.promote_types(images.dtype, self.dtype))
         for part in self._parts(len(images), [label]):
-            some, texts = images[part], prompts[part]
-            some_latents = None if latents is None else latents[part]
+            some, texts, some_latents = images[part], prompts[part], latents[part]
             if images.requires_grad:
                 some = some.detach().requires_grad_()
             with torch.set_grad_enabled(images.requires_grad):
@@ -223,7 +204,7 @@ class RewardRole:
         return self._result(value), grad
 
     def _call(
-        self, label: str, call: partial[Tensor], prompts: Sequence[str], images: Tensor | None, latents: Tensor | None
+        self, label: str, call: partial[Tensor], prompts: Sequence[str], images: Tensor | None, latents: Tensor
     ) -> Tensor:
         """One call of the plugin's code, and every check of its answer."""
         try:
@@ -259,7 +240,7 @@ class RewardRole:
         at: Tensor,
         prompts: Sequence[str],
         images: Tensor | None,
-        latents: Tensor | None,
+        latents: Tensor,
     ) -> Tensor:
         """``d sum(value) / d at``: each row is its own sample's gradient, since samples do not mix."""
         reason = "no gradient reaches its input: torch operations only, no detach, numpy or PIL in score"
@@ -280,7 +261,7 @@ class RewardRole:
         what: str,
         prompts: Sequence[str],
         images: Tensor | None,
-        latents: Tensor | None,
+        latents: Tensor,
     ) -> None:
         finite = tensor.detach().isfinite().flatten(1).all(1) if tensor.ndim > 1 else tensor.detach().isfinite()
         if not bool(finite.all()):
@@ -294,17 +275,16 @@ class RewardRole:
         index: int,
         prompts: Sequence[str],
         images: Tensor | None,
-        latents: Tensor | None,
+        latents: Tensor,
         cause: BaseException | None = None,
     ) -> Any:
         saved = None
         if self.failures_dir is not None:
             image = None if images is None else images[index]
-            if image is None and latents is not None and self._vae is not None and label != "decoder":
+            if image is None and self._vae is not None and label != "decoder":
                 image = self.decode(latents[index : index + 1].detach())[0]
-            latent = None if latents is None else latents[index]
             try:
-                saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latent, cause)
+                saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latents[index], cause)
             except OSError as error:
                 # The reward's failure is the news; a full disk must not hide it.
                 reason += f" (and the sample could not be saved: {error})"

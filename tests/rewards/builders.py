@@ -15,6 +15,13 @@ IMAGE_SIZE = 32
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+class Identity:
+    """A decoder whose latents are images."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+
 def byte_alphabet() -> list[str]:
     """The 256 printable stand-ins of byte-level BPE, in GPT-2's order."""
     from tokenizers.pre_tokenizers import ByteLevel

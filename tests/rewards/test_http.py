@@ -23,6 +23,7 @@ from rlhf_t2i import registry
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
+from tests.rewards.builders import Identity
 
 
 class Server:
@@ -124,9 +125,9 @@ def test_a_wrong_answer_is_not_repeated(server: Server, answer: tuple[int, Any, 
 
 def test_a_nan_from_the_server_stops_the_run(server: Server) -> None:
     server.answers = [(200, b'{"scores": [1.0, NaN]}', 0.0)]
-    role = RewardRole({"remote": reward(server)}, None, device=torch.device("cpu"))
+    role = RewardRole({"remote": reward(server)}, Identity(), device=torch.device("cpu"))
     with pytest.raises(RewardFailure, match=r"'remote' failed on the prompt 'b': its value is not finite"):
-        role.score_images(IMAGES, ["a", "b"])
+        role.score_latents(IMAGES, ["a", "b"])
 
 
 def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

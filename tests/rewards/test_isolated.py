@@ -20,6 +20,7 @@ from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.plugin import Reward
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
+from tests.rewards.builders import Identity
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -108,11 +109,6 @@ def isolated(conflict: tuple[str, list[str]], ray_for_rewards: None) -> Iterator
 
 IMAGES = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
-
-
-class Identity:
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents
 
 
 def test_the_overlay_changes_one_package_and_shares_the_rest(conflict: tuple[str, list[str]]) -> None:

@@ -122,11 +122,11 @@ def test_one_model_shared_by_two_rewards_is_loaded_once(clip_folder: str) -> Non
 
 def test_a_role_in_half_precision_leaves_another_roles_weights_alone(clip_folder: str) -> None:
     with plugin.sharing():
-        exact = make_role({"p": registry.reward("pickscore", model=clip_folder)})
-    before = exact.score_images(builders.pictures(2), PROMPTS[:2])
+        exact = make_role({"p": registry.reward("pickscore", model=clip_folder)}, vae=builders.Identity())
+    before = exact.score_latents(builders.pictures(2), PROMPTS[:2])
     with plugin.sharing():
         make_role({"p": registry.reward("pickscore", model=clip_folder)}, dtype=torch.bfloat16)
-    after = exact.score_images(builders.pictures(2), PROMPTS[:2])
+    after = exact.score_latents(builders.pictures(2), PROMPTS[:2])
     assert torch.equal(before["p"], after["p"])
 
 
@@ -135,10 +135,10 @@ def test_text_features_are_computed_once_a_prompt(clip_folder: str, monkeypatch:
     seen: list[str] = []
     encode = reward.encode_text
     monkeypatch.setattr(reward, "encode_text", lambda prompts: (seen.extend(prompts), encode(prompts))[1])
-    role = make_role({"pick": reward})
+    role = make_role({"pick": reward}, vae=builders.Identity())
     images = builders.pictures(4)
-    role.score_images(images, ["a", "b", "a", "b"])
-    role.score_images(images, ["b", "c", "a", "c"])
+    role.score_latents(images, ["a", "b", "a", "b"])
+    role.score_latents(images, ["b", "c", "a", "c"])
     assert sorted(seen) == ["a", "b", "c"]
 
 
@@ -153,15 +153,14 @@ def test_half_precision_stays_close_and_returns_float32(latents: Tensor, clip_fo
     assert torch.nn.functional.cosine_similarity(grads.flatten(), exact[1].flatten(), 0) > 0.98
 
 
-def test_decode_and_score_images_agree_with_score_latents(latents: Tensor) -> None:
+def test_scores_of_latents_are_those_of_their_images(latents: Tensor) -> None:
     role = make_role({"good": faulty.Good()}, micro_batch=2)
     images = role.decode(latents)
     assert images.shape == (4, 3, 36, 36)
     assert not images.requires_grad
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
-    assert torch.allclose(
-        role.score_images(images, PROMPTS)["good"], role.score_latents(latents, PROMPTS)["good"], atol=1e-6
-    )
+    expected = role.rewards["good"].score(images, PROMPTS)
+    assert torch.allclose(role.score_latents(latents, PROMPTS)["good"], expected, atol=1e-6)
 
 
 def test_latent_rewards_get_the_context_and_need_one(latents: Tensor) -> None:
@@ -173,8 +172,6 @@ def test_latent_rewards_get_the_context_and_need_one(latents: Tensor) -> None:
     assert list(results) == ["cfg", "good"]
     with pytest.raises(UsageError, match=r"'cfg' scores latents and needs the reference"):
         role.value_and_grad(latents, PROMPTS)
-    with pytest.raises(UsageError, match=r"'cfg' scores latents, not images"):
-        role.score_images(builders.pictures(4), PROMPTS, ["cfg"])
 
 
 BAD = ["a cat", "a dog", "bad", "a hill"]
@@ -241,7 +238,7 @@ def test_measuring_is_checked_too(latents: Tensor) -> None:
     with pytest.raises(RewardFailure, match=r"'bad': its value is not finite"):
         make_role({"r": faulty.NotFinite()}).score_latents(latents, BAD)
     with pytest.raises(RewardFailure, match=r"'bad': ValueError"):
-        make_role({"r": faulty.Raises()}).score_images(builders.pictures(4), BAD)
+        make_role({"r": faulty.Raises()}).score_latents(latents, BAD)
 
 
 def test_latents_that_are_not_finite_are_blamed_on_themselves(latents: Tensor, tmp_path: Path) -> None:
