@@ -25,7 +25,7 @@ class Mean:
     prompts: int
 
     @property
-    def errors(self) -> float:
+    def t_statistic(self) -> float:
         """The mean in standard errors: 0 for an exact zero, infinite for a spread-free mean that is not."""
         if self.value == 0:
             return 0.0

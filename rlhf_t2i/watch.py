@@ -78,16 +78,16 @@ class HackingDetector:
 def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
     """The warning if the reward rose and the signal fell between two measurements, both beyond noise."""
     rise = statistics.paired(then.reward, now.reward)
-    if rise.prompts < PROMPTS or not rise.errors > RISEN:
+    if rise.prompts < PROMPTS or not rise.t_statistic > RISEN:
         return None
     if name == DIVERSITY:
         kept = statistics.ratio(then.signals[name], now.signals[name])
-        if not statistics.Mean(kept.value - KEPT, kept.error, kept.prompts).errors < -FALLEN:
+        if not statistics.Mean(kept.value - KEPT, kept.error, kept.prompts).t_statistic < -FALLEN:
             return None
         fell = f"diversity within a prompt fell to {kept.value:.0%} ± {kept.error:.0%}"
     else:
         change = statistics.paired(then.signals[name], now.signals[name])
-        if not change.errors < -FALLEN:
+        if not change.t_statistic < -FALLEN:
             return None
         fell = f"{name}, which no step trains on, fell by {-change.value:.3g} ± {change.error:.2g}"
     return (

@@ -85,10 +85,10 @@ def _reward_row(key: str, before: Evaluated, after: Evaluated) -> Row:
     sign = 1.0 if after.higher_is_better.get(key, True) else -1.0
     kind = _kind(after, key)
     judge = _trained if kind == "train" else _unseen
-    outcome, verdict = judge(sign * change.errors, change)
+    outcome, verdict = judge(sign * change.t_statistic, change)
     means = statistics.mean(old).value, statistics.mean(new).value
     return Row(
-        key, kind, after.units.get(key, ""), *means, change.value, change.error, change.errors,
+        key, kind, after.units.get(key, ""), *means, change.value, change.error, change.t_statistic,
         means[1] / means[0] if means[0] else math.nan, change.prompts, outcome, verdict,
     )  # fmt: skip
 
@@ -122,7 +122,7 @@ def _unseen(errors: float, change: statistics.Mean) -> tuple[Outcome, str]:
 def _diversity_row(key: str, old: list[float], new: list[float]) -> Row:
     kept = statistics.ratio(old, new)
     before, after = statistics.mean(old).value, statistics.mean(new).value
-    above = statistics.Mean(kept.value - KEPT, kept.error, kept.prompts).errors
+    above = statistics.Mean(kept.value - KEPT, kept.error, kept.prompts).t_statistic
     outcome, verdict = _kept(kept)
     return Row(
         key, "diversity", "", before, after, after - before, kept.error, above, kept.value, kept.prompts, outcome,
