@@ -96,7 +96,10 @@ class Reward(nn.Module):
 
 
 class LatentContext(Protocol):
-    """What a :class:`LatentReward` may use: the frozen reference and the noise of this call."""
+    """What a :class:`LatentReward` may use: the frozen reference and the noise of this call.
+
+    A call has one timestep and one noise a sample: who asks again gets the same, as do other latent rewards.
+    """
 
     def sample_timesteps(self, batch: int) -> Tensor:
         """Integer timesteps [B], uniform over the recipe's range, reproducible from the run's seed."""
