@@ -85,9 +85,15 @@ def main() -> None:
                 every[name] = measure(load(large, *overrides))
                 gc.collect()
                 print(f"\n{name}\n\n{markdown(every[name])}", flush=True)
-        print("| states of all roles | predicted, MB | measured, MB | measured / predicted |\n|---|---:|---:|---:|")
+        print("| | states predicted, MB | measured | ratio | peak predicted, MB | measured | ratio |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
         for name, rows in every.items():
-            print(f"| {name} | {rows[-1].predicted / 1e6:.0f} | {rows[-1].measured / 1e6:.0f} | {rows[-1].ratio:.3f} |")
+            found = {row.kind: row for row in rows if row.role == "all"}
+            cells = [
+                f"{row.predicted / 1e6:.0f} | {row.measured / 1e6:.0f} | {row.ratio:.3f}"
+                for row in (found["states"], found["peak"])
+            ]
+            print(f"| {name} | {' | '.join(cells)} |")
         if not args.no_ray:
             (small_told, small_found), (told, found) = resident(tiny), resident(large)
             grown, predicted = found - small_found, told - small_told

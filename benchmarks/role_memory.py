@@ -96,7 +96,9 @@ class MeasuredWorker(Worker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.held: dict[str, Held] = {}
-        self._modules: dict[str, Any] = {}
+        self._before = live("cuda" if torch.cuda.is_available() else "cpu")
+        self.highest = 0
+        """This worker's bytes at the worst moment of its updates so far, on the device (with a CPU's host)."""
         super().__init__(spec)
 
     @contextmanager
@@ -153,6 +155,7 @@ class MeasuredWorker(Worker):
                     highest = peak(partial(self.call, role, method, step, prompts))
             finally:
                 del engine.step
+            self.highest = max(self.highest, before - self._before + highest)
             # What a first update allocates and keeps are the moments; later ones only show the gradients.
             if step == 0:
                 held.gradients = 0
@@ -247,6 +250,8 @@ def compare(recipe: Recipe, worker: MeasuredWorker) -> list[Row]:
                 rows.append(Row(role, kind, told, found))
     states = [row for row in rows if row.kind == "states"]
     rows.append(Row("all", "states", sum(r.predicted for r in states), sum(r.measured for r in states)))
+    on_cpu = worker.device.type == "cpu"
+    rows.append(Row("all", "peak", group.memory.device + (group.memory.host if on_cpu else 0), worker.highest))
     return rows
 
 
