@@ -12,9 +12,11 @@ def ray_for_rewards() -> Iterator[None]:
     """Ray, unless another test's instance is there already."""
     import ray
 
+    from rlhf_t2i.cluster.connect import start_local_ray
+
     started = not ray.is_initialized()
     if started:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        start_local_ray(2)  # not some other Ray of this machine
     yield
     if started:
         ray.shutdown()
