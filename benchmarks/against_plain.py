@@ -13,12 +13,12 @@ from baseline_diffusers import Noise, PlainLoop
 from gpu_sections import StepTimes, Timer, batch, spacious
 from torch import Tensor
 
-from rlhf_t2i import rng
-from rlhf_t2i.models.frozen import FrozenConv2d, freeze
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.models.networks import DTYPES, one_step, predict
-from rlhf_t2i.objective import assistant_loss, guidance_omega
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.algorithm.losses import assistant_loss, guidance_omega
+from rlhf_t2i.families.frozen import FrozenConv2d, freeze
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.networks import DTYPES, one_step, predict
+from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.reward import checkpoint_layers
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
@@ -39,14 +39,14 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
     Raises:
         RuntimeError: The two do not compute the same.
     """
-    dtype = DTYPES[recipe.optimisation.precision]
+    dtype = DTYPES[recipe.optimization.precision]
     with _training_in(dtype):
         worker = Worker(WorkerSpec(recipe, "local", ROLES))
     worker.connect({})
     loop = plain_loop(recipe, worker)
     agreement = check(recipe, worker, loop, dtype)
     framework = StepTimes(recipe, worker.call, [])
-    micro = recipe.optimisation.micro_batch or recipe.optimisation.batch_size
+    micro = recipe.optimization.micro_batch or recipe.optimization.batch_size
     taken: dict[str, list[float]] = {"framework": [], "plain": []}
     for number in range(2 + steps):
         ours = framework.step(number)["step"]
@@ -60,7 +60,7 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
             taken["framework"].append(ours)
             taken["plain"].append(theirs)
     median = {name: statistics.median(values) for name, values in taken.items()}
-    images = recipe.optimisation.batch_size
+    images = recipe.optimization.batch_size
     return {
         "agreement": agreement,
         "batch": images,
@@ -121,7 +121,7 @@ def _as_diffusers_has_them(worker: Worker) -> Iterator[None]:
 
 
 def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
-    """The plain loop over a worker's networks and optimisers."""
+    """The plain loop over a worker's networks and optimizers."""
     learner, assistant, store = worker.roles["learner"], worker.roles["assistant"], worker._context.store
     choice = recipe.algorithm.rewards[0]
     clip = worker.roles["reward"].role.rewards[choice.key].clip
@@ -138,7 +138,7 @@ def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
         generator_optimizer=learner.engine._optimizer,
         assistant_optimizer=assistant._engine._optimizer,
         abar=store.schedule.alphas_cumprod,
-        guidance=guidance_omega(cfg.scale, cfg.convention),
+        guidance=guidance_omega(cfg.guidance_scale, cfg.convention),
         reward_scale=choice.scale,
         resolution=recipe.models.resolution,
         timestep=recipe.models.generator_timestep,
@@ -146,7 +146,7 @@ def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
             (timesteps.generator[0], timesteps.generator[1]),
             (timesteps.assistant[0], timesteps.assistant[1]),
         ),
-        max_grad_norm=recipe.optimisation.generator.max_grad_norm,
+        max_grad_norm=recipe.optimization.generator.max_grad_norm,
     )
 
 
@@ -156,7 +156,7 @@ def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -
     Raises:
         RuntimeError: One is larger than the precision explains, or nothing was computed.
     """
-    prompts = batch(recipe, 0)[: recipe.optimisation.micro_batch]
+    prompts = batch(recipe, 0)[: recipe.optimization.micro_batch]
     keys = [(recipe.seed, "check", i) for i in range(len(prompts))]
     learner, assistant, store = worker.roles["learner"], worker.roles["assistant"], worker._context.store
     z = rng.normal(store.latent_shape, [(*k, "z") for k in keys]).to(worker.device)
@@ -183,7 +183,7 @@ def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -
         "gradient at x_0": _difference(gradient, plain_gradient),
     }
     for name, value in found.items():
-        if not value < _TOLERANCE[recipe.optimisation.precision]:
+        if not value < _TOLERANCE[recipe.optimization.precision]:
             raise RuntimeError(f"the plain loop's {name} differs from the framework's by {value:.2e} of its size")
     return found
 

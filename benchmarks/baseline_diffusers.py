@@ -32,7 +32,7 @@ class Noise:
 
 @dataclass
 class PlainLoop:
-    """Networks, optimisers and the settings of the paper's row DI*-In.
+    """Networks, optimizers and the settings of the paper's row DI*-In.
 
     Attributes:
         generator: One-step UNet, trained.
@@ -43,15 +43,15 @@ class PlainLoop:
         tokenizers: Theirs.
         clip: CLIPModel of PickScore, frozen.
         clip_tokenizer: Its tokenizer.
-        generator_optimizer: Any torch optimiser over the generator's weights.
-        assistant_optimizer: Any torch optimiser over the assistant's.
+        generator_optimizer: Any torch optimizer over the generator's weights.
+        assistant_optimizer: Any torch optimizer over the assistant's.
         abar: The schedule's cumulative products [T], float64.
         guidance: omega of e_u + omega (e_c - e_u).
         reward_scale: alpha of equation (3.3).
         resolution: Pixels.
         timestep: Of the one-step generator.
         ranges: Inclusive timesteps of the divergence and of the assistant's loss.
-        max_grad_norm: Of both optimisers.
+        max_grad_norm: Of both optimizers.
         autocast: Compute dtype where weights are float32, else None.
     """
 

@@ -34,7 +34,7 @@ PLACEMENT = (
     + "}}"
 )
 SMALL = [
-    "steps=8", "checkpoints.every=2", "optimisation.batch_size=4", "algorithm.assistant_steps=2",
+    "steps=8", "checkpoints.every=2", "optimization.batch_size=4", "algorithm.assistant_steps=2",
     "evaluation={images: 4, images_per_prompt: 2}", "logging={samples_every: 100, sample_count: 2}", PLACEMENT,
 ]  # fmt: skip
 

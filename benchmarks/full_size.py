@@ -3,7 +3,7 @@
 ``python benchmarks/full_size.py --folder FOLDER``
 
 Random weights of the exact architectures at 1024 px in bf16, one image, one role a process, so that 24 GB of memory do,
-on a GPU or a CPU. Trained networks are bf16 too and take no optimiser step: states are ``memory.py``'s subject. Rates
+on a GPU or a CPU. Trained networks are bf16 too and take no optimizer step: states are ``memory.py``'s subject. Rates
 are measured as ``plan --device here`` does. ``--small`` takes small networks in float32.
 """
 
@@ -25,12 +25,15 @@ from against_plain import _training_in
 from gpu_sections import Settings, Timer, batch, build, load
 from role_memory import MeasuredWorker
 
-from rlhf_t2i import flops, geometry, planning, rng
-from rlhf_t2i.models.networks import DTYPES
-from rlhf_t2i.planning import Rates, calibration
-from rlhf_t2i.recipe import Recipe
-from rlhf_t2i.roles.denoise import Deferred
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.families import flops
+from rlhf_t2i.families.networks import DTYPES
+from rlhf_t2i.recipe import placement as geometry
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.denoiser import Deferred
 from rlhf_t2i.roles.worker import WorkerSpec
+from rlhf_t2i.tools import planning
+from rlhf_t2i.tools.planning import Rates, calibration
 
 PARTS: dict[str, tuple[str, str]] = {
     "generator: drawing": ("generator", "generator"),
@@ -50,15 +53,15 @@ class Stub:
     def __init__(self, recipe: Recipe) -> None:
         self._labels = [choice.key for choice in recipe.algorithm.rewards]
 
-    def start_forward(self, _ticket: str, x_t: torch.Tensor, *_: Any) -> Deferred:
+    def submit_forward(self, _ticket: str, x_t: torch.Tensor, *_: Any) -> Deferred:
         """A prediction."""
         return Deferred(lambda: torch.zeros_like(x_t))
 
-    def start_vjp(self, _ticket: str, x_t: torch.Tensor, *_: Any) -> Deferred:
+    def submit_vjp(self, _ticket: str, x_t: torch.Tensor, *_: Any) -> Deferred:
         """A product."""
         return Deferred(lambda: torch.zeros_like(x_t))
 
-    def start_value_and_grad(self, x0: torch.Tensor, _prompts: Any) -> Deferred:
+    def submit_value_and_grad(self, x0: torch.Tensor, _prompts: Any) -> Deferred:
         """Rewards."""
         return Deferred(lambda: {label: (torch.zeros(len(x0)), torch.zeros_like(x0)) for label in self._labels})
 
@@ -69,7 +72,7 @@ class DrawsNoise:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
 
-    def start_sample(self, _prompts: Any, keys: Any, _weights: str) -> Deferred:
+    def submit_sample(self, _prompts: Any, keys: Any, _weights: str) -> Deferred:
         """Noise instead of pictures: the network does not mind."""
         return Deferred(lambda: rng.normal(self._shape, keys))
 
@@ -105,9 +108,9 @@ def work(worker: MeasuredWorker, recipe: Recipe, role: str, does: str) -> Callab
 
 def measure(settings: Settings, part: str, checkpointing: str) -> dict[str, float]:
     """Seconds of a part, and the peak of its activations over the state before."""
-    recipe = load(settings, "placement=local", f"optimisation.gradient_checkpointing={checkpointing}")
+    recipe = load(settings, "placement=local", f"optimization.gradient_checkpointing={checkpointing}")
     role, does = PARTS[part]
-    with _training_in(DTYPES[recipe.optimisation.precision]):
+    with _training_in(DTYPES[recipe.optimization.precision]):
         worker = MeasuredWorker(WorkerSpec(recipe, "all", (role,)))
     call = work(worker, recipe, role, does)
     call()
@@ -126,7 +129,7 @@ def measure(settings: Settings, part: str, checkpointing: str) -> dict[str, floa
 
 def predict(settings: Settings, rates: Rates, part: str, checkpointing: str) -> dict[str, float]:
     """What the plan says of a part."""
-    recipe = load(settings, f"optimisation.gradient_checkpointing={checkpointing}")
+    recipe = load(settings, f"optimization.gradient_checkpointing={checkpointing}")
     seconds = planning.step_time(recipe, geometry.check_placement(recipe), flops.of_recipe(recipe), rates)
     assert seconds is not None
     (group,) = planning.make(recipe).groups

@@ -27,17 +27,17 @@ from gpu_report import markdown
 from gpu_sections import SECTIONS, Settings
 
 ORDER = ("machine", "build", "flops", "steps", "plain", "remote", "variants")
-_RESIDENT = "optimisation.offload_optimizer=false"
+_RESIDENT = "optimization.offload_optimizer=false"
 VARIANTS = {
     "adapters of rank 64": [
-        *(f"optimisation.{role}.lora={{rank: 64}}" for role in ("generator", "assistant")), _RESIDENT,
+        *(f"optimization.{role}.lora={{rank: 64}}" for role in ("generator", "assistant")), _RESIDENT,
     ],
-    "micro-batch of 2": ["optimisation.micro_batch=2"],
-    "without activation checkpointing": ["optimisation.gradient_checkpointing=false"],
-    "all activations recomputed": ["optimisation.gradient_checkpointing=true"],
-    "blocks compiled": ["optimisation.compile=true"],
+    "micro-batch of 2": ["optimization.micro_batch=2"],
+    "without activation checkpointing": ["optimization.gradient_checkpointing=false"],
+    "all activations recomputed": ["optimization.gradient_checkpointing=true"],
+    "blocks compiled": ["optimization.compile=true"],
     "decoder in bf16": ["models.vae_precision=bf16"],
-    "8-bit AdamW": [*(f"optimisation.{role}.kind=adamw_8bit" for role in ("generator", "assistant")), _RESIDENT],
+    "8-bit AdamW": [*(f"optimization.{role}.kind=adamw_8bit" for role in ("generator", "assistant")), _RESIDENT],
 }  # fmt: skip
 """What a recipe has a key for, each alone, beside the section ``steps``."""
 _LEAST_S = 20.0

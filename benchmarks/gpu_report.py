@@ -36,13 +36,13 @@ def _speeds(done: dict[str, Any]) -> str:
             continue
         seconds = result["seconds"]
         title = {"steps": "DeepSpeed, no Ray", "remote": "the same as a Ray actor"}.get(name, name)
-        share = _utilisation(result["images_a_second"], done)
+        share = _utilization(result["images_a_second"], done)
         at_128 = result.get("images_a_second_at_128")
         against = "-" if not base or name == "steps" else f"{100 * (seconds['step'] / base - 1):+.1f}"
         rows.append(
             f"| {title} | {seconds['assistant']:.3f} | {seconds['generator']:.3f} | {_number(seconds.get('update'))} "
             f"| {seconds['step']:.3f} | {result['images_a_second']:.3f} | {_percent(share)} "
-            f"| {_number(at_128)} | {_percent(_utilisation(at_128, done))} "
+            f"| {_number(at_128)} | {_percent(_utilization(at_128, done))} "
             f"| {against} |"
         )
     if not rows:
@@ -55,7 +55,7 @@ def _speeds(done: dict[str, Any]) -> str:
     return "\n".join([head, *rows])
 
 
-def _utilisation(images_a_second: float | None, done: dict[str, Any]) -> float | None:
+def _utilization(images_a_second: float | None, done: dict[str, Any]) -> float | None:
     """Model FLOPs over the machine's measured rate."""
     if images_a_second is None or "machine" not in done or "flops" not in done:
         return None

@@ -17,9 +17,10 @@ from typing import Any
 import random_models
 import torch
 
-from rlhf_t2i import flops, recipe_io
-from rlhf_t2i import prompts as prompt_files
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.algorithm import prompts as prompt_files
+from rlhf_t2i.families import flops
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 _RECIPE = Path(__file__).parents[1] / "recipes/di_star_pickscore.yaml"
@@ -90,18 +91,18 @@ def load(settings: Settings, *more: str) -> Recipe:
     """The paper's recipe over the random models, roles colocated, updates of ``batch`` images one by one."""
     built = json.loads((Path(settings.folder) / _BUILT).read_text("utf-8"))
     overrides = [f"{key}={json.dumps(value)}" for key, value in built.items()]
-    overrides += [_GROUP, f"optimisation.batch_size={settings.batch}", "optimisation.micro_batch=1"]
+    overrides += [_GROUP, f"optimization.batch_size={settings.batch}", "optimization.micro_batch=1"]
     # Rates of zero would leave nothing to check; random networks do not fall apart at these.
-    overrides += [f"optimisation.{role}.warmup_steps=0" for role in ("generator", "assistant")]
+    overrides += [f"optimization.{role}.warmup_steps=0" for role in ("generator", "assistant")]
     if settings.small:
-        overrides.append("optimisation.precision=fp32")
+        overrides.append("optimization.precision=fp32")
     elif torch.cuda.is_available() and not spacious():
-        overrides.append("optimisation.offload_optimizer=true")
-    return recipe_io.load(_RECIPE, [*overrides, *settings.overrides, *more])
+        overrides.append("optimization.offload_optimizer=true")
+    return reading.load(_RECIPE, [*overrides, *settings.overrides, *more])
 
 
 def spacious() -> bool:
-    """Whether this is a GPU that holds SDXL's whole training, optimiser states and all: more than 120 GiB."""
+    """Whether this is a GPU that holds SDXL's whole training, optimizer states and all: more than 120 GiB."""
     return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= 120 * 2**30
 
 
@@ -123,7 +124,7 @@ def steps(settings: Settings) -> dict[str, Any]:
     for number in range(2):
         worker.train_once(number, batch(recipe, number))
     times = StepTimes(recipe, worker.call, engines(worker)).run(settings.steps, 2)
-    worker.measure_activations(batch(recipe, 0)[: recipe.optimisation.micro_batch])
+    worker.measure_activations(batch(recipe, 0)[: recipe.optimization.micro_batch])
     rows = role_memory.compare(recipe, worker)
     return {**times, "memory": [asdict(row) for row in rows], "memory_table": role_memory.markdown(rows)}
 
@@ -150,7 +151,7 @@ def remote(settings: Settings) -> dict[str, Any]:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """The framework and the plain loop on the same networks and optimisers, taking turns."""
+    """The framework and the plain loop on the same networks and optimizers, taking turns."""
     from against_plain import side_by_side
 
     return side_by_side(load(settings, "placement=local"), settings.steps)
@@ -158,7 +159,7 @@ def plain(settings: Settings) -> dict[str, Any]:
 
 def join_alone() -> None:
     """A torch.distributed world of this process, as DeepSpeed wants one."""
-    from rlhf_t2i.roles.engine import import_deepspeed
+    from rlhf_t2i.engines.deepspeed import import_deepspeed
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -170,7 +171,7 @@ def join_alone() -> None:
 
 def batch(recipe: Recipe, number: int) -> list[str]:
     """An update's prompts; fresh ones, so that encoding them is part of every step."""
-    size = recipe.optimisation.batch_size
+    size = recipe.optimization.batch_size
     stream = prompt_files.PromptStream(prompt_files.read(recipe.data.prompts), recipe.seed, "benchmark")
     return stream.batch(number * size, size)
 
@@ -232,7 +233,7 @@ class StepTimes:
 def summary(recipe: Recipe, taken: list[dict[str, float]], updates: bool) -> dict[str, Any]:
     """Medians and images a second; with the updates' own seconds, also what 128 images an update would give."""
     median = {name: statistics.median(step[name] for step in taken) for name in taken[0]}
-    images = recipe.optimisation.batch_size
+    images = recipe.optimization.batch_size
     found: dict[str, Any] = {"batch": images, "steps": len(taken), "seconds": median}
     found["spread"] = [min(step["step"] for step in taken), max(step["step"] for step in taken)]
     found["images_a_second"] = images / median["step"]

@@ -18,23 +18,23 @@ import torch
 from gpu_sections import Settings, batch, build, join_alone, load
 from role_memory import MeasuredWorker, Row, compare, markdown
 
-from rlhf_t2i import planning
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import WorkerSpec
+from rlhf_t2i.tools import planning
 
-_BF16 = "optimisation.precision=bf16"
+_BF16 = "optimization.precision=bf16"
 CASES: dict[str, list[str]] = {
     "placement: local, fp32": ["placement=local"],
-    "ZeRO-0, fp32": ["optimisation.zero_stage=0"],
-    "ZeRO-1, fp32": ["optimisation.zero_stage=1"],
-    "ZeRO-2, fp32": ["optimisation.zero_stage=2"],
-    "ZeRO-3, fp32": ["optimisation.zero_stage=3"],
-    "ZeRO-0, bf16": ["optimisation.zero_stage=0", _BF16],
-    "ZeRO-1, bf16": ["optimisation.zero_stage=1", _BF16],
-    "ZeRO-2, bf16": ["optimisation.zero_stage=2", _BF16],
-    "ZeRO-3, bf16": ["optimisation.zero_stage=3", _BF16],
-    "ZeRO-2, bf16, offload": ["optimisation.zero_stage=2", _BF16, "optimisation.offload_optimizer=true"],
-    "ZeRO-2, fp32, generator's adapters": ["optimisation.generator.lora={rank: 16}"],
+    "ZeRO-0, fp32": ["optimization.zero_stage=0"],
+    "ZeRO-1, fp32": ["optimization.zero_stage=1"],
+    "ZeRO-2, fp32": ["optimization.zero_stage=2"],
+    "ZeRO-3, fp32": ["optimization.zero_stage=3"],
+    "ZeRO-0, bf16": ["optimization.zero_stage=0", _BF16],
+    "ZeRO-1, bf16": ["optimization.zero_stage=1", _BF16],
+    "ZeRO-2, bf16": ["optimization.zero_stage=2", _BF16],
+    "ZeRO-3, bf16": ["optimization.zero_stage=3", _BF16],
+    "ZeRO-2, bf16, offload": ["optimization.zero_stage=2", _BF16, "optimization.offload_optimizer=true"],
+    "ZeRO-2, fp32, generator's adapters": ["optimization.generator.lora={rank: 16}"],
 }
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from rlhf_t2i.models import architectures
-from rlhf_t2i.models.architectures import CLIP_H, SDXL, Config
+from rlhf_t2i.families import published
+from rlhf_t2i.families.published import CLIP_H, SDXL, Config
 
 _TOKENIZER = Path(__file__).parents[1] / "zoo/emoji64/reference/tokenizer"
 _CONTEXT = 77
@@ -34,7 +34,7 @@ FULL = Sizes(SDXL.parts, CLIP_H, SDXL.resolution)
 def small(channels: int = 32, vae_channels: int = 16, resolution: int = 64) -> Sizes:
     """SDXL's layout with a UNet of ``channels`` at its first level, for a CPU."""
     unet = {
-        **architectures.SDXL_UNET,
+        **published.SDXL_UNET,
         "sample_size": resolution // 8,
         "block_out_channels": [channels, 2 * channels, 4 * channels],
         "attention_head_dim": [2, 4, 8],
@@ -44,14 +44,14 @@ def small(channels: int = 32, vae_channels: int = 16, resolution: int = 64) -> S
         "projection_class_embeddings_input_dim": 64 + 6 * 256,
     }
     widths = [vae_channels, *[2 * vae_channels] * 3]
-    vae = {**architectures.VAE, "block_out_channels": widths, "sample_size": resolution, "norm_num_groups": 8}
+    vae = {**published.VAE, "block_out_channels": widths, "sample_size": resolution, "norm_num_groups": 8}
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**tower, "vocab_size": 2048, "projection_dim": 64}
     parts = {
         "unet": unet,
         "vae": vae,
-        "text_encoder": {**architectures.CLIP_L_TEXT, **text},
-        "text_encoder_2": {**architectures.CLIP_BIGG_TEXT, **text},
+        "text_encoder": {**published.CLIP_L_TEXT, **text},
+        "text_encoder_2": {**published.CLIP_BIGG_TEXT, **text},
         "scheduler": SDXL.parts["scheduler"],
     }
     clip = {
@@ -109,7 +109,7 @@ def build(folder: Path, sizes: Sizes, device: str, dtype: torch.dtype) -> dict[s
 
 
 def _random(config: Config, device: str, dtype: torch.dtype, seed: int) -> Any:
-    """A network with its own random initialisation, from a configuration alone."""
+    """A network with its own random initialization, from a configuration alone."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""What every role of a process really holds, measured: to be put beside what ``rlhf_t2i.planning`` predicts.
+"""What every role of a process really holds, measured: to be put beside what ``rlhf_t2i.tools.planning`` predicts.
 
 On CUDA the allocator's own counts. On a CPU, where torch keeps none, the live tensors of the process are added up, and
 peaks are read from the profiler's allocation events.
@@ -17,10 +17,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from rlhf_t2i import planning, rng
-from rlhf_t2i.models.networks import one_step
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.families.networks import one_step
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
+from rlhf_t2i.tools import planning
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Held:
     Attributes:
         weights: What was allocated for the network itself.
         gradients: More at the moment of an update than before its first backward.
-        optimiser: Everything else that stays after an update.
+        optimizer: Everything else that stays after an update.
         host: Stays in the machine's memory.
         activations: Peak over the state during a forward with graph and the gradient of its input.
         work: Peak over state and gradients during a whole update; of the assistant, whose update nobody shares.
@@ -38,7 +39,7 @@ class Held:
 
     weights: int = 0
     gradients: int = 0
-    optimiser: int = 0
+    optimizer: int = 0
     host: int = 0
     activations: int | None = None
     work: int = 0
@@ -46,7 +47,7 @@ class Held:
     @property
     def states(self) -> int:
         """Everything but activations, wherever it lives."""
-        return self.weights + self.gradients + self.optimiser + self.host
+        return self.weights + self.gradients + self.optimizer + self.host
 
 
 def live(kind: str) -> int:
@@ -107,7 +108,7 @@ class MeasuredWorker(Worker):
         before, host = live(kind), live("cpu") if kind == "cuda" else 0
         yield
         held = self.held.setdefault(role, Held())
-        held.optimiser += live(kind) - before  # weights are taken out of it below
+        held.optimizer += live(kind) - before  # weights are taken out of it below
         held.host += live("cpu") - host if kind == "cuda" else 0
 
     def _build(self, role: str) -> Any:
@@ -130,13 +131,13 @@ class MeasuredWorker(Worker):
     def _own(self, role: str, module: Any) -> None:
         """Split what was allocated into the network's own tensors and the rest."""
         held = self.held[role]
-        if role == "generator" and held.optimiser < 1024:  # the learner's network, shared
-            held.optimiser = 0
+        if role == "generator" and held.optimizer < 1024:  # the learner's network, shared
+            held.optimizer = 0
             return
         tensors = [*module.parameters(), *module.buffers()]
         own = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        held.weights = min(sum(own.values()), held.optimiser)
-        held.optimiser -= held.weights
+        held.weights = min(sum(own.values()), held.optimizer)
+        held.optimizer -= held.weights
 
     def train_once(self, step: int, prompts: list[str]) -> None:
         """One assistant and one generator update, noting states and gradients."""
@@ -206,7 +207,7 @@ def network(role: str, built: Any) -> Any:
         return built.engine.module
     if role == "assistant":
         return built._engine.module
-    return built._unet if role == "reference" else built._networks["live"]
+    return built._unet if role == "reference" else built._networks["raw"]
 
 
 @dataclass
@@ -236,13 +237,13 @@ def compare(recipe: Recipe, worker: MeasuredWorker) -> list[Row]:
     for role, memory in predicted.items():
         held = worker.held.get(role, Held())
         on_cpu = worker.device.type == "cpu"
-        optimiser = memory.optimiser + (memory.host if on_cpu else 0)
+        optimizer = memory.optimizer + (memory.host if on_cpu else 0)
         for kind, told, found in (
             ("weights", memory.weights, held.weights),
             ("gradients", memory.gradients, held.gradients),
-            ("optimiser", optimiser, held.optimiser),
+            ("optimizer", optimizer, held.optimizer),
             ("host", 0 if on_cpu else memory.host, held.host if memory.host else 0),
-            ("states", memory.weights + memory.gradients + memory.optimiser + memory.host, held.states),
+            ("states", memory.weights + memory.gradients + memory.optimizer + memory.host, held.states),
             ("activations", memory.activations, held.activations or 0),
             ("work", memory.activations + memory.buffers if held.work else 0, held.work),
         ):

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from rlhf_t2i import prompts, recipe_io
+from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
 
 WARM_UP = 3
@@ -58,7 +59,7 @@ class Timed:
 
     def step(self, record: bool) -> None:
         """One assistant round and one generator step."""
-        size = self.recipe.optimisation.batch_size
+        size = self.recipe.optimization.batch_size
         batch = self._stream.batch(self._steps * size, size)
         self.cluster.readings()
         began = time.perf_counter()
@@ -75,9 +76,9 @@ class Timed:
         self.seconds["step"].append(ended - began)
         spent: defaultdict[str, float] = defaultdict(float)
         sent = 0
-        for reading in self.cluster.readings().values():
-            sent += reading["bytes"]
-            for role, seconds in reading["seconds"].items():
+        for spent_here in self.cluster.readings().values():
+            sent += spent_here["bytes"]
+            for role, seconds in spent_here["seconds"].items():
                 spent["waiting for others" if role == WAIT else role] += seconds
         for role, seconds in spent.items():
             self.roles[role].append(seconds)
@@ -97,7 +98,7 @@ def table(runs: list[Timed]) -> list[list[str]]:
         row(f"{phase}, s", [f"{median(run.seconds[phase]):.3f}" for run in runs])
     for role in ("learner", "generator", "assistant", "reference", "reward", "waiting for others"):
         row(f"  busy: {role}, s", [f"{median(run.roles[role]):.3f}" if run.roles[role] else "-" for run in runs])
-    size = runs[0].recipe.optimisation.batch_size
+    size = runs[0].recipe.optimization.batch_size
     row("images a second", [f"{2 * size / median(run.seconds['step']):.1f}" for run in runs])
     base = median(runs[0].seconds["step"])
     row("against local, %", [f"{100 * (median(run.seconds['step']) / base - 1):+.1f}" for run in runs])
@@ -122,7 +123,7 @@ def main() -> None:
     from rlhf_t2i.cluster.connect import start_local_ray
 
     start_local_ray(8)  # both Ray placements share it
-    runs = [Timed(name, recipe_io.load(args.recipe, [*args.overrides, *more])) for name, more in variants.items()]
+    runs = [Timed(name, reading.load(args.recipe, [*args.overrides, *more])) for name, more in variants.items()]
     for number in track(range(WARM_UP + args.steps), description="steps"):
         for run in runs:
             run.step(record=number >= WARM_UP)
@@ -130,7 +131,7 @@ def main() -> None:
     cores = os.cpu_count()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores ({platform.machine()})"
     conditions = (
-        f"{args.recipe.name}, batch {runs[0].recipe.optimisation.batch_size}, median of {args.steps} steps "
+        f"{args.recipe.name}, batch {runs[0].recipe.optimization.batch_size}, median of {args.steps} steps "
         f"taken in turns, {device}, torch {torch.__version__}"
     )
     shown = Table(title=conditions)

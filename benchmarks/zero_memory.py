@@ -1,4 +1,4 @@
-"""Measure what every ZeRO stage holds and borrows beside activations, and put it beside ``rlhf_t2i.planning.zero``.
+"""Measure what every ZeRO stage holds and borrows beside activations, and put it beside ``rlhf_t2i.tools.planning.zero``.
 
 ``python benchmarks/zero_memory.py`` trains a stack of linear layers with the project's own engine on the CPU, over one
 and over two gloo ranks, and prints bytes a parameter: what stays, the peak of a whole update over it, and which moment
@@ -16,9 +16,9 @@ import torch
 from role_memory import live, peak
 from torch import distributed, nn
 
-from rlhf_t2i.planning import zero
-from rlhf_t2i.recipe import Optimisation
-from rlhf_t2i.roles import engine as engines
+from rlhf_t2i.engines import deepspeed as engines
+from rlhf_t2i.recipe.schema import Optimization
+from rlhf_t2i.tools.planning import zero
 
 LAYERS, WIDTH = 15, 400
 """15 layers over two ranks: shares end inside a layer, as in a real network; 160,000 weights are divided by ZeRO-3."""
@@ -61,14 +61,14 @@ def cases(ranks: int) -> list[tuple[zero.Setting, int]]:
 def measure(setting: zero.Setting, width: int) -> tuple[int, int]:
     """(bytes that stay after an update, peak of an update over them)."""
     engines.REDUCE_BUCKET = setting.bucket
-    optimisation = Optimisation.model_validate(
+    optimization = Optimization.model_validate(
         {"zero_stage": setting.stage, "precision": setting.precision, "offload_optimizer": setting.offload}
     )
     before = live("cpu")
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     module = Stack(width).to(dtype)
     steps = 2 if setting.accumulates else 1
-    engine: Any = engines.DeepSpeedEngine(module, optimisation.generator, steps, 1, optimisation)
+    engine: Any = engines.DeepSpeedEngine(module, optimization.generator, steps, 1, optimization)
     engine._at_start = None  # the sample that bf16's drift is read from
     inputs = torch.randn(1, width).to(dtype)
 

@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
 HEAD = """# Every key of a recipe
 
 A recipe is a YAML file. Paths that start with `./`, `../` or `~/` are relative to the recipe's folder; in `--set` they
 are relative to the working directory. A model that is no path is a hub id, `org/name` or `org/name@revision`.
-This page is written by `python docs/make_recipes.py` from `rlhf_t2i/recipe.py`.
+This page is written by `python docs/make_recipes.py` from `rlhf_t2i/recipe/schema.py`.
 """
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import recipe_io
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -96,9 +96,9 @@ steps: 3
 models: {{reference: {tiny_sdxl}, generator: {tiny_sdxl}/unet, resolution: 16}}
 data: {{prompts: {tiny_prompts}}}
 algorithm:
-  cfg: {{scale: 3.0}}
+  cfg: {{guidance_scale: 3.0}}
   rewards: [{{name: pickscore, scale: 100, options: {{model: {tiny_clip}}}}}]
-optimisation:
+optimization:
   batch_size: 4
   generator: {{lr: 1.0e-3, eps: 1.0e-4}}
   assistant: {{lr: 1.0e-3, eps: 1.0e-4}}
@@ -109,6 +109,6 @@ evaluation: {{images: 8, images_per_prompt: 2, batch_size: 4}}
 """
         path = tmp_path / "recipe.yaml"
         path.write_text(text, "utf-8")
-        return recipe_io.load(path, [f"{k.replace('__', '.')}={v}" for k, v in overrides.items()])
+        return reading.load(path, [f"{k.replace('__', '.')}={v}" for k, v in overrides.items()])
 
     return build

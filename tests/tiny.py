@@ -18,7 +18,7 @@ WIDTH = 16
 CONTEXT = 77
 
 _ANIMALS = ("cat", "dog", "fox", "owl", "bee", "frog", "whale", "horse")
-_COLOURS = ("red", "blue", "green", "gold")
+_COLORS = ("red", "blue", "green", "gold")
 
 
 def make_sdxl(folder: Path, seed: int = 0, variant: str | None = None, max_shard_size: str = "10GB") -> Path:
@@ -91,7 +91,7 @@ def make_clip(folder: Path, seed: int = 0) -> Path:
 def make_prompts(folder: Path, name: str = "prompts.txt", start: int = 0, count: int = 24) -> Path:
     """A text file of up to 32 distinct prompts, one a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    every = [f"a {colour} {animal}, smiling" for colour in _COLOURS for animal in _ANIMALS]
+    every = [f"a {color} {animal}, smiling" for color in _COLORS for animal in _ANIMALS]
     (folder / name).write_text("\n".join(every[start : start + count]) + "\n", "utf-8")
     return folder / name
 
@@ -113,7 +113,7 @@ def recipe_dict(pipeline: Path, prompts: Path, **changes: Any) -> dict[str, Any]
         "steps": 2,
         "models": {"reference": str(pipeline), "generator": str(pipeline), "resolution": RESOLUTION},
         "data": {"prompts": str(prompts)},
-        "optimisation": {"batch_size": 2},
+        "optimization": {"batch_size": 2},
         "placement": {"mode": "local"},
     }
     return {**recipe, **changes}

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPModel
 
-from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.models.conditioning import Conditioner
-from rlhf_t2i.models.networks import LatentDecoder, one_step
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.families.conditioning import Conditioner
+from rlhf_t2i.families.networks import LatentDecoder, one_step
 from zoo import data, reference, scorers
 
 GUIDANCE, STEPS = 4.0, 30

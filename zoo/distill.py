@@ -17,9 +17,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UN
 from rich.progress import track
 from torch import Tensor, nn
 
-from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.models.conditioning import Conditioner
-from rlhf_t2i.models.networks import one_step
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.families.conditioning import Conditioner
+from rlhf_t2i.families.networks import one_step
 from zoo import data
 from zoo.training import join, train
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from rich.progress import track
 from torch import Tensor, nn
 
-from rlhf_t2i.diffusion import NoiseSchedule
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
 from zoo import data, text
 from zoo.training import join, load_average, train
 

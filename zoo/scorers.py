@@ -18,8 +18,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.preprocessing import clip_preprocess
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.plugins.preprocessing import clip_preprocess
 from zoo import data, text
 from zoo.training import join, load_average, train
 

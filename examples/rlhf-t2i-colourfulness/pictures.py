@@ -16,8 +16,8 @@ def main(run: Path, folder: Path) -> None:
     if len(previews) < 2:
         sys.exit(f"{run}/samples holds {len(previews)} previews; at least two are needed")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(previews[0], folder / "colourfulness_before.png")
-    shutil.copyfile(previews[-1], folder / "colourfulness_after.png")
+    shutil.copyfile(previews[0], folder / "colorfulness_before.png")
+    shutil.copyfile(previews[-1], folder / "colorfulness_after.png")
     print(f"{previews[0].name} and {previews[-1].name} -> {folder}")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
-class KL(plugin.Divergence):
+class KL(plugins.Divergence):
     """The force ``D_assistant - D_reference`` on x_0: no gradient through the denoisers is needed.
 
     The integrand itself, a log density ratio, is not observable; ``value`` is ``||y||^2 / 2``, whose derivative is

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
-class L2(plugin.Divergence):
+class L2(plugins.Divergence):
     """``d(y) = ||y||^2``."""
 
     needs_vjp = True

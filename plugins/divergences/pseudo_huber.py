@@ -7,17 +7,17 @@ from typing import Any
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
-class PseudoHuberOptions(plugin.Options):
+class PseudoHuberOptions(plugins.Options):
     """``c`` in x0 units, or ``c_rel`` relative to the square root of a sample's size (iCT's heuristic)."""
 
     c: PositiveFloat | None = Field(None, description="the constant in x0 units; overrides c_rel")
     c_rel: PositiveFloat = Field(5.4e-4, description="c = c_rel * sqrt(elements of one sample)")
 
 
-class PseudoHuber(plugin.Divergence):
+class PseudoHuber(plugins.Divergence):
     """``d(y) = sqrt(||y||^2 + c^2) - c``, the norm over all elements of one sample."""
 
     Options = PseudoHuberOptions

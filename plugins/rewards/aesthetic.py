@@ -11,14 +11,14 @@ from rlhf_t2i_plugins.rewards.clip_model import load_clip
 from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import sources
+from rlhf_t2i.families import sources
 
 _FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")
 
 
-class AestheticOptions(plugin.Options):
+class AestheticOptions(plugins.Options):
     """Where the CLIP and the head are."""
 
     model: str = Field("openai/clip-vit-large-patch14", description="hub id or local folder (transformers CLIPModel)")
@@ -27,10 +27,10 @@ class AestheticOptions(plugin.Options):
     )
 
 
-class Aesthetic(plugin.Reward):
+class Aesthetic(plugins.Reward):
     """People's mean rating of an image's looks, about 1 to 10; most generated images lie between 4 and 7.
 
-    Licence: the predictor Apache-2.0, CLIP ViT-L/14 MIT.
+    License: the predictor Apache-2.0, CLIP ViT-L/14 MIT.
     """
 
     Options = AestheticOptions

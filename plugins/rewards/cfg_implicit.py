@@ -13,16 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
-class CFGImplicitOptions(plugin.Options):
+class CFGImplicitOptions(plugins.Options):
     """The weighting w(t) of (3.6)."""
 
     weighting: Literal["unit_x0", "score", "eps"] = Field("unit_x0", description="as in algorithm.weighting")
 
 
-class CFGImplicit(plugin.LatentReward):
+class CFGImplicit(plugins.LatentReward):
     """``w/2 (|D(x_t|0) - x_0|^2 - |D(x_t|c) - x_0|^2)``: how much better the reference denoises with the prompt.
 
     With both predictions held fixed its gradient is ``w (D(x_t|c) - D(x_t|0))``, that of (3.6) exactly; the value is
@@ -40,7 +40,7 @@ class CFGImplicit(plugin.LatentReward):
         if self.options.weighting != "unit_x0":
             self.unit = {"score": "nats", "eps": "nats x g"}[self.options.weighting]
 
-    def score_latents(self, latents: Tensor, prompts: Sequence[str], context: plugin.LatentContext) -> Tensor:
+    def score_latents(self, latents: Tensor, prompts: Sequence[str], context: plugins.LatentContext) -> Tensor:
         """The implicit reward [B] of latents [B, C, h, w] at one timestep each."""
         t = context.sample_timesteps(len(latents))
         with torch.no_grad():

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.sources import ModelSource
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.sources import ModelRef
 
 State = dict[str, Tensor]
 
 
-def find_file(source: ModelSource, names: Sequence[str]) -> Path:
+def find_file(source: ModelRef, names: Sequence[str]) -> Path:
     """The first of ``names`` in a local folder, or the first from a hub repository; a path to a file is itself.
 
     Raises:

@@ -10,10 +10,11 @@ from rlhf_t2i_plugins.rewards.checkpoints import load_open_clip
 from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, load_clip, load_tokenizer, unit_rows
 from torch import Tensor, nn
 
-from rlhf_t2i import files, plugin
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.models import sources
-from rlhf_t2i.preprocessing import Preprocess
+from rlhf_t2i.families import sources
+from rlhf_t2i.plugins.preprocessing import Preprocess
+from rlhf_t2i.utils import files
 
 _OPENAI = "openai/clip-vit-large-patch14"
 # The pretrained tags whose weights are also published in transformers' layout: these need no open_clip.
@@ -31,14 +32,14 @@ _PUBLISHED = {
 }
 
 
-class CLIPOptions(plugin.Options):
+class CLIPOptions(plugins.Options):
     """A transformers CLIP by ``model``, or an open_clip model by ``open_clip`` and ``pretrained``."""
 
     model: str = Field(_OPENAI, description="hub id or local folder (transformers CLIPModel)")
     open_clip: str | None = Field(None, description="an open_clip model name, e.g. ViT-H-14; needs pretrained")
     pretrained: str | None = Field(None, description="open_clip's tag, e.g. laion2b_s32b_b79k, or a checkpoint file")
     tokenizer: str | None = Field(None, description="for an open_clip file: folder or hub id of a CLIP tokenizer")
-    unit: Literal["cosine", "logit"] = Field("cosine", description="logit multiplies by the learnt scale (about 100)")
+    unit: Literal["cosine", "logit"] = Field("cosine", description="logit multiplies by the learned scale (about 100)")
 
     @model_validator(mode="after")
     def _one_source(self) -> CLIPOptions:
@@ -49,10 +50,10 @@ class CLIPOptions(plugin.Options):
         return self
 
 
-class CLIPReward(plugin.Reward):
+class CLIPReward(plugins.Reward):
     """Cosine between image and prompt: about 0.15 to 0.4 (the usual "CLIP score" is 100 times that).
 
-    Licence: OpenAI's and LAION's weights MIT.
+    License: OpenAI's and LAION's weights MIT.
     """
 
     Options = CLIPOptions
@@ -74,18 +75,18 @@ class CLIPReward(plugin.Reward):
             return load_clip(self.options.model)
         checkpoint = files.expanded(pretrained)
         if checkpoint.is_file():
-            network = plugin.shared(load_open_clip, checkpoint.resolve(), name.endswith("-quickgelu"))
+            network = plugins.shared(load_open_clip, checkpoint.resolve(), name.endswith("-quickgelu"))
             place = sources.parse(self.options.tokenizer or _OPENAI)
             tokenizer = load_tokenizer(place, network.config.text_config.vocab_size)
             size = network.config.vision_config.image_size
             return ClipScorer(network, tokenizer, Preprocess.square(size, crop_rounding="nearest"))
         if (name, pretrained) in _PUBLISHED:
             return load_clip(_PUBLISHED[name, pretrained])
-        return plugin.shared(OpenClipScorer, name, pretrained)
+        return plugins.shared(OpenClipScorer, name, pretrained)
 
     @classmethod
     def hub_models(cls, options: CLIPOptions) -> list[str]:
-        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         tag = (options.open_clip or "", options.pretrained or "")
         return [*super().hub_models(options), _PUBLISHED.get(tag, "")]
 
@@ -137,5 +138,5 @@ class OpenClipScorer(nn.Module):
         return unit_rows(self.model.encode_text(self.tokenizer(list(prompts)).to(self.model.logit_scale.device)))
 
     def logit_scale(self) -> Tensor:
-        """The learnt inverse temperature."""
+        """The learned inverse temperature."""
         return self.model.logit_scale.exp()

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.quiet import quietly
-from rlhf_t2i.models.sources import ModelSource
-from rlhf_t2i.preprocessing import Preprocess
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.plugins.preprocessing import Preprocess
+from rlhf_t2i.utils.quiet import quietly
 
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -53,7 +53,7 @@ class ClipScorer(nn.Module):
         return unit_rows(features.pooler_output)
 
     def logit_scale(self) -> Tensor:
-        """The learnt inverse temperature (about 100 in published models)."""
+        """The learned inverse temperature (about 100 in published models)."""
         return self.model.logit_scale.exp()
 
 
@@ -74,30 +74,30 @@ def load_clip(model: str, processor: str | None = None, fallback: str | None = N
         UsageError: Missing, damaged or foreign files; weights that the architecture needs and the file lacks.
     """
     source = sources.parse(model)
-    network = plugin.shared(_clip_network, source)
+    network = plugins.shared(_clip_network, source)
     where = sources.parse(processor) if processor else source
     if processor is None and fallback is not None and not (source.is_local and has_processor(source)):
         where = sources.parse(fallback)
     return ClipScorer(network, load_tokenizer(where, network.config.text_config.vocab_size), read_preprocess(where))
 
 
-def _clip_network(source: ModelSource) -> Any:
+def _clip_network(source: ModelRef) -> Any:
     from transformers import CLIPModel
 
     return load_weights(CLIPModel, source)
 
 
-def has_processor(source: ModelSource) -> bool:
+def has_processor(source: ModelRef) -> bool:
     """Whether a local folder holds an image processor and a tokenizer."""
     return any((Path(source.location) / f).is_file() for f in _PREPROCESSORS) and has_tokenizer(source)
 
 
-def has_tokenizer(source: ModelSource) -> bool:
+def has_tokenizer(source: ModelRef) -> bool:
     """Whether a local folder holds a tokenizer of CLIP or BERT."""
     return source.is_local and any((Path(source.location) / f).is_file() for f in _TOKENIZERS)
 
 
-def load_weights(cls: Any, source: ModelSource) -> Any:
+def load_weights(cls: Any, source: ModelRef) -> Any:
     """``cls.from_pretrained`` in float32; a weight that the file lacks is an error, not a random number.
 
     Raises:
@@ -120,7 +120,7 @@ def load_weights(cls: Any, source: ModelSource) -> Any:
     return network
 
 
-def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:
+def load_tokenizer(source: ModelRef, vocabulary: int) -> Any:
     """A tokenizer, refused when it has almost no tokens or more than the model knows.
 
     Raises:
@@ -142,7 +142,7 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Any:
     return tokenizer
 
 
-def read_preprocess(source: ModelSource) -> Preprocess:
+def read_preprocess(source: ModelRef) -> Preprocess:
     """The preprocessing that a model's image processor describes.
 
     Raises:

@@ -11,15 +11,15 @@ from rlhf_t2i_plugins.rewards.checkpoints import find_file, load_open_clip
 from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, has_tokenizer, load_tokenizer
 from torch import Tensor
 
-from rlhf_t2i import plugin
-from rlhf_t2i.models import sources
-from rlhf_t2i.preprocessing import Preprocess
+from rlhf_t2i import plugins
+from rlhf_t2i.families import sources
+from rlhf_t2i.plugins.preprocessing import Preprocess
 
 _TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 
 
-class HPSv2Options(plugin.Options):
+class HPSv2Options(plugins.Options):
     """Where the checkpoint is and which version."""
 
     model: str = Field("xswu/HPSv2", description="hub id, folder or file of the checkpoint")
@@ -27,10 +27,10 @@ class HPSv2Options(plugin.Options):
     tokenizer: str | None = Field(None, description="CLIP tokenizer; LAION's ViT-H-14 when the folder has none")
 
 
-class HPSv2(plugin.Reward):
+class HPSv2(plugins.Reward):
     """Cosine between image and prompt, about 0.2 to 0.35 for the published model.
 
-    Images that are not square are shrunk and framed with black, as in the original code. Licence of the weights:
+    Images that are not square are shrunk and framed with black, as in the original code. License of the weights:
     Apache-2.0.
     """
 
@@ -43,7 +43,7 @@ class HPSv2(plugin.Reward):
     def __init__(self, options: HPSv2Options | None = None) -> None:
         super().__init__(options)
         source = sources.parse(self.options.model)
-        network = plugin.shared(_network, find_file(source, [_FILES[self.options.version]]))
+        network = plugins.shared(_network, find_file(source, [_FILES[self.options.version]]))
         where = self.options.tokenizer or _TOKENIZER
         place = source if self.options.tokenizer is None and has_tokenizer(source) else sources.parse(where)
         tokenizer = load_tokenizer(place, network.config.text_config.vocab_size)
@@ -53,7 +53,7 @@ class HPSv2(plugin.Reward):
 
     @classmethod
     def hub_models(cls, options: HPSv2Options) -> list[str]:
-        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         own = options.tokenizer or has_tokenizer(sources.parse(options.model))
         return [*super().hub_models(options), *([] if own else [_TOKENIZER])]
 

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
 
 _BASE_BYTES, _BYTES_A_SCORE = 4096, 64  # an answer of B scores may have this much more than B times that
@@ -30,7 +30,7 @@ _BASE_BYTES, _BYTES_A_SCORE = 4096, 64  # an answer of B scores may have this mu
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
-class HTTPOptions(plugin.Options):
+class HTTPOptions(plugins.Options):
     """Where the scorer answers and how patient to be."""
 
     url: str = Field(description="http:// or https:// address that takes the POST")
@@ -51,7 +51,7 @@ class HTTPOptions(plugin.Options):
         return value
 
 
-class HTTPReward(plugin.Reward):
+class HTTPReward(plugins.Reward):
     """Whatever the server measures. Images are rounded to 8 bits, as PNG needs."""
 
     Options = HTTPOptions

@@ -18,10 +18,10 @@ from rlhf_t2i_plugins.rewards.clip_model import has_tokenizer, load_tokenizer
 from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import sources
-from rlhf_t2i.preprocessing import Preprocess
+from rlhf_t2i.families import sources
+from rlhf_t2i.plugins.preprocessing import Preprocess
 
 # The mean and standard deviation over the authors' training set, from their code.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -39,17 +39,17 @@ _NAMES = (
 )
 
 
-class ImageRewardOptions(plugin.Options):
+class ImageRewardOptions(plugins.Options):
     """Where the checkpoint and the tokenizer are."""
 
     model: str = Field("THUDM/ImageReward", description="hub id or folder with ImageReward.pt and med_config.json")
     tokenizer: str | None = Field(None, description="BERT tokenizer; bert-base-uncased when the folder has none")
 
 
-class ImageReward(plugin.Reward):
-    """People's preference, standardised over the authors' data: mean 0, standard deviation 1, about -2.3 to 2.
+class ImageReward(plugins.Reward):
+    """People's preference, standardized over the authors' data: mean 0, standard deviation 1, about -2.3 to 2.
 
-    Prompts are cut to 35 tokens. Licence of the weights: Apache-2.0.
+    Prompts are cut to 35 tokens. License of the weights: Apache-2.0.
     """
 
     Options = ImageRewardOptions
@@ -77,7 +77,7 @@ class ImageReward(plugin.Reward):
         self.tokenizer = self._load_tokenizer(source)
         self.preprocess = Preprocess.square(self.vision.config.image_size, crop_rounding="nearest")
 
-    def _load_tokenizer(self, source: sources.ModelSource) -> Any:
+    def _load_tokenizer(self, source: sources.ModelRef) -> Any:
         place = source if self.options.tokenizer is None and has_tokenizer(source) else None
         if place is None:
             place = sources.parse(self.options.tokenizer or _TOKENIZER)
@@ -94,7 +94,7 @@ class ImageReward(plugin.Reward):
 
     @classmethod
     def hub_models(cls, options: ImageRewardOptions) -> list[str]:
-        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         own = options.tokenizer or has_tokenizer(sources.parse(options.model))
         return [*super().hub_models(options), *([] if own else [_TOKENIZER])]
 
@@ -107,7 +107,7 @@ class ImageReward(plugin.Reward):
         return torch.stack([tokens.input_ids, tokens.attention_mask], dim=1).to(device)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Standardised preference of images [B, 3, H, W] in [0, 1] for their prompts [B]."""
+        """Standardized preference of images [B, 3, H, W] in [0, 1] for their prompts [B]."""
         ids, mask = self.text_features(prompts).unbind(1)
         pixels = self.preprocess(images).to(self.head.layers[0].weight.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state

@@ -9,24 +9,24 @@ from pydantic import Field
 from rlhf_t2i_plugins.rewards.clip_model import has_processor, load_clip
 from torch import Tensor
 
-from rlhf_t2i import plugin
-from rlhf_t2i.models import sources
+from rlhf_t2i import plugins
+from rlhf_t2i.families import sources
 
 _PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-class PickScoreOptions(plugin.Options):
+class PickScoreOptions(plugins.Options):
     """Where the model is and the unit of the score."""
 
     model: str = Field("yuvalkirstain/PickScore_v1", description="hub id or local folder (transformers CLIPModel)")
     processor: str | None = Field(None, description=f"tokenizer and image processor; {_PROCESSOR} when absent there")
-    unit: Literal["cosine", "logit"] = Field("cosine", description="logit multiplies by the learnt scale (about 100)")
+    unit: Literal["cosine", "logit"] = Field("cosine", description="logit multiplies by the learned scale (about 100)")
 
 
-class PickScore(plugin.Reward):
+class PickScore(plugins.Reward):
     """Cosine between image and prompt, about 0.18 to 0.26 for the published model; a logit is 100 times that.
 
-    Licence of PickScore_v1: MIT.
+    License of PickScore_v1: MIT.
     """
 
     Options = PickScoreOptions
@@ -44,7 +44,7 @@ class PickScore(plugin.Reward):
 
     @classmethod
     def hub_models(cls, options: PickScoreOptions) -> list[str]:
-        """See :meth:`rlhf_t2i.plugin.Reward.hub_models`."""
+        """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         own = options.processor or has_processor(sources.parse(options.model))
         return [*super().hub_models(options), *([] if own else [_PROCESSOR])]
 

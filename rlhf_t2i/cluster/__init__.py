@@ -1,1 +1,1 @@
-"""Ray: worker actors, placement groups and the handles through which roles call each other."""
+"""Where roles live and how they are called: one process, or Ray actors in groups."""

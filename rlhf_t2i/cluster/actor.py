@@ -15,14 +15,14 @@ class WorkerActor:
     """Builds its roles on request (trained ones need their peers' address first) and answers calls.
 
     A process without trained roles keeps nothing between calls but the generator's weights, so Ray may restart it and
-    repeat the call: the first call after a restart builds the roles again, with the weights that the :class:`Keeper`
-    named ``keeper`` holds.
+    repeat the call: the first call after a restart builds the roles again, with the weights that the :class:`WeightStore`
+    named ``weight_store`` holds.
     """
 
-    def __init__(self, spec: Any, keeper: str | None = None) -> None:
+    def __init__(self, spec: Any, weight_store: str | None = None) -> None:
         from rlhf_t2i.roles.worker import set_threads
 
-        self._spec, self._keeper = spec, keeper
+        self._spec, self._weight_store = spec, weight_store
         set_threads(spec.threads)
         self._worker: Any = None
         self._store: Any = None  # kept alive for as long as the process lives
@@ -73,9 +73,9 @@ class WorkerActor:
     def _rebuild(self) -> None:
         """After a restart: the roles, and the newest weights of the generator."""
         self.build(None)
-        if self._keeper is not None:
-            keeper = ray.get_actor(self._keeper)
-            for name, stored in ray.get(keeper.newest.remote()).items():
+        if self._weight_store is not None:
+            weight_store = ray.get_actor(self._weight_store)
+            for name, stored in ray.get(weight_store.newest.remote()).items():
                 self._worker.call("generator", "load", name, ray.get(stored))
 
     @ray.method(concurrency_group="watch")
@@ -93,7 +93,7 @@ class WorkerActor:
         return self._worker.readings()
 
 
-class Keeper:
+class WeightStore:
     """Holds the newest weights of a generator in a group of its own, for when its process is restarted."""
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ def _join(rank: int, world: int, master: tuple[str, int]) -> None:
     """Join the group's torch.distributed world through DeepSpeed."""
     import torch
 
-    from rlhf_t2i.roles.engine import import_deepspeed
+    from rlhf_t2i.engines.deepspeed import import_deepspeed
 
     address, port = master
     # DeepSpeed asks for all five, even where some could be derived.

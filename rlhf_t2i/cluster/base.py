@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rlhf_t2i import rng
+from rlhf_t2i.algorithm import rng
 
 
 class Cluster(Protocol):

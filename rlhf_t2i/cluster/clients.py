@@ -12,11 +12,11 @@ import ray
 import torch
 from torch import Tensor
 
-from rlhf_t2i import rng
+from rlhf_t2i.algorithm import rng
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
 
-PATIENCE = "placement.step_timeout_s"
+STEP_TIMEOUT_KEY = "placement.step_timeout_s"
 _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.OutOfMemoryError,  # Ray ends the largest process of a machine before the system does
@@ -33,7 +33,7 @@ class NoAnswer(RunError):
 def partners(caller: int, callers: int, servers: int) -> list[int]:
     """The servers of one caller; of the two numbers one divides the other.
 
-    More callers than servers: neighbours share one. More servers: each caller has a block of its own.
+    More callers than servers: neighbors share one. More servers: each caller has a block of its own.
     """
     if callers >= servers:
         return [caller * servers // callers]
@@ -42,7 +42,7 @@ def partners(caller: int, callers: int, servers: int) -> list[int]:
 
 
 @contextmanager
-def own_errors(role: str, timeout_s: float | None = None, limit: str = PATIENCE) -> Iterator[None]:
+def translate_ray_errors(role: str, timeout_s: float | None = None, limit: str = STEP_TIMEOUT_KEY) -> Iterator[None]:
     """Turn what Ray raises while it sends to a role, or waits for it, into this project's own errors.
 
     Args:
@@ -83,14 +83,14 @@ def _store_full(role: str, error: BaseException) -> RunError:
     )
 
 
-def get(references: Any, timeout_s: float | None, role: str, limit: str = PATIENCE) -> Any:
-    """``ray.get`` that raises this project's own errors, see :func:`own_errors`."""
-    with own_errors(role, timeout_s, limit):
+def get(references: Any, timeout_s: float | None, role: str, limit: str = STEP_TIMEOUT_KEY) -> Any:
+    """``ray.get`` that raises this project's own errors, see :func:`translate_ray_errors`."""
+    with translate_ray_errors(role, timeout_s, limit):
         return ray.get(references, timeout=timeout_s)
 
 
 @dataclass
-class RemotePending:
+class RemoteFuture:
     """An answer on its way from one or several servers."""
 
     references: list[Any]
@@ -120,45 +120,45 @@ class RemoteCalls:
     role: str
     servers: list[Any]
     timeout_s: float | None = None
-    limit: str = PATIENCE
+    limit: str = STEP_TIMEOUT_KEY
     device: torch.device | None = None
 
-    def start_forward(
-        self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, graph: bool
+    def submit_forward(
+        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, graph: bool
     ) -> Any:
-        """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
-        parts = [(ticket, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))]
+        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
+        parts = [(request_id, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))]
         return self._start(
             "forward", parts, lambda answers: self._join(answers, len(x_t), 1 if branch == "both" else 0)
         )
 
-    def start_vjp(
-        self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, cotangent: Tensor
+    def submit_vjp(
+        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, cotangent: Tensor
     ) -> Any:
-        """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
+        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
         # ``both`` is stacked [2, B, ...]: its batch is the second dimension.
         parts = [
-            (ticket, x_t[s], t[s], list(prompts[s]), branch, cotangent[:, s] if branch == "both" else cotangent[s])
+            (request_id, x_t[s], t[s], list(prompts[s]), branch, cotangent[:, s] if branch == "both" else cotangent[s])
             for s in self._slices(len(x_t))
         ]
         return self._start("vjp", parts, lambda answers: self._join(answers, len(x_t)))
 
-    def start_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Any:
+    def submit_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Any:
         """See :class:`rlhf_t2i.roles.generator.GeneratorClient`."""
         parts = [(list(prompts[s]), list(keys[s]), weights) for s in self._slices(len(prompts))]
         return self._start("sample", parts, lambda answers: self._join(answers, len(prompts)))
 
-    def start_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Any:
+    def submit_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Any:
         """See :class:`rlhf_t2i.roles.learner.RewardClient`."""
         parts = self._image_parts(latents, prompts)
         return self._start("value_and_grad", parts, lambda answers: self._join_gradients(answers, len(latents)))
 
-    def start_scores(self, latents: Tensor, prompts: Sequence[str]) -> Any:
+    def submit_scores(self, latents: Tensor, prompts: Sequence[str]) -> Any:
         """Every reward's value."""
         parts = self._image_parts(latents, prompts)
         return self._start("score", parts, lambda answers: self._join_scores(answers, len(latents)))
 
-    def start_decode(self, latents: Tensor) -> Any:
+    def submit_decode(self, latents: Tensor) -> Any:
         """Images in [0, 1]."""
         parts = [(latents[s],) for s in self._slices(len(latents))]
         return self._start("decode", parts, lambda answers: self._join(answers, len(latents)))
@@ -178,14 +178,14 @@ class RemoteCalls:
         share, rest = divmod(batch, count)
         return [slice(a, b) for a, b in pairwise(i * share + min(i, rest) for i in range(count + 1))]
 
-    def _start(self, method: str, parts: list[tuple[Any, ...]], join: Callable[[list[Any]], Any]) -> RemotePending:
+    def _start(self, method: str, parts: list[tuple[Any, ...]], join: Callable[[list[Any]], Any]) -> RemoteFuture:
         references = []
         for server, part in zip(self.servers, parts, strict=True):
             cpu = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in part)
             stopwatch.bytes_sent += sum(a.numel() * a.element_size() for a in cpu if isinstance(a, Tensor))
-            with own_errors(self.role):
+            with translate_ray_errors(self.role):
                 references.append(server.call.remote(self.role, method, *cpu))
-        return RemotePending(references, join, self.timeout_s, self.role, self.limit)
+        return RemoteFuture(references, join, self.timeout_s, self.role, self.limit)
 
     def _join(self, answers: list[Tensor], batch: int, dim: int = 0) -> Tensor:
         """The servers' answers as one batch, on the caller's device."""

@@ -16,12 +16,12 @@ import ray
 import torch
 from torch import Tensor
 
-from rlhf_t2i import registry
-from rlhf_t2i.device import own_device
-from rlhf_t2i.environments import overlay_python
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.models import sources
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.families import sources
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import Reward
+from rlhf_t2i.plugins.environments import overlay_python
+from rlhf_t2i.utils.device import default_device
 
 
 def build_reward(
@@ -77,7 +77,7 @@ class IsolatedActor:
     def call(self, images: Wire, prompts: list[str], gradient: bool) -> tuple[Wire | None, Wire | None, str]:
         """Values [B], the gradient at the images, and an error's text where there are none."""
         reward = self._loaded()
-        device = own_device()
+        device = default_device()
         pixels = images.unpack(device).requires_grad_(gradient)
         half = getattr(torch, self._arguments[2]) in (torch.bfloat16, torch.float16)
         try:
@@ -96,7 +96,7 @@ class IsolatedActor:
     def _loaded(self) -> Any:
         if self._reward is None:
             name, options, dtype = self._arguments
-            device = own_device()
+            device = default_device()
             reward = registry.reward(name, **options)
             self._reward = reward.eval().requires_grad_(False).to(device, getattr(torch, dtype))
         return self._reward

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_t2i import rng
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 

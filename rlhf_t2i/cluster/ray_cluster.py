@@ -16,12 +16,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from rlhf_t2i import geometry, rng
-from rlhf_t2i.cluster.actor import Keeper, WorkerActor
-from rlhf_t2i.cluster.clients import PATIENCE, NoAnswer, RemoteCalls, get, own_errors, partners
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
+from rlhf_t2i.cluster.clients import STEP_TIMEOUT_KEY, NoAnswer, RemoteCalls, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, start_local_ray
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import placement as geometry
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
 _START_TIMEOUT_S = 600.0
@@ -29,7 +30,7 @@ _PLACE_TIMEOUT_S = 120.0  # of what is free already: nothing has to start
 _STATUS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 15.0
 _CALL_RETRIES = 3  # of a call whose process died: one that dies of the call itself shall not do so for ever
-_KEEPER = "rlhf_t2i keeper {}"  # of a placement group
+_WEIGHT_STORE = "rlhf_t2i weight_store {}"  # of a placement group
 
 
 class RayCluster:
@@ -49,7 +50,7 @@ class RayCluster:
         self._started_ray = False
         self._share = 1.0  # of a device, for each process
         self._group: Any = None
-        self._keeper: Any = None
+        self._weight_store: Any = None
         self._actors: dict[str, list[Any]] = {}
         try:
             self._connect_ray(address)
@@ -95,13 +96,17 @@ class RayCluster:
 
     def _create(self) -> None:
         if self._roles["generator"][0] != self._roles["learner"][0]:
-            self._keeper = start_keeper(_KEEPER.format(self._group.id.hex()))
+            self._weight_store = start_weight_store(_WEIGHT_STORE.format(self._group.id.hex()))
         bundle = 0
         for group, specs in self._specs.items():
             self._actors[group] = []
             for spec in specs:
                 # By name: Ray warns of restarts whose arguments hold references.
-                keeper = _KEEPER.format(self._group.id.hex()) if self._keeper and "generator" in spec.roles else None
+                weight_store = (
+                    _WEIGHT_STORE.format(self._group.id.hex())
+                    if self._weight_store and "generator" in spec.roles
+                    else None
+                )
                 actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
                     num_cpus=0 if self._gpus else 1,
                     num_gpus=self._share if self._gpus else 0,
@@ -110,7 +115,7 @@ class RayCluster:
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
                     runtime_env={"env_vars": _actor_environment(spec, alone=len(self._all_specs) == 1)},
                 )
-                self._actors[group].append(actor.remote(spec, keeper))
+                self._actors[group].append(actor.remote(spec, weight_store))
                 bundle += 1
 
     def _build(self) -> None:
@@ -163,26 +168,26 @@ class RayCluster:
             wanted = [r for r in hosted if r.key in keys or not trained]
             if wanted or (not trained and "reward" in specs[0].roles):
                 limits = [(r.timeout_s, f"timeout_s of {r.key}") for r in wanted]
-                found[group] = max(limits, default=(self._patience, PATIENCE))
+                found[group] = max(limits, default=(self._step_timeout_s, STEP_TIMEOUT_KEY))
         return found
 
     def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
         """Call a method on every rank of a role at once."""
         # Large arguments (weights) are stored once for all ranks.
-        with own_errors(role):
+        with translate_ray_errors(role):
             stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
         actors = self._actors[self._roles[role][0]]
-        if self._keeper is not None and (role, method) == ("generator", "load"):
-            self._wait([self._keeper.keep.remote(stored[0], stored[1:])], role)
+        if self._weight_store is not None and (role, method) == ("generator", "load"):
+            self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
         return self._wait([actor.call.remote(role, method, *stored) for actor in actors], role)
 
     def _wait(self, references: list[Any], role: str) -> list[Any]:
-        """The answers, with the errors of :meth:`_told_apart`."""
-        with self._told_apart(role):
-            return list(get(references, self._patience, role))
+        """The answers, with the errors of :meth:`_classify_errors`."""
+        with self._classify_errors(role):
+            return list(get(references, self._step_timeout_s, role))
 
     @contextmanager
-    def _told_apart(self, role: str) -> Iterator[None]:
+    def _classify_errors(self, role: str) -> Iterator[None]:
         """Tell a lost or stuck process from one that failed.
 
         Raises:
@@ -192,7 +197,7 @@ class RayCluster:
         try:
             yield
         except NoAnswer as error:
-            raise RunError(f"{error}; {self._standing()}") from None
+            raise RunError(f"{error}; {self._describe_processes()}") from None
         except ProcessLost:
             raise
         except RunError as error:
@@ -216,7 +221,7 @@ class RayCluster:
                 continue
         return None
 
-    def _standing(self) -> str:
+    def _describe_processes(self) -> str:
         """Where every process stands, for the one who must find out what hangs."""
         asked = {f"{s.group}/{s.rank}": self._actors[s.group][s.rank].status.remote() for s in self._all_specs}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=_STATUS_TIMEOUT_S)
@@ -233,19 +238,21 @@ class RayCluster:
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents from the generator, spread over its replicas."""
         servers = self._actors[self._roles["generator"][0]]
-        with self._told_apart("generator"):
-            return RemoteCalls("generator", servers, self._patience).start_sample(prompts, keys, weights).result()
+        with self._classify_errors("generator"):
+            return (
+                RemoteCalls("generator", servers, self._step_timeout_s).submit_sample(prompts, keys, weights).result()
+            )
 
     @property
-    def _patience(self) -> float:
+    def _step_timeout_s(self) -> float:
         return self._recipe.placement.step_timeout_s
 
     def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's value [B]."""
         groups = self._reward_groups(trained=False)
-        with self._told_apart("reward"):
+        with self._classify_errors("reward"):
             pending = [
-                RemoteCalls("reward", self._actors[group], *limits).start_scores(latents, prompts)
+                RemoteCalls("reward", self._actors[group], *limits).submit_scores(latents, prompts)
                 for group, limits in groups.items()
             ]
             return {label: values for p in pending for label, values in p.result().items()}
@@ -253,14 +260,14 @@ class RayCluster:
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
         group = next(iter(self._reward_groups(trained=False)))
-        with self._told_apart("reward"):
-            return RemoteCalls("reward", self._actors[group], self._patience).start_decode(latents).result()
+        with self._classify_errors("reward"):
+            return RemoteCalls("reward", self._actors[group], self._step_timeout_s).submit_decode(latents).result()
 
     def sync_generator(self) -> None:
         """Send the learner's weights to a generator that lives elsewhere."""
         if self._roles["generator"][0] != self._roles["learner"][0]:
-            weights = self.call_all("learner", "weights", "live")[0]
-            self.call_all("generator", "load", "live", weights)
+            weights = self.call_all("learner", "weights", "raw")[0]
+            self.call_all("generator", "load", "raw", weights)
 
     def readings(self) -> dict[str, dict[str, Any]]:
         """Timings and memory of every process."""
@@ -269,10 +276,10 @@ class RayCluster:
 
     def close(self) -> None:
         """End the actors, free their devices, and stop Ray if this run started it."""
-        for actor in [a for actors in self._actors.values() for a in actors] + [self._keeper]:
+        for actor in [a for actors in self._actors.values() for a in actors] + [self._weight_store]:
             if actor is not None:
                 ray.kill(actor)
-        self._actors, self._keeper = {}, None
+        self._actors, self._weight_store = {}, None
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
@@ -295,13 +302,13 @@ def _check_sharing(specs: dict[str, list[WorkerSpec]], share: float) -> None:
             )
 
 
-def start_keeper(name: str) -> Any:
-    """A :class:`Keeper` beside the driver, without whose node the run is lost anyway.
+def start_weight_store(name: str) -> Any:
+    """A :class:`WeightStore` beside the driver, without whose node the run is lost anyway.
 
     Left to Ray it may share the node of a generator, which would take the weights along that it should start from.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Keeper).options(num_cpus=0, name=name, scheduling_strategy=here).remote()
+    return ray.remote(WeightStore).options(num_cpus=0, name=name, scheduling_strategy=here).remote()
 
 
 def _available(kind: str, needed: int) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.recipe import Recipe
-from rlhf_t2i.run_folder import RunFolder
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training.folder import RunFolder
 
 
 def start(recipe: Recipe, folder: RunFolder, address: str | None = None) -> Cluster:

@@ -1,1 +1,1 @@
-"""The subcommands of the CLI; modules here import torch only inside functions, so that --help stays fast."""
+"""The commands of the CLI: each parses its arguments, calls the package and prints."""

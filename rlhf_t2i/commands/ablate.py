@@ -19,7 +19,7 @@ def ablate_command(
     parallel: Annotated[int | None, typer.Option(min=1, help="Rows side by side.")] = None,
 ) -> None:
     """Train and measure a grid of runs, and tabulate them. Run it again to go on after a kill."""
-    from rlhf_t2i.ablation import runner
+    from rlhf_t2i.tools.ablation import runner
 
     folder = out or Path("runs") / recipe.stem
     only = [name.strip() for name in rows.split(",") if name.strip()]

@@ -10,8 +10,8 @@ import typer
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
-    from rlhf_t2i.planning import Device, Fit, Memory, Plan, Rates, StepTime
-    from rlhf_t2i.recipe import Recipe
+    from rlhf_t2i.recipe.schema import Recipe
+    from rlhf_t2i.tools.planning import Device, Fit, Memory, Plan, Rates, StepTime
 
 
 def plan_command(
@@ -38,11 +38,12 @@ def plan_command(
 
     Exit code 1 means that it does not fit the device.
     """
-    from rlhf_t2i import geometry, recipe_io
+    from rlhf_t2i.recipe import placement as geometry
+    from rlhf_t2i.recipe import reading
 
-    loaded = recipe_io.load(recipe, set_ or [])
+    loaded = reading.load(recipe, set_ or [])
     geometry.check_placement(loaded)
-    from rlhf_t2i import planning
+    from rlhf_t2i.tools import planning
 
     profile = None if device in (None, planning.HERE) else planning.named(device)
     plan = planning.make(loaded)
@@ -68,7 +69,7 @@ def plan_command(
 
 def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
     """Against the memory given, or a GPU of this machine; None where neither is."""
-    from rlhf_t2i import planning
+    from rlhf_t2i.tools import planning
 
     if memory is None:
         import torch
@@ -81,10 +82,10 @@ def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
 
 def _rates(recipe: Recipe, plan: Plan, device: str | None, profile: Device | None) -> Rates | None:
     """Measured on this machine, or assumed from a data sheet; None without a device."""
-    from rlhf_t2i import planning
+    from rlhf_t2i.tools import planning
 
     if device == planning.HERE:
-        from rlhf_t2i.planning import calibration
+        from rlhf_t2i.tools.planning import calibration
 
         typer.echo("measuring the rates of this machine ...", err=True)
         return calibration.rates(recipe, plan.batch["learner"]["micro"])
@@ -94,7 +95,9 @@ def _rates(recipe: Recipe, plan: Plan, device: str | None, profile: Device | Non
 def _seconds(recipe: Recipe, rates: Rates | None) -> StepTime | None:
     if rates is None:
         return None
-    from rlhf_t2i import flops, geometry, planning
+    from rlhf_t2i.families import flops
+    from rlhf_t2i.recipe import placement as geometry
+    from rlhf_t2i.tools import planning
 
     return planning.step_time(recipe, geometry.check_placement(recipe), flops.of_recipe(recipe), rates)
 
@@ -104,7 +107,7 @@ def show_seconds(device: str, rates: Rates | None, seconds: StepTime | None) -> 
     from rich.console import Console
     from rich.table import Table
 
-    from rlhf_t2i.planning import ACHIEVED, HERE
+    from rlhf_t2i.tools.planning import ACHIEVED, HERE
 
     console = Console(width=80, highlight=False)
     if rates is None or seconds is None:
@@ -187,7 +190,7 @@ def show(plan: Plan, cluster: dict[str, float] | None = None) -> None:
 
     console = Console(width=80, highlight=False)
     stage = f"ZeRO-{plan.zero_stage}" if plan.mode == "ray" else "one process, no Ray"
-    offload = ", optimiser states in host memory" if plan.offload else ""
+    offload = ", optimizer states in host memory" if plan.offload else ""
     console.print(f"{plan.devices} device{'s' * (plan.devices > 1)}, {stage}, {plan.precision}{offload}")
     for role, sizes in plan.batch.items():
         console.print(
@@ -224,7 +227,7 @@ def _memory_table(plan: Plan) -> Any:
 
 def _cells(memory: Memory) -> list[str]:
     work = memory.activations + memory.buffers
-    return [_bytes(n) for n in (memory.weights, memory.gradients, memory.optimiser, work, memory.device)]
+    return [_bytes(n) for n in (memory.weights, memory.gradients, memory.optimizer, work, memory.device)]
 
 
 def _print_traffic(console: Any, plan: Plan) -> None:

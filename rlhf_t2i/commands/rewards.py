@@ -19,17 +19,17 @@ divergences_app = typer.Typer(help="List divergence plugins.", no_args_is_help=T
 @rewards_app.command("list")
 def list_rewards() -> None:
     """Show every installed reward and whether it can run here."""
-    from rlhf_t2i import plugin_listing
+    from rlhf_t2i.plugins import listing
 
-    plugin_listing.print_rewards()
+    listing.print_rewards()
 
 
 @divergences_app.command("list")
 def list_divergences() -> None:
     """Show every installed divergence. VJPs: gradients through both denoisers' inputs, which cost a backward pass."""
-    from rlhf_t2i import plugin_listing
+    from rlhf_t2i.plugins import listing
 
-    plugin_listing.print_divergences()
+    listing.print_divergences()
 
 
 @rewards_app.command("check")
@@ -47,8 +47,8 @@ def check(
 
     import torch
 
-    from rlhf_t2i import registry
-    from rlhf_t2i.reward_check import check_reward
+    from rlhf_t2i.plugins import registry
+    from rlhf_t2i.tools.reward_check import check_reward
 
     where = _device(device, torch)
     built = registry.reward(reward, **chosen)
@@ -65,8 +65,8 @@ def new(
     directory: Annotated[Path, typer.Option("--dir", help="Where to write the package's folder.")] = Path(),
 ) -> None:
     """Write an installable package with a reward and its test."""
-    from rlhf_t2i import registry
-    from rlhf_t2i.reward_template import write_package
+    from rlhf_t2i.plugins import registry
+    from rlhf_t2i.plugins.scaffold import write_package
 
     if name in registry.registered(registry.REWARDS):
         owner = registry.registered(registry.REWARDS)[name][0].package
@@ -84,14 +84,14 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: A pair without ``=``, or a value that is not YAML.
     """
-    from rlhf_t2i import recipe_io
+    from rlhf_t2i.recipe import reading
 
     parsed = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--options {recipe_io.shown(pair)!r} is not KEY=VALUE")
-        parsed[key.strip()] = recipe_io.parse_value(value, f"--options {recipe_io.shown(pair)}")
+            raise UsageError(f"--options {reading.shown(pair)!r} is not KEY=VALUE")
+        parsed[key.strip()] = reading.parse_value(value, f"--options {reading.shown(pair)}")
     return parsed
 
 
@@ -114,10 +114,10 @@ def _print_findings(reward: str, findings: list[Any]) -> None:
     table.add_column("check", no_wrap=True)
     table.add_column("result", no_wrap=True)
     table.add_column("detail", overflow="fold")
-    colours = {"pass": "green", "fail": "bold red", "skip": "dim"}
+    colors = {"pass": "green", "fail": "bold red", "skip": "dim"}
     for finding in findings:
-        colour = colours[finding.outcome]
-        table.add_row(finding.name, f"[{colour}]{finding.outcome}[/]", escape(finding.detail))
+        color = colors[finding.outcome]
+        table.add_row(finding.name, f"[{color}]{finding.outcome}[/]", escape(finding.detail))
     console = Console()
     console.print(table)
     failed = sum(finding.outcome == "fail" for finding in findings)

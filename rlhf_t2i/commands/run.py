@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rlhf_t2i.checkpoint import Progress
+    from rlhf_t2i.training.checkpoints import TrainState
 
 
 def run_command(
@@ -28,10 +28,10 @@ def run_command(
     ] = None,
 ) -> None:
     """Train a one-step generator as a recipe says. Writes report.html, model/ and checkpoints."""
-    from rlhf_t2i import recipe_io
-    from rlhf_t2i.geometry import check_placement
+    from rlhf_t2i.recipe import reading
+    from rlhf_t2i.recipe.placement import check_placement
 
-    loaded = recipe_io.load(recipe, set_ or [])
+    loaded = reading.load(recipe, set_ or [])
     check_placement(loaded)
     folder = out or Path("runs") / recipe.stem
     from rlhf_t2i.errors import UsageError
@@ -42,16 +42,16 @@ def run_command(
         raise UsageError(f"--out {folder} cannot be used: {error.strerror}") from None
     if taken and not resume:
         raise UsageError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    from rlhf_t2i import training
+    from rlhf_t2i.training import run
 
     command = " ".join(["rlhf-t2i", *sys.argv[1:]])
     with ProgressDisplay(loaded.steps) as display:
         try:
-            training.run(
+            run.run(
                 loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
                 display=display, command=command,
             )  # fmt: skip
-        except training.Stopped as stopped:
+        except run.Stopped as stopped:
             display.note(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
     _summary(folder, "Held-out" if loaded.data.held_out else "Training")
@@ -91,7 +91,7 @@ class ProgressDisplay:
         if not self._console.is_terminal:
             self._print(text)
 
-    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
         """A generator step is done."""
         seconds = metrics["timing"]["step"]
         self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
@@ -119,7 +119,7 @@ def _summary(folder: Path, kind: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from rlhf_t2i import report
+    from rlhf_t2i.tools import report
 
     console = Console()
     rows = report.comparison(folder)

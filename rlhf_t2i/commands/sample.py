@@ -26,8 +26,8 @@ def sample_command(
         raise UsageError(f"-o {output}: name a .png file")
     if not output.parent.is_dir():
         raise UsageError(f"-o {output}: the folder {output.parent} does not exist")
-    from rlhf_t2i.measure import grid
-    from rlhf_t2i.sampling import sample
+    from rlhf_t2i.evaluation.measure import grid
+    from rlhf_t2i.evaluation.sampling import sample
 
     images = sample(model, prompt, seed, timestep)
     grid(images, min(8, len(images))).save(output)

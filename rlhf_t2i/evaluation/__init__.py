@@ -1,1 +1,1 @@
-"""``rlhf-t2i eval``: images with fixed seeds, scored, with intervals; stops and goes on at any moment."""
+"""Drawing images, scoring them and comparing the scores; used by training, ``rlhf-t2i eval`` and the ablation."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i import prompts as prompt_files
+from rlhf_t2i.algorithm import prompts as prompt_files
 from rlhf_t2i.errors import UsageError, first_line
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")

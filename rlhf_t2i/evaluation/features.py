@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i import files, statistics
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation import fingerprints
-from rlhf_t2i.models import sources
-from rlhf_t2i.preprocessing import Preprocess
+from rlhf_t2i.families import sources
+from rlhf_t2i.plugins.preprocessing import Preprocess
+from rlhf_t2i.utils import files, stats
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -64,7 +64,7 @@ class ClipFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features [B, D], not normalised."""
+        """Features [B, D], not normalized."""
         pixels = self.preprocess(images.to(self.device))
         return self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu()
 
@@ -190,12 +190,12 @@ def diversity(features: np.ndarray, images_per_prompt: int) -> Diversity:
     """Mean pairwise cosine distance and Vendi score within each prompt, of features [P * K, D] in prompt order."""
     groups = features.reshape(-1, images_per_prompt, features.shape[-1])
     return Diversity(
-        [statistics.mean_pairwise_distance(group) for group in groups],
-        [statistics.vendi_score(group) for group in groups],
+        [stats.mean_pairwise_distance(group) for group in groups],
+        [stats.vendi_score(group) for group in groups],
     )
 
 
-def _preprocessor(source: sources.ModelSource) -> dict[str, Any]:
+def _preprocessor(source: sources.ModelRef) -> dict[str, Any]:
     try:
         return sources.read_json(source, "preprocessor_config.json")
     except UsageError:

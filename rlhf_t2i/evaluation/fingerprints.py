@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i import files
+from rlhf_t2i.utils import files
 
 _BLOCKS, _SIZE = 16, 65536
 

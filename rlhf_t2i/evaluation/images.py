@@ -23,7 +23,7 @@ def png(image: Tensor) -> bytes:
 
 
 def read_images(paths: Sequence[Path], square: int | None = None) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1]; with ``square`` cut to the centre square and scaled (Lanczos) to that side."""
+    """Images [B, 3, H, W] in [0, 1]; with ``square`` cut to the center square and scaled (Lanczos) to that side."""
     tensors = []
     for path in paths:
         with Image.open(path) as opened:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i import files
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.utils import files
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""Progress of an evaluation, on a terminal."""
+"""ProgressCallback of an evaluation, on a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 
-class Progress(Protocol):
+class ProgressCallback(Protocol):
     """Told about every batch."""
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -14,7 +14,7 @@ class Progress(Protocol):
 
 
 def bar() -> AbstractContextManager[Any]:
-    """A progress bar on a terminal, silence elsewhere; gives a :class:`Progress` or None."""
+    """A progress bar on a terminal, silence elsewhere; gives a :class:`ProgressCallback` or None."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -32,7 +32,7 @@ class _Bar:
         self._bar = rich_progress.Progress(*columns, console=console)
         self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressCallback:
         self._bar.start()
         return self._show
 

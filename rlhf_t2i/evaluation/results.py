@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_t2i import __version__, files, statistics
+from rlhf_t2i import __version__
 from rlhf_t2i.evaluation import journal
 from rlhf_t2i.evaluation.benchmarks import PromptList
 from rlhf_t2i.evaluation.features import Probe
 from rlhf_t2i.evaluation.sampler import Sampling
 from rlhf_t2i.evaluation.settings import Settings
-from rlhf_t2i.report.numbers import DASH
+from rlhf_t2i.utils import files, stats
+from rlhf_t2i.utils.numbers import DASH
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Measured:
     def of_images(cls, key: str, unit: str, values: list[float], per_prompt: int, higher_is_better: bool) -> Measured:
         """A score of single images, ``per_prompt`` in a row for each prompt."""
         units = np.asarray(values, dtype=np.float64).reshape(-1, per_prompt).mean(1).tolist()
-        return cls(key, unit, units, values, statistics.mean(units).value, higher_is_better)
+        return cls(key, unit, units, values, stats.mean(units).value, higher_is_better)
 
     @classmethod
     def of_prompts(cls, key: str, unit: str, values: list[float]) -> Measured:
         """A value for each prompt's set of images."""
-        return cls(key, unit, values, None, statistics.mean(values).value)
+        return cls(key, unit, values, None, stats.mean(values).value)
 
     @classmethod
     def single(cls, key: str, unit: str, value: float, higher_is_better: bool = True) -> Measured:
@@ -66,11 +67,11 @@ def class_entropy(probe: Probe, features: np.ndarray, per_prompt: int, name: str
     within = probabilities.reshape(-1, per_prompt, len(probe.labels)).mean(1)
     unit = f"nats within a prompt, at most ln {len(probe.labels)} = {math.log(len(probe.labels)):.3f}, {name}"
     shares = dict(zip(probe.labels, probabilities.mean(0).tolist(), strict=True))
-    values = [statistics.entropy(row) for row in within]
+    values = [stats.entropy(row) for row in within]
     whole = Measured.single("class_entropy_overall", unit.replace("within a prompt", "over all images"),
-                            statistics.entropy(probabilities.mean(0)))  # fmt: skip
+                            stats.entropy(probabilities.mean(0)))  # fmt: skip
     return [
-        Measured("class_entropy", unit, values, None, statistics.mean(values).value, extra={"shares": shares}),
+        Measured("class_entropy", unit, values, None, stats.mean(values).value, extra={"shares": shares}),
         whole,
     ]
 
@@ -131,8 +132,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(metric: Measured, units: Sequence[float], group: str) -> dict[str, Any]:
-    value = statistics.mean(units).value if units else metric.value
-    low, high = statistics.bootstrap_interval(units) if units else (math.nan, math.nan)
+    value = stats.mean(units).value if units else metric.value
+    low, high = stats.bootstrap_interval(units) if units else (math.nan, math.nan)
     return {
         "metric": metric.key, "group": group, "mean": _number(value), "low": _number(low), "high": _number(high),
         "prompts": len(units), "unit": metric.unit, "higher_is_better": metric.higher_is_better,

@@ -16,23 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i import files, plugin, registry
-from rlhf_t2i.device import own_device
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import benchmarks, features, fingerprints, journal, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
 from rlhf_t2i.evaluation.images import picture_files, png, read_images
-from rlhf_t2i.evaluation.progress import Progress
+from rlhf_t2i.evaluation.progress import ProgressCallback
 from rlhf_t2i.evaluation.results import Measured, Results
 from rlhf_t2i.evaluation.sampler import Sampler, Sampling, resolve
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
-from rlhf_t2i.models.quiet import quietly
-from rlhf_t2i.statistics import frechet_distance
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.utils import files
+from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.quiet import quietly
+from rlhf_t2i.utils.stats import frechet_distance
 
 FRECHET_PIXELS = 256
 
 
-def evaluate(settings: Settings, out: Path, progress: Progress | None = None) -> Results:
+def evaluate(settings: Settings, out: Path, progress: ProgressCallback | None = None) -> Results:
     """Measure a model; run again after a kill it goes on, and gives byte for byte the same tables.
 
     Args:
@@ -60,10 +62,10 @@ class Work:
 
     settings: Settings
     out: Path
-    progress: Progress
+    progress: ProgressCallback
 
     def __post_init__(self) -> None:
-        self.device = own_device()
+        self.device = default_device()
         found = benchmarks.load(self.settings.prompts, self.settings.column).first(self.settings.limit)
         self.prompts = found
         self.sampling: Sampling = resolve(self.settings)
@@ -105,7 +107,7 @@ class Work:
     def measure(self) -> list[Measured]:
         """Every metric, in the order it was asked for."""
         measured: list[Measured] = []
-        with plugin.sharing():
+        with plugins.sharing():
             for label, name in self.settings.named.items():
                 measured += _SPECIAL[name](self) if name in SPECIAL else [self._reward(label, name)]
         return measured

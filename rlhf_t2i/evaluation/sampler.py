@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_t2i import files, rng
+from rlhf_t2i.algorithm import rng
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation.settings import Settings
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.models.networks import DTYPES, one_step
-from rlhf_t2i.recipe import Models
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.networks import DTYPES, one_step
+from rlhf_t2i.recipe.schema import Models
+from rlhf_t2i.utils import files
 
 DEFAULT_STEPS = 50
 
@@ -151,7 +152,7 @@ def _one_step_hint(model: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _native_resolution(source: sources.ModelSource, index: dict[str, Any]) -> int:
+def _native_resolution(source: sources.ModelRef, index: dict[str, Any]) -> int:
     """Pixels of the model's own size: the UNet's sample size times the VAE's factor."""
     part = "unet" if "unet" in index else "transformer"
     size = int(sources.read_json(source, f"{part}/config.json").get("sample_size") or 128)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_t2i import registry
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.plugins import registry
 
 DEFAULT_FEATURES = "openai/clip-vit-base-patch32"
 SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")

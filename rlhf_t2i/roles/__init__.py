@@ -1,1 +1,1 @@
-"""What each role does on its device; nothing here knows Ray."""
+"""What each role does in its process: learner, generator, assistant, reference, reward. No Ray, no DeepSpeed."""

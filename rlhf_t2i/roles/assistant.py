@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlhf_t2i import rng
-from rlhf_t2i.models.networks import predict
-from rlhf_t2i.objective import assistant_loss
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.algorithm.losses import assistant_loss
+from rlhf_t2i.engines.base import learning_rate
+from rlhf_t2i.families.networks import predict
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoise import Branch, DenoiserServer
-from rlhf_t2i.roles.engine import learning_rate
+from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 from rlhf_t2i.roles.generator import GeneratorClient
 
 
@@ -22,7 +22,7 @@ class AssistantRole(DenoiserServer):
     def __init__(self, context: RankContext) -> None:
         super().__init__(self._x0)
         self._context, self._store = context, context.store
-        self._settings = context.recipe.optimisation.assistant
+        self._settings = context.recipe.optimization.assistant
         self._engine = context.engine("assistant", context.store.assistant_unet(), self._settings)
         self._conditioner, self._schedule = context.store.conditioner, context.store.schedule
         self._generator: GeneratorClient | None = None
@@ -48,7 +48,7 @@ class AssistantRole(DenoiserServer):
         for micro in self._context.micro_batches():
             chosen = [prompts[i] for i in micro]
             keys = [(seed, "assistant", round_index, i) for i in micro]
-            x0 = self._generator.start_sample(chosen, [(*k, "z") for k in keys], "live").result()
+            x0 = self._generator.submit_sample(chosen, [(*k, "z") for k in keys], "raw").result()
             x0 = x0.to(self._context.device)
             t = rng.timesteps(first, last, [(*k, "t") for k in keys]).to(x0.device)
             noise = rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]).to(x0.device)
@@ -65,9 +65,9 @@ class AssistantRole(DenoiserServer):
         raw = predict(self._engine.module, x_t, t, self._conditioner.encode(prompts), self._context.dtype)
         return self._schedule.to_x0(raw, x_t, t)
 
-    def rounding(self) -> dict[str, float]:
+    def bf16_drift(self) -> dict[str, float]:
         """What bf16 loses against the masters; every rank must call it."""
-        return self._engine.rounding()
+        return self._engine.bf16_drift()
 
     def save(self, folder: str) -> None:
         """Write this rank's training state."""

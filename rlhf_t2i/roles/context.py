@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rlhf_t2i.geometry import batch_geometry
-from rlhf_t2i.models import lora
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.models.networks import DTYPES
-from rlhf_t2i.recipe import Optimiser, Recipe
-from rlhf_t2i.roles.engine import DeepSpeedEngine, Engine, LocalEngine
+from rlhf_t2i.engines.base import Engine
+from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
+from rlhf_t2i.engines.local import LocalEngine
+from rlhf_t2i.families import adapters
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.networks import DTYPES
+from rlhf_t2i.recipe.placement import batch_geometry
+from rlhf_t2i.recipe.schema import Optimizer, Recipe
 
 
 @dataclass
@@ -37,14 +39,14 @@ class RankContext:
     failures: Path | None = None
 
     def __post_init__(self) -> None:
-        settings = self.recipe.optimisation
+        settings = self.recipe.optimization
         self.store = ModelStore(self.recipe.models, self.device, settings.precision, compiled=settings.compile)
         self.dtype = DTYPES[settings.precision]
 
     def geometry(self) -> tuple[int, int]:
         """(micro-batch, accumulation) of a trained role in this group."""
-        optimisation = self.recipe.optimisation
-        return batch_geometry(optimisation.batch_size, self.world, optimisation.micro_batch)
+        optimization = self.recipe.optimization
+        return batch_geometry(optimization.batch_size, self.world, optimization.micro_batch)
 
     def micro_batches(self) -> list[range]:
         """The samples of the global batch this rank handles, micro-batch by micro-batch."""
@@ -52,14 +54,14 @@ class RankContext:
         first = self.rank * micro * accumulation
         return [range(first + i * micro, first + (i + 1) * micro) for i in range(accumulation)]
 
-    def engine(self, role: str, module: nn.Module, optimiser: Optimiser) -> Engine:
+    def engine(self, role: str, module: nn.Module, optimizer: Optimizer) -> Engine:
         """The training engine of a role's network."""
         micro, accumulation = self.geometry()
-        if self.recipe.optimisation.checkpoints(role):
+        if self.recipe.optimization.checkpoints(role):
             module.enable_gradient_checkpointing()
         module.train().requires_grad_(True)
-        if optimiser.lora is not None:
-            lora.add(module, optimiser.lora, self.recipe.seed)
+        if optimizer.lora is not None:
+            adapters.add(module, optimizer.lora, self.recipe.seed)
         if self.distributed:
-            return DeepSpeedEngine(module, optimiser, accumulation, micro, self.recipe.optimisation)
-        return LocalEngine(module, optimiser, accumulation)
+            return DeepSpeedEngine(module, optimizer, accumulation, micro, self.recipe.optimization)
+        return LocalEngine(module, optimizer, accumulation)

@@ -8,16 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i import rng
-from rlhf_t2i.models.networks import one_step
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.families.networks import one_step
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoise import Pending
+from rlhf_t2i.roles.denoiser import Future
 
 
 class GeneratorClient(Protocol):
     """Where the generator is sampled from."""
 
-    def start_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Pending:
+    def submit_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Future:
         """Begin sampling."""
 
 
@@ -33,13 +33,13 @@ class GeneratorRole:
         self._store, self._dtype, self._device = context.store, context.dtype, context.device
         self._timestep = context.recipe.models.generator_timestep
         self._networks: dict[str, Callable[..., Any]] = {}
-        self._networks["live"] = live if live is not None else self._frozen()
+        self._networks["raw"] = live if live is not None else self._frozen()
 
     def _frozen(self) -> nn.Module:
         return self._store.generator_unet().eval().requires_grad_(False)
 
     def load(self, weights: str, state: dict[str, Tensor]) -> None:
-        """Take over weights, as ``live`` or ``averaged``."""
+        """Take over weights, as ``raw`` or ``ema``."""
         if weights not in self._networks:
             self._networks[weights] = self._frozen()
         network = self._networks[weights]
@@ -47,7 +47,7 @@ class GeneratorRole:
         network.load_state_dict(state)
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str = "live") -> Tensor:
+    def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str = "raw") -> Tensor:
         """Latents [B, C, h, w] in float32, sample i a function of weights, prompt and ``keys[i]`` alone."""
         z = rng.normal(self._store.latent_shape, keys).to(self._device)
         cond = self._store.conditioner.encode(prompts)

@@ -10,14 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf_t2i import objective, registry, rng
+from rlhf_t2i.algorithm import losses, rng
+from rlhf_t2i.engines import pickles
+from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.errors import RunError
-from rlhf_t2i.models.networks import one_step
-from rlhf_t2i.plugin import LatentReward
-from rlhf_t2i.roles import pickles
+from rlhf_t2i.families.networks import one_step
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import LatentReward
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoise import DenoiserCall, DenoiserClient, Pending, denoise
-from rlhf_t2i.roles.engine import learning_rate
+from rlhf_t2i.roles.denoiser import DenoiserCall, DenoiserClient, Future, denoise
 from rlhf_t2i.roles.reward import RewardRole
 
 Samples = dict[str, list[float]]
@@ -27,7 +28,7 @@ Samples = dict[str, list[float]]
 class RewardClient(Protocol):
     """Where rewards are evaluated: some or all of the recipe's."""
 
-    def start_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Pending:
+    def submit_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Future:
         """Begin a call; its result is ``{label: (values [B], d value / d latents [B, C, h, w])}``."""
 
 
@@ -38,7 +39,7 @@ class LearnerRole:
         recipe = context.recipe
         self._context, self._recipe, self._store = context, recipe, context.store
         self.device = context.device
-        self._settings = recipe.optimisation.generator
+        self._settings = recipe.optimization.generator
         self.engine = context.engine("learner", context.store.generator_unet(), self._settings)
         self.schedule, self._conditioner = context.store.schedule, context.store.conditioner
         choice = recipe.algorithm.divergence
@@ -48,9 +49,9 @@ class LearnerRole:
         self._assistant: DenoiserClient | None = None
         self._reference: DenoiserClient | None = None
         self._rewards: Sequence[RewardClient] = ()
-        self._averaged: dict[str, Tensor] | None = None
-        if recipe.optimisation.ema is not None:
-            self._averaged = self._gather()
+        self._ema: dict[str, Tensor] | None = None
+        if recipe.optimization.ema is not None:
+            self._ema = self._gather()
 
     def _build_latent_rewards(self) -> RewardRole | None:
         """Rewards that need the reference denoiser live here, beside its client."""
@@ -87,31 +88,31 @@ class LearnerRole:
             cond = self._conditioner.encode(chosen)
             timestep = self._recipe.models.generator_timestep
             x0 = one_step(self.engine, z, cond, timestep, self.schedule, self._context.dtype)
-            ticket = f"{step}.{self._context.rank}.{number}"
-            gradient = self.gradient_at_x0(ticket, x0.detach(), chosen, keys, measured)
+            request_id = f"{step}.{self._context.rank}.{number}"
+            gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, measured)
             bad += [chosen[int(i)] for i in (~gradient.flatten(1).isfinite().all(1)).nonzero()]
             self.engine.backward((x0 * gradient).sum() / len(micro))
         norm = self.engine.step(learning_rate(self._settings, step))
-        if self._averaged is not None and math.isfinite(norm):
-            self._update_average((step + 1) * self._recipe.optimisation.batch_size)
+        if self._ema is not None and math.isfinite(norm):
+            self._update_ema((step + 1) * self._recipe.optimization.batch_size)
         return {"samples": measured, "grad_norm": norm, "bad": bad}
 
     def gradient_at_x0(
-        self, ticket: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
+        self, request_id: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
     ) -> Tensor:
         """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
 
         Reward calls start first and are collected last, so that they run beside the denoisers where they sit on
         other devices.
         """
-        rewards = [client.start_value_and_grad(x0, prompts) for client in self._rewards]
+        rewards = [client.submit_value_and_grad(x0, prompts) for client in self._rewards]
         leaf = x0.clone().requires_grad_(True)
-        divergence = self._divergence_gradient(ticket, leaf, prompts, keys, measured)
+        divergence = self._divergence_gradient(request_id, leaf, prompts, keys, measured)
         values: dict[str, tuple[Tensor, Tensor]] = {}
         for pending in rewards:
             values.update(pending.result())
         if self._latent_rewards is not None:
-            context = _ReferenceContext(self, ticket, keys)
+            context = _ReferenceContext(self, request_id, keys)
             values.update(self._latent_rewards.value_and_grad(x0, prompts, context=context))
         missing = self._scales.keys() - values.keys()
         if missing:
@@ -124,31 +125,31 @@ class LearnerRole:
         return divergence + pull
 
     def _divergence_gradient(
-        self, ticket: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
+        self, request_id: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
     ) -> Tensor:
-        """The gradient of the regulariser, and under outer CFG of equation (3.6)."""
+        """The gradient of the regularizer, and under outer CFG of equation (3.6)."""
         algorithm = self._recipe.algorithm
         t, noise = self.draw(keys, x0)
         x_t = self.schedule.add_noise(x0, noise, t)
-        outer = algorithm.cfg.mode == "outer" and algorithm.cfg.scale > 0
+        outer = algorithm.cfg.mode == "outer" and algorithm.cfg.guidance_scale > 0
         assert self._assistant is not None
         assert self._reference is not None
         calls = [
             DenoiserCall(self._assistant, "conditional"),
             DenoiserCall(self._reference, "both" if outer else "guided"),
         ]
-        d_assistant, d_reference = denoise(calls, ticket, x_t, t, prompts, self._divergence.needs_vjp)
+        d_assistant, d_reference = denoise(calls, request_id, x_t, t, prompts, self._divergence.needs_vjp)
         unconditional = None
         if outer:
             d_reference, unconditional = d_reference[0], d_reference[1]
-        loss = objective.divergence_loss_from_predictions(
+        loss = losses.divergence_loss_from_predictions(
             self._divergence, x0, t, d_assistant, d_reference, self.schedule, algorithm.weighting
         )
         if unconditional is not None:
             weighting = "unit_x0" if algorithm.weighting == "inv_mean_abs" else algorithm.weighting
-            force = objective.implicit_cfg_loss(x0, t, d_reference, unconditional, self.schedule, weighting)
-            loss = loss + algorithm.cfg.scale * force
-        gradient = objective.two_stage_gradient(loss, x0)
+            force = losses.implicit_cfg_loss(x0, t, d_reference, unconditional, self.schedule, weighting)
+            loss = loss + algorithm.cfg.guidance_scale * force
+        gradient = losses.two_stage_gradient(loss, x0)
         delta = (d_assistant - d_reference).detach()
         _measure(measured, "divergence", self._divergence.value(delta))
         _measure(measured, "delta_norm", _norm(delta))
@@ -174,22 +175,24 @@ class LearnerRole:
         noise = rng.normal(like.shape[1:], [(*k, f"{purpose}noise") for k in keys])
         return t.to(like.device), noise.to(like.device)
 
-    def reference_branches(self, ticket: str, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def reference_branches(
+        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
         """The reference's predictions with and without the prompt, without a graph."""
         assert self._reference is not None
-        (both,) = denoise([DenoiserCall(self._reference, "both")], ticket, x_t, t, prompts, with_graph=False)
+        (both,) = denoise([DenoiserCall(self._reference, "both")], request_id, x_t, t, prompts, with_graph=False)
         return both[0], both[1]
 
-    def _update_average(self, images_seen: int) -> None:
+    def _update_ema(self, images_seen: int) -> None:
         """SiD's EMA: half-life in images, never more than a fraction of the images seen."""
-        ema = self._recipe.optimisation.ema
+        ema = self._recipe.optimization.ema
         assert ema is not None
-        assert self._averaged is not None
+        assert self._ema is not None
         half_life = min(ema.half_life_kimg * 1000, ema.rampup * images_seen)
-        beta = 0.5 ** (self._recipe.optimisation.batch_size / max(half_life, 1e-8))
+        beta = 0.5 ** (self._recipe.optimization.batch_size / max(half_life, 1e-8))
         for name, parameter in self.engine.full_parameters():
             if self._context.rank == 0:
-                self._averaged[name].lerp_(parameter.cpu(), 1.0 - beta)
+                self._ema[name].lerp_(parameter.cpu(), 1.0 - beta)
 
     def _gather(self) -> dict[str, Tensor]:
         """The whole network in float32 on the CPU; empty on ranks other than 0, which still take part."""
@@ -197,35 +200,35 @@ class LearnerRole:
         return {n: p.cpu().clone() for n, p in self.engine.full_parameters() if first or p is None}
 
     def weights(self, kind: str) -> dict[str, Tensor]:
-        """The ``live`` or ``averaged`` weights on rank 0; every rank must call it."""
-        if kind == "averaged" and self._averaged is not None:
-            return self._averaged
+        """The ``raw`` or ``ema`` weights on rank 0; every rank must call it."""
+        if kind == "ema" and self._ema is not None:
+            return self._ema
         return self._gather()
 
-    def rounding(self) -> dict[str, float]:
+    def bf16_drift(self) -> dict[str, float]:
         """What bf16 loses against the masters; every rank must call it."""
-        return self.engine.rounding()
+        return self.engine.bf16_drift()
 
     def save(self, folder: str) -> None:
         """Write this rank's training state, and the moving average on rank 0."""
         self.engine.save(Path(folder))
-        if self._averaged is not None and self._context.rank == 0:
-            torch.save(self._averaged, Path(folder) / "average.pt")
+        if self._ema is not None and self._context.rank == 0:
+            torch.save(self._ema, Path(folder) / "average.pt")
 
     def load(self, folder: str) -> str | None:
         """Restore it; returns what there is to say about it."""
         said = self.engine.load(Path(folder))
-        if self._averaged is not None and self._context.rank == 0:
+        if self._ema is not None and self._context.rank == 0:
             with pickles.explained(Path(folder)):
-                self._averaged = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
+                self._ema = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
         return said
 
 
 class _ReferenceContext:
-    """The :class:`rlhf_t2i.plugin.LatentContext` of one micro-batch."""
+    """The :class:`rlhf_t2i.plugins.LatentContext` of one micro-batch."""
 
-    def __init__(self, learner: LearnerRole, ticket: str, keys: Sequence[rng.Key]) -> None:
-        self._learner, self._ticket, self._keys = learner, ticket, keys
+    def __init__(self, learner: LearnerRole, request_id: str, keys: Sequence[rng.Key]) -> None:
+        self._learner, self._ticket, self._keys = learner, request_id, keys
 
     def sample_timesteps(self, batch: int) -> Tensor:
         like = torch.empty(batch, 1, device=self._learner.device)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_t2i.models.networks import predict
-from rlhf_t2i.objective import guidance_omega, guided
+from rlhf_t2i.algorithm.losses import guidance_omega, guided
+from rlhf_t2i.families.networks import predict
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoise import Branch, DenoiserServer
+from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 
 
 class ReferenceRole(DenoiserServer):
@@ -20,13 +20,13 @@ class ReferenceRole(DenoiserServer):
         super().__init__(self._branches)
         store = context.store
         self._unet, self._schedule, self._conditioner = store.reference_unet(), store.schedule, store.conditioner
-        if context.recipe.optimisation.checkpoints("reference"):
+        if context.recipe.optimization.checkpoints("reference"):
             # diffusers checkpoints only networks in training mode; a diffusion UNet has no dropout to wake.
             self._unet.enable_gradient_checkpointing()
             self._unet.train()
         self._dtype = context.dtype
         cfg = context.recipe.algorithm.cfg
-        self._omega = guidance_omega(cfg.scale, cfg.convention) if cfg.mode == "inner" else 1.0
+        self._omega = guidance_omega(cfg.guidance_scale, cfg.convention) if cfg.mode == "inner" else 1.0
 
     def _branches(self, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
         if branch == "conditional" or (branch == "guided" and self._omega == 1.0):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.plugin import LatentContext, LatentReward, Reward
+from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
 
 ValueAndGrad = tuple[Tensor, Tensor]

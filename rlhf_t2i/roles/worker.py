@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_t2i import flops, plugin, registry, rng
-from rlhf_t2i.device import own_device
+from rlhf_t2i import plugins
+from rlhf_t2i.algorithm import rng
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.quiet import quietly
-from rlhf_t2i.plugin import LatentReward
-from rlhf_t2i.recipe import Recipe, RewardChoice
+from rlhf_t2i.families import flops, sources
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import LatentReward
+from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoise import Deferred, DenoiserServer, Pending
+from rlhf_t2i.roles.denoiser import Deferred, DenoiserServer, Future
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.reference import ReferenceRole
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.stopwatch import stopwatch
+from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.quiet import quietly
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class WorkerSpec:
 
     @property
     def trains(self) -> bool:
-        """Whether a role of this process has an optimiser."""
+        """Whether a role of this process has an optimizer."""
         return bool({"learner", "assistant"} & set(self.roles))
 
 
@@ -65,7 +67,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         sources.use_revisions(spec.recipe.revisions)
-        self.device = own_device()
+        self.device = default_device()
         self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
         # Before the networks: afterwards there may be no room. Processes that share a GPU would measure each other.
         shared = spec.recipe.placement.share_devices
@@ -87,7 +89,7 @@ class Worker:
         return AssistantRole(self._context) if role == "assistant" else ReferenceRole(self._context)
 
     def _build_rewards(self, choices: Sequence[RewardChoice]) -> LocalRewards:
-        with plugin.sharing():
+        with plugins.sharing():
             rewards = {choice.key: self._build_reward(choice) for choice in choices}
         trained = {choice.key for choice in self.spec.recipe.algorithm.rewards}
         role = RewardRole(
@@ -97,7 +99,7 @@ class Worker:
             dtype=self._context.dtype,
             micro_batch={choice.key: choice.micro_batch for choice in choices},
             failures_dir=self.spec.failures,
-            activation_checkpointing=self.spec.recipe.optimisation.checkpoints("reward"),
+            activation_checkpointing=self.spec.recipe.optimization.checkpoints("reward"),
         )
         return LocalRewards(role, [choice.key for choice in choices if choice.key in trained])
 
@@ -156,27 +158,27 @@ class LocalCalls:
     role: str
     target: Any = field(repr=False)
 
-    def _defer(self, method: str, *args: Any) -> Pending:
+    def _defer(self, method: str, *args: Any) -> Future:
         def call() -> Any:
             with stopwatch.span(self.role):
                 return getattr(self.target, method)(*args)
 
         return Deferred(call)
 
-    def start_forward(self, *args: Any) -> Pending:
-        """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
+    def submit_forward(self, *args: Any) -> Future:
+        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
         assert isinstance(self.target, DenoiserServer)
         return self._defer("forward", *args)
 
-    def start_vjp(self, *args: Any) -> Pending:
-        """See :class:`rlhf_t2i.roles.denoise.DenoiserClient`."""
+    def submit_vjp(self, *args: Any) -> Future:
+        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
         return self._defer("vjp", *args)
 
-    def start_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Pending:
+    def submit_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Future:
         """See :class:`rlhf_t2i.roles.generator.GeneratorClient`."""
         return self._defer("sample", prompts, keys, weights)
 
-    def start_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Pending:
+    def submit_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Future:
         """See :class:`rlhf_t2i.roles.learner.RewardClient`."""
         return self._defer("value_and_grad", latents, prompts)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rlhf_t2i import files
 from rlhf_t2i.evaluation import journal
+from rlhf_t2i.utils import files
 
 PROMPTS = [f"prompt number {index}" for index in range(12)]
 
@@ -31,8 +31,8 @@ def main(settings_file: str, out_folder: str) -> int:
     diversity = 0.5 - 0.1 * cost + np.random.default_rng(8).normal(0, 0.005, len(PROMPTS))
     (out / "images").mkdir(parents=True, exist_ok=True)
     for index in range(len(images)):
-        colour = (int(255 * min(1, images[index] * 3)), 90, (37 * index) % 255)
-        Image.new("RGB", (32, 32), colour).save(out / "images" / f"{index:05d}.png")
+        color = (int(255 * min(1, images[index] * 3)), 90, (37 * index) % 255)
+        Image.new("RGB", (32, 32), color).save(out / "images" / f"{index:05d}.png")
     by_prompt = images.reshape(-1, per_prompt).mean(1)
     rows = [entry("pickscore", by_prompt, "cosine"), entry("pairwise_distance", diversity, "cosine distance")]
     rows.append(

@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from rlhf_t2i import recipe_io
+from rlhf_t2i.recipe import reading
 
 
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    recipe = recipe_io.load(arguments[0], [arguments[i + 1] for i, a in enumerate(arguments) if a == "--set"])
+    recipe = reading.load(arguments[0], [arguments[i + 1] for i, a in enumerate(arguments) if a == "--set"])
     out = Path(arguments[arguments.index("--out") + 1])
     resume = "--resume" in arguments
     if (out / "recipe.yaml").exists() and not resume:
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print("the reward is on fire", file=sys.stderr)
         return 1
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(recipe_io.dump(recipe))
+    (out / "recipe.yaml").write_text(reading.dump(recipe))
     start = max((int(p.name[5:]) for p in (out / "checkpoints").glob("step_*")), default=0)
     for step in range(start + 1, recipe.steps + 1):
         time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i.ablation import execute
-from rlhf_t2i.ablation.runner import ablate, scale_unit
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.tools.ablation import execute
+from rlhf_t2i.tools.ablation.runner import ablate, scale_unit
 from tests.ablation.conftest import MEASURE, TRAIN, small
 from tests.report.test_report import check_in_browser
 
@@ -182,7 +182,7 @@ def test_the_unit_is_measured_once(recipe_file, tmp_path):
 
 
 def test_slots_share_out_the_gpus(recipe_file, tmp_path, monkeypatch):
-    from rlhf_t2i.ablation import schema
+    from rlhf_t2i.tools.ablation import schema
 
     ablation = schema.load(recipe_file())
     ray = [

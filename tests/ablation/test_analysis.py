@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_t2i.ablation.analysis import Bootstrap, Estimate, RowData, equal_reward
-from rlhf_t2i.ablation.schema import Frontier
+from rlhf_t2i.tools.ablation.analysis import Bootstrap, Estimate, RowData, equal_reward
+from rlhf_t2i.tools.ablation.schema import Frontier
 
 
 def row(name, reward, diversity):

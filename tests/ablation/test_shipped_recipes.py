@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i.ablation import execute, schema
+from rlhf_t2i.tools.ablation import execute, schema
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # algorithm.md 3.2: (divergence, mode, alpha_r, alpha_cfg)
@@ -31,13 +31,13 @@ def test_every_row_of_table_2_is_there_and_valid(name, tmp_path):
     tasks = execute.tasks(ablation, tmp_path, [])
     recipes = {task.row.name: task.recipe for task in tasks}
     assert set(TABLE_2) < set(recipes)
-    guidance = {7.5: recipes["distar_r0_cfg7.5"].algorithm.cfg.scale, 0: 0.0,
-                4.5: recipes["distar_r100_cfg4.5"].algorithm.cfg.scale}  # fmt: skip
+    guidance = {7.5: recipes["distar_r0_cfg7.5"].algorithm.cfg.guidance_scale, 0: 0.0,
+                4.5: recipes["distar_r100_cfg4.5"].algorithm.cfg.guidance_scale}  # fmt: skip
     for row, (divergence, mode, scale, cfg) in TABLE_2.items():
         algorithm = recipes[row].algorithm
         assert (algorithm.divergence.name, algorithm.cfg.mode) == (divergence, mode)
         assert algorithm.rewards[0].scale == pytest.approx(scale)  # the unit is 1, or measured first
-        assert algorithm.cfg.scale == guidance[cfg]
+        assert algorithm.cfg.guidance_scale == guidance[cfg]
     longer = recipes["distar_r100_cfg7.5_long"].steps / recipes["distar_r100_cfg7.5"].steps
     assert longer > 2
     assert not tasks[0].row.train
@@ -64,7 +64,7 @@ def test_the_small_ablation_repeats_its_main_rows_over_three_seeds():
 
 def test_an_override_that_takes_a_rows_own_key_is_told():
     ablation = schema.load(RECIPES / "emoji64" / "ablation_table2.yaml")
-    assert schema.overridden(ablation, ["steps=9", "optimisation.batch_size=4"]) == [
+    assert schema.overridden(ablation, ["steps=9", "optimization.batch_size=4"]) == [
         ("distar_r100_cfg7.5_long", "steps")
     ]
     assert schema.overridden(ablation, ["steps=9"], only=["distar_r100_cfg7.5"]) == []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
-class Brightness(plugin.Reward):
+class Brightness(plugins.Reward):
     """The mean of an image's pixels, and a hint of its prompt's length."""
 
     unit = "mean pixel"
@@ -25,6 +25,6 @@ class Counting(Brightness):
         return super().score(images, prompts)
 
 
-class Broken(plugin.Reward):
+class Broken(plugins.Reward):
     def score(self, images, prompts):
         return images.mean((1, 2, 3))[:1]

@@ -72,7 +72,7 @@ def test_fewer_prompts_give_the_first_images(settings, tmp_path):
 def test_one_step_images_equal_plain_diffusers(run_folder_with_model, settings):
     from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
-    from rlhf_t2i import rng
+    from rlhf_t2i.algorithm import rng
 
     chosen = resolve(settings())
     sampler = Sampler(chosen, seed=0, device=torch.device("cpu"), precision="fp32")
@@ -117,7 +117,7 @@ def test_an_unfinished_run_folder_is_refused(settings, tmp_path):
 
 
 def test_finished_images_and_scores_are_not_repeated(settings, tmp_path, monkeypatch):
-    from rlhf_t2i import registry
+    from rlhf_t2i.plugins import registry
 
     counting = f"{REWARDS}:Counting"
     cls = registry.load_class(registry.REWARDS, counting)

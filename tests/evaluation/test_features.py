@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf_t2i import registry, statistics
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import features, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Probe
 from rlhf_t2i.evaluation.images import read_images
 from rlhf_t2i.evaluation.run import evaluate
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.utils import stats
 
 
 def pictures(folder, count, seed=0):
@@ -96,7 +97,7 @@ def test_frechet_distance_agrees_with_torchmetrics():
     fake = torch.randint(0, 200, (50, 3, 2, 2), generator=rng, dtype=torch.uint8)
     metric.update(real, real=True)
     metric.update(fake, real=False)
-    ours = statistics.frechet_distance(fake.flatten(1).double().numpy() / 255, real.flatten(1).double().numpy() / 255)
+    ours = stats.frechet_distance(fake.flatten(1).double().numpy() / 255, real.flatten(1).double().numpy() / 255)
     assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
@@ -120,7 +121,7 @@ def test_fid_with_inceptions_own_network(settings, tmp_path, monkeypatch):
             batches = [network(torch.from_numpy(image).permute(2, 0, 1)[None])[0] for image in images]
         return torch.cat(batches).double().numpy()
 
-    expected = statistics.frechet_distance(pool3(tmp_path / "out" / "images"), pool3(real))
+    expected = stats.frechet_distance(pool3(tmp_path / "out" / "images"), pool3(real))
     assert row["mean"] == pytest.approx(expected, rel=1e-3)
 
 

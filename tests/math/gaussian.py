@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.objective import Denoiser, divergence_loss
+from rlhf_t2i.algorithm.losses import Denoiser, divergence_loss
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
 
 MU, S, M, R = 1.3, 1.2, 0.5, 0.8
 TIMES = (20, 99, 249, 399, 499, 749, 979)
@@ -95,7 +95,7 @@ def expected(
     return value.item(), (gradient[0].item(), gradient[1].item())
 
 
-def regulariser(
+def regularizer(
     divergence: Any,
     mu: float,
     s: float,
@@ -105,7 +105,7 @@ def regulariser(
     count: int | None = None,
     weighting: Any = "score",
 ) -> tuple[float, tuple[float, float]]:
-    """Value and gradient of the project's regulariser with an exact assistant."""
+    """Value and gradient of the project's regularizer with an exact assistant."""
     psi, ref = assistant or denoiser(mu, s), reference or denoiser(M, R)
     return expected(
         lambda x0, times, eps: divergence_loss(divergence, x0, times, eps, psi, ref, SCHEDULE, weighting),

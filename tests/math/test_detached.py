@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_t2i import registry
-from rlhf_t2i.diffusion import PREDICTION_TYPES, NoiseSchedule
-from rlhf_t2i.objective import Denoiser, divergence_loss, divergence_loss_from_predictions
-from rlhf_t2i.roles.denoise import Branch, DenoiserServer
-from tests.math.gaussian import MU, SCHEDULE, M, R, S, coefficients, denoiser, golden, regulariser
+from rlhf_t2i.algorithm.losses import Denoiser, divergence_loss, divergence_loss_from_predictions
+from rlhf_t2i.algorithm.schedules import PREDICTION_TYPES, NoiseSchedule
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
+from tests.math.gaussian import MU, SCHEDULE, M, R, S, coefficients, denoiser, golden, regularizer
 
 # dL/ds at theta = ref when only the teacher runs without gradient, one dimension.
 TEACHER_BIAS = {20: -3.7539, 249: -1.8866, 499: -0.5484, 979: -0.0095}
@@ -44,7 +44,7 @@ def without_graph(inner: Denoiser) -> Denoiser:
 @pytest.mark.parametrize("name", ["l2", "pseudo_huber", "kl"])
 def test_gradient_vanishes_at_the_reference(name: str, t: int) -> None:
     """Fails by the values of TEACHER_BIAS if the code detaches the teacher."""
-    _, gradient = regulariser(name, M, R, t)
+    _, gradient = regularizer(name, M, R, t)
     assert gradient == pytest.approx((0, 0), abs=1e-11)
 
 
@@ -52,7 +52,7 @@ def test_gradient_vanishes_at_the_reference(name: str, t: int) -> None:
 def test_a_detached_teacher_is_biased_at_the_reference(t: int, bias: float) -> None:
     a, g = coefficients(t)
     u = a * a * R * R + g * g
-    _, gradient = regulariser("l2", M, R, t, reference=detached(denoiser(M, R)))
+    _, gradient = regularizer("l2", M, R, t, reference=detached(denoiser(M, R)))
     assert gradient[1] == pytest.approx(-2 * a * a * R / u**2, rel=1e-9)
     assert gradient[1] == pytest.approx(bias, abs=6e-5)
     assert gradient[0] == pytest.approx(0, abs=1e-11)
@@ -60,7 +60,7 @@ def test_a_detached_teacher_is_biased_at_the_reference(t: int, bias: float) -> N
 
 @pytest.mark.parametrize(("t", "bias"), TEACHER_BIAS.items())
 def test_a_detached_assistant_is_biased_the_other_way(t: int, bias: float) -> None:
-    _, gradient = regulariser("l2", M, R, t, assistant=detached(denoiser(M, R)))
+    _, gradient = regularizer("l2", M, R, t, assistant=detached(denoiser(M, R)))
     assert gradient[1] == pytest.approx(-bias, abs=6e-5)
 
 
@@ -120,7 +120,7 @@ def test_a_role_whose_network_runs_without_a_graph_is_refused(kind: str) -> None
         return DenoiserServer(predict)
 
     x_t, t = torch.ones(3, 2, dtype=torch.float64), torch.full((3,), 499)
-    arguments = ("ticket", x_t, t, [""] * 3, "conditional")
+    arguments = ("request_id", x_t, t, [""] * 3, "conditional")
     assert role(live=True).vjp(*arguments, torch.ones_like(x_t)).shape == x_t.shape
     with pytest.raises(RuntimeError, match="no_grad"):
         role(live=False).vjp(*arguments, torch.ones_like(x_t))
@@ -129,8 +129,8 @@ def test_a_role_whose_network_runs_without_a_graph_is_refused(kind: str) -> None
 
 @pytest.mark.parametrize("t", [20, 499])
 def test_two_networks_under_no_grad_leave_no_force(t: int) -> None:
-    """Why this matters: what remains is no gradient at all, so a run would maximise the reward alone."""
-    _, gradient = regulariser("l2", MU, S, t, reference=detached(denoiser(M, R)), assistant=detached(denoiser(MU, S)))
+    """Why this matters: what remains is no gradient at all, so a run would maximize the reward alone."""
+    _, gradient = regularizer("l2", MU, S, t, reference=detached(denoiser(M, R)), assistant=detached(denoiser(MU, S)))
     assert gradient == pytest.approx((0, 0), abs=1e-10)
 
 

@@ -1,4 +1,4 @@
-"""Identities between writings of the loss: parametrisations, weightings, SiD, reductions (algorithm.md 1.3 to 1.6)."""
+"""Identities between writings of the loss: parametrizations, weightings, SiD, reductions (algorithm.md 1.3 to 1.6)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf_t2i import registry
-from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.objective import (
+from rlhf_t2i.algorithm.losses import (
     assistant_loss,
     divergence_loss,
     divergence_loss_from_predictions,
     two_stage_gradient,
     weight,
 )
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.plugins import registry
 from tests.math.gaussian import MU, SCHEDULE, TIMES, M, R, S, coefficients, denoiser, expected, golden
 
 C_SCORE = 0.3
@@ -65,7 +65,7 @@ def table(form: str, huber: bool, x0: Tensor, t: Tensor, noise: Tensor, psi: Any
 @pytest.mark.parametrize("t", TIMES)
 @pytest.mark.parametrize("form", ["score", "eps", "x0", "v"])
 @pytest.mark.parametrize("huber", [False, True])
-def test_four_parametrisations_agree(form: str, huber: bool, t: int) -> None:
+def test_four_parametrizations_agree(form: str, huber: bool, t: int) -> None:
     a, g = coefficients(t)
     divergence = registry.divergence("pseudo_huber", c=g**2 / a * C_SCORE) if huber else registry.divergence("l2")
     psi, ref, times = Smooth(1), Smooth(2), torch.full((3,), t)

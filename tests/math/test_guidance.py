@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_t2i.objective import divergence_loss, guidance_omega, guided, implicit_cfg_loss, two_stage_gradient
+from rlhf_t2i.algorithm.losses import divergence_loss, guidance_omega, guided, implicit_cfg_loss, two_stage_gradient
 from tests.math.gaussian import MU, SCHEDULE, TIMES, S, coefficients, denoiser, expected, golden
 from tests.math.test_forms import Smooth, inputs
 

@@ -1,4 +1,4 @@
-"""Where training ends up: reward-regularised optima by gradient descent on the project's losses (algorithm.md 4.5)."""
+"""Where training ends up: reward-regularized optima by gradient descent on the project's losses (algorithm.md 4.5)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_t2i import registry
-from rlhf_t2i.objective import divergence_loss
+from rlhf_t2i.algorithm.losses import divergence_loss
+from rlhf_t2i.plugins import registry
 from tests.math.gaussian import MU, SCHEDULE, M, R, S, denoiser, nodes
 
 TIMESTEPS = torch.arange(20, 980)
@@ -80,7 +80,7 @@ def test_linear_reward(divergence: str, alpha: float, mean: float) -> None:
 def test_quadratic_reward(
     divergence: str, alpha: float, optimum: tuple[float, float], full: tuple[float, float] | None
 ) -> None:
-    """DI* lands on the fixed point of the frozen field, which is not the minimiser of the total divergence."""
+    """DI* lands on the fixed point of the frozen field, which is not the minimizer of the total divergence."""
     found = descend(divergence, lambda x: -alpha * 0.25 * (x - 2.0) ** 2, RATE[divergence] / 2)
     assert found == pytest.approx(optimum, abs=1e-8)
     if full is not None:
@@ -100,7 +100,7 @@ class ScoreHuber(registry.load_class(registry.DIVERGENCES, "pseudo_huber")):  # 
 
 
 def huber_force(shift: float, c: float = 0.1) -> tuple[float, float]:
-    """The regulariser's pull at N(m + shift, r^2): there y is constant in x_t and three nodes are exact."""
+    """The regularizer's pull at N(m + shift, r^2): there y is constant in x_t and three nodes are exact."""
     xi, eps, t, weights = grid(3)
     leaf = torch.tensor([M + shift, R], dtype=torch.float64, requires_grad=True)
     x0 = leaf[0] + leaf[1] * xi

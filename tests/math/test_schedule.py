@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_t2i.diffusion import PREDICTION_TYPES, NoiseSchedule
+from rlhf_t2i.algorithm.schedules import PREDICTION_TYPES, NoiseSchedule
 from tests.math.gaussian import SCHEDULE, golden
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -85,7 +85,7 @@ def test_add_noise_is_diffusers() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(t=st.integers(0, 999), kind=st.sampled_from(PREDICTION_TYPES), seed=st.integers(0, 99))
-def test_parametrisations_agree(t: int, kind: str, seed: int) -> None:
+def test_parametrizations_agree(t: int, kind: str, seed: int) -> None:
     """Of exact predictions: D = x0, e = eps, s = -eps / g, whatever the network predicts."""
     schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, kind)
     generator = torch.Generator().manual_seed(seed)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_t2i import registry
-from rlhf_t2i.objective import divergence_loss
-from tests.math.gaussian import MU, SCHEDULE, TIMES, M, R, S, coefficients, denoiser, expected, golden, regulariser
+from rlhf_t2i.algorithm.losses import divergence_loss
+from rlhf_t2i.plugins import registry
+from tests.math.gaussian import MU, SCHEDULE, TIMES, M, R, S, coefficients, denoiser, expected, golden, regularizer
 
 
 def huber(c: float, t: int) -> object:
@@ -22,14 +22,14 @@ def huber(c: float, t: int) -> object:
 
 @pytest.mark.parametrize("t", TIMES)
 def test_l2_gradient_is_the_closed_form(t: int) -> None:
-    _, gradient = regulariser("l2", MU, S, t)
+    _, gradient = regularizer("l2", MU, S, t)
     assert gradient == pytest.approx(golden()[str(t)]["grad_L2_frozen"], abs=1e-10, rel=0)
 
 
 @pytest.mark.parametrize("t", TIMES)
 @pytest.mark.parametrize("c", [1.0, 0.1, 0.01])
 def test_pseudo_huber_gradient_is_the_closed_form(t: int, c: float) -> None:
-    _, gradient = regulariser(huber(c, t), MU, S, t)
+    _, gradient = regularizer(huber(c, t), MU, S, t)
     # For the sharpest corner the golden numbers themselves are good to 7e-8 only (algorithm.md 4.3).
     tolerance = 1e-10 if c >= 0.1 else 7e-8
     assert gradient == pytest.approx(golden()[str(t)][f"PH_c{c}"]["grad_frozen"], abs=tolerance, rel=0)
@@ -38,16 +38,16 @@ def test_pseudo_huber_gradient_is_the_closed_form(t: int, c: float) -> None:
 @pytest.mark.parametrize("t", TIMES)
 def test_gauss_hermite_in_the_samplers_own_variables(t: int) -> None:
     """The same numbers without the change of variables, where 120 nodes a dimension resolve the loss."""
-    _, l2 = regulariser("l2", MU, S, t, count=120)
+    _, l2 = regularizer("l2", MU, S, t, count=120)
     assert l2 == pytest.approx(golden()[str(t)]["grad_L2_frozen"], abs=1e-10, rel=0)
     if t >= 99:
-        _, rounded = regulariser(huber(1.0, t), MU, S, t, count=120)
+        _, rounded = regularizer(huber(1.0, t), MU, S, t, count=120)
         assert rounded == pytest.approx(golden()[str(t)]["PH_c1.0"]["grad_frozen"], abs=1e-10, rel=0)
 
 
 @pytest.mark.parametrize("t", TIMES)
 def test_kl_surrogate_gradient_is_the_closed_form(t: int) -> None:
-    _, gradient = regulariser("kl", MU, S, t)
+    _, gradient = regularizer("kl", MU, S, t)
     assert gradient == pytest.approx(golden()[str(t)]["grad_KL"], abs=1e-10, rel=0)
 
 
@@ -55,7 +55,7 @@ def test_kl_surrogate_gradient_is_the_closed_form(t: int) -> None:
 @pytest.mark.parametrize("name", ["l2", "pseudo_huber"])
 def test_expected_loss_is_zero(name: str, t: int) -> None:
     divergence = registry.divergence("l2") if name == "l2" else huber(0.1, t)
-    value, _ = regulariser(divergence, MU, S, t)
+    value, _ = regularizer(divergence, MU, S, t)
     assert abs(value) < 1e-12
 
 
@@ -86,7 +86,7 @@ def test_l2_theorem_holds_for_any_pair_of_gaussians(mu: float, s: float, m: floa
     a, g = coefficients(t)
     v, u = a * a * s * s + g * g, a * a * r * r + g * g
     # The loss is a quadratic polynomial: four nodes integrate it exactly.
-    value, gradient = regulariser("l2", mu, s, t, reference=denoiser(m, r), count=4)
+    value, gradient = regularizer("l2", mu, s, t, reference=denoiser(m, r), count=4)
     truth = (2 * a * a * (mu - m) / (u * v), 4 * a * a * s * (v - u) / (u * v * v))
     scale = (a / g**2) ** 2
     assert value == pytest.approx(0, abs=1e-11 * scale)

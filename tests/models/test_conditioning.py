@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from rlhf_t2i.models.conditioning import Conditioner
+from rlhf_t2i.families.conditioning import Conditioner
 from tests import tiny
 from tests.models.test_sampling import store
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.models.frozen import FrozenConv2d, freeze
+from rlhf_t2i.families.frozen import FrozenConv2d, freeze
 
 
 def network() -> nn.Module:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import sources
+from rlhf_t2i.families import sources
 from tests import tiny
 from tests.models.test_sampling import store
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import lora
-from rlhf_t2i.recipe import Lora
+from rlhf_t2i.families import adapters
+from rlhf_t2i.recipe.schema import Lora
 from tests import tiny
 
 SETTINGS = Lora(rank=4, alpha=8.0)
@@ -45,9 +45,9 @@ def whole(parameter: nn.Parameter) -> Tensor:
 def test_fresh_adapters_change_nothing() -> None:
     network = unet()
     with_adapters = copy.deepcopy(network)
-    lora.add(with_adapters, SETTINGS, seed=3)
+    adapters.add(with_adapters, SETTINGS, seed=3)
     torch.testing.assert_close(call(with_adapters), call(network), rtol=0, atol=0)
-    merged = dict(lora.merged(with_adapters, whole))
+    merged = dict(adapters.merged(with_adapters, whole))
     state = network.state_dict()
     assert merged.keys() == state.keys()
     assert all(torch.equal(merged[name], state[name]) for name in state)
@@ -57,7 +57,7 @@ def test_the_seed_sets_the_start_and_no_other_draw() -> None:
     one, same, other = (unet() for _ in range(3))
     before = torch.get_rng_state()
     for network, seed in ((one, 3), (same, 3), (other, 4)):
-        lora.add(network, SETTINGS, seed)
+        adapters.add(network, SETTINGS, seed)
     assert torch.equal(torch.get_rng_state(), before)
     first = [name for name, _ in one.named_parameters() if ".lora_A." in name]
     assert first
@@ -68,12 +68,12 @@ def test_the_seed_sets_the_start_and_no_other_draw() -> None:
 
 def test_only_adapters_are_trained() -> None:
     network = unet()
-    lora.add(network, SETTINGS, seed=0)
+    adapters.add(network, SETTINGS, seed=0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     call(network).square().mean().backward()
     trained = {name for name, p in network.named_parameters() if p.grad is not None}
     assert trained == {name for name in before if ".lora_A." in name or ".lora_B." in name}
-    assert lora.frozen(network) == before.keys() - trained
+    assert adapters.frozen(network) == before.keys() - trained
     network.zero_grad()
     train_a_little(network)
     moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
@@ -82,15 +82,15 @@ def test_only_adapters_are_trained() -> None:
 
 def test_the_merge_is_the_adapted_network() -> None:
     network, plain = unet(), unet()
-    lora.add(network, SETTINGS, seed=0)
+    adapters.add(network, SETTINGS, seed=0)
     train_a_little(network)
-    plain.load_state_dict(dict(lora.merged(network, whole)), strict=True)
+    plain.load_state_dict(dict(adapters.merged(network, whole)), strict=True)
     assert float((call(plain) - call(unet())).detach().norm()) > 1e-2
     torch.testing.assert_close(call(plain), call(network), rtol=1e-5, atol=1e-6)
 
 
 def test_wrong_targets_are_refused() -> None:
     with pytest.raises(UsageError, match="no layer 'to_queue'"):
-        lora.add(unet(), Lora(targets=["to_queue"]), seed=0)
+        adapters.add(unet(), Lora(targets=["to_queue"]), seed=0)
     with pytest.raises(UsageError, match="'conv_in' is a Conv2d"):
-        lora.add(unet(), Lora(targets=["conv_in"]), seed=0)
+        adapters.add(unet(), Lora(targets=["conv_in"]), seed=0)

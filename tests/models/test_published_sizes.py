@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf_t2i.models import architectures as published
-from rlhf_t2i.models import lora
-from rlhf_t2i.recipe import Lora
+from rlhf_t2i.families import adapters
+from rlhf_t2i.families import published as published
+from rlhf_t2i.recipe.schema import Lora
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_adapters_of_the_full_sdxl_unet() -> None:
     names = set(unet.state_dict())
     assert len(names) == 1680
     with torch.device("meta"):
-        lora.add(unet, Lora(rank=64), seed=0)
+        adapters.add(unet, Lora(rank=64), seed=0)
     trained = [p for p in unet.parameters() if p.requires_grad]
     assert len(trained) == 70 * 2 * 4 * 2
     assert sum(p.numel() for p in trained) == 92_897_280
-    assert {name for name, _ in lora.merged(unet, lambda p: p)} == names
+    assert {name for name, _ in adapters.merged(unet, lambda p: p)} == names
 
 
 def test_counting_takes_no_memory() -> None:

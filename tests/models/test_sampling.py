@@ -12,12 +12,12 @@ import torch
 from diffusers import AutoencoderTiny, EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from rlhf_t2i.diffusion import NoiseSchedule
-from rlhf_t2i.models.conditioning import Conditioning
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.models.networks import one_step, predict
-from rlhf_t2i.recipe import Models
-from rlhf_t2i.sampling import sample
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.evaluation.sampling import sample
+from rlhf_t2i.families.conditioning import Conditioning
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.networks import one_step, predict
+from rlhf_t2i.recipe.schema import Models
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from rlhf_t2i import training
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import snapshot, sources
-from rlhf_t2i.recipe import Models, Recipe
+from rlhf_t2i.families import snapshot, sources
+from rlhf_t2i.recipe.schema import Models, Recipe
+from rlhf_t2i.training import run
 
 PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 # Of stabilityai/stable-diffusion-xl-base-1.0, where one file of each kind tells enough.
@@ -71,7 +71,7 @@ def test_a_run_fetches_before_it_writes(
     recipe = make_recipe(models__reference=f"tiny/sdxl@{cache.name}", models__vae="tiny/decoder")
     (tmp_path / "hub/models--tiny--decoder/refs").mkdir(parents=True)
     with pytest.raises(UsageError, match="tiny/decoder cannot be read from the hub"):
-        training.run(recipe, tmp_path / "out")
+        run.run(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -8,9 +8,8 @@ import itertools
 import pytest
 import torch
 
-from rlhf_t2i import activations
-from rlhf_t2i.models import architectures
-from rlhf_t2i.models.frozen import freeze
+from rlhf_t2i.families import activations, published
+from rlhf_t2i.families.frozen import freeze
 from tests import tiny
 
 
@@ -74,8 +73,8 @@ def test_frozen_networks_keep_less_and_bf16_half() -> None:
 @pytest.mark.parametrize(
     ("family", "config"),
     [
-        pytest.param("sdxl", architectures.SDXL_UNET, marks=pytest.mark.slow),
-        ("sd15", architectures.SD15_UNET),
+        pytest.param("sdxl", published.SDXL_UNET, marks=pytest.mark.slow),
+        ("sd15", published.SD15_UNET),
     ],
 )
 @pytest.mark.parametrize("kind", ["train", "frozen"])

@@ -10,23 +10,24 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from rlhf_t2i import flops, planning
 from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.flops import StepFlops
-from rlhf_t2i.geometry import check_placement
-from rlhf_t2i.models import lora as adapters
-from rlhf_t2i.planning import USABLE, Device
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.families import adapters as adapters
+from rlhf_t2i.families import flops
+from rlhf_t2i.families.flops import StepFlops
+from rlhf_t2i.recipe.placement import check_placement
+from rlhf_t2i.recipe.schema import ROLES, Recipe
+from rlhf_t2i.tools import planning
+from rlhf_t2i.tools.planning import USABLE, Device
 from tests import tiny
 
 GIB = 2**30
 
 
-def build(folder: Path, devices: int = 2, **optimisation: object) -> Recipe:
-    settings = {"batch_size": 8, "zero_stage": 1, **optimisation}
+def build(folder: Path, devices: int = 2, **optimization: object) -> Recipe:
+    settings = {"batch_size": 8, "zero_stage": 1, **optimization}
     placement = {"mode": "ray", "groups": {"all": {"devices": devices, "roles": list(ROLES)}}}
-    return Recipe.model_validate(tiny.recipe_dict(folder, Path("/nowhere"), optimisation=settings, placement=placement))
+    return Recipe.model_validate(tiny.recipe_dict(folder, Path("/nowhere"), optimization=settings, placement=placement))
 
 
 def needs(recipe: Recipe) -> float:
@@ -43,16 +44,16 @@ def test_what_fits_needs_no_change(tiny_sdxl: Path) -> None:
 
 def test_smaller_micro_batches_come_first(tiny_sdxl: Path) -> None:
     recipe = build(tiny_sdxl)
-    half = needs(planning.changed(recipe, {"optimisation.micro_batch": 2}))
+    half = needs(planning.changed(recipe, {"optimization.micro_batch": 2}))
     fit = planning.check(recipe, planning.make(recipe), half)
-    assert (fit.group, fit.change) == ("all", {"optimisation.micro_batch": 2})
-    assert "--set optimisation.micro_batch=2" in fit.sentence()
+    assert (fit.group, fit.change) == ("all", {"optimization.micro_batch": 2})
+    assert "--set optimization.micro_batch=2" in fit.sentence()
 
 
 def test_changes_are_combined_and_do_fit(tiny_sdxl: Path) -> None:
     """Smaller than any one change can make it; the answer, planned again, does fit."""
     recipe = build(tiny_sdxl, gradient_checkpointing=True, precision="bf16", micro_batch=1)
-    offloaded = needs(planning.changed(recipe, {"optimisation.offload_optimizer": True}))
+    offloaded = needs(planning.changed(recipe, {"optimization.offload_optimizer": True}))
     fit = planning.check(recipe, planning.make(recipe), offloaded)
     assert fit.change
     assert needs(planning.changed(recipe, fit.change)) <= offloaded
@@ -61,12 +62,12 @@ def test_changes_are_combined_and_do_fit(tiny_sdxl: Path) -> None:
 
 def test_frozen_roles_recompute_before_trained_ones(tiny_sdxl: Path) -> None:
     recipe = build(tiny_sdxl, precision="bf16", micro_batch=1)
-    change = {"optimisation.gradient_checkpointing": ["reward", "reference"]}
+    change = {"optimization.gradient_checkpointing": ["reward", "reference"]}
     limit = needs(planning.changed(recipe, change))
     assert limit < needs(recipe)
     fit = planning.check(recipe, planning.make(recipe), limit)
     assert fit.change == change
-    assert "--set 'optimisation.gradient_checkpointing=[reward, reference]'" in fit.sentence()
+    assert "--set 'optimization.gradient_checkpointing=[reward, reference]'" in fit.sentence()
 
 
 def test_changes_that_the_recipe_excludes_are_passed_over(tiny_sdxl: Path) -> None:
@@ -87,14 +88,14 @@ def test_adapters_and_8_bit_states_are_planned(tiny_sdxl: Path) -> None:
     recipe = build(tiny_sdxl, assistant={"lora": lora}, generator={"kind": "adamw_8bit"})
     network = tiny.sdxl_unet()
     count = sum(p.numel() for p in network.parameters())
-    adapters.add(network, recipe.optimisation.assistant.lora, seed=0)
+    adapters.add(network, recipe.optimization.assistant.lora, seed=0)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     memory = {item.role: item.memory for item in planning.make(recipe).groups[0].roles}
     # Two ranks under ZeRO-1 in fp32: frozen weights, adapters; half of their gradients and states each.
     assert memory["assistant"].weights == 4 * (count + trained)
     assert memory["assistant"].gradients == 4 * -(-trained // 2)
-    assert memory["assistant"].optimiser == 12 * -(-trained // 2)
-    assert memory["learner"].optimiser == (2 + 4) * -(-count // 2)
+    assert memory["assistant"].optimizer == 12 * -(-trained // 2)
+    assert memory["learner"].optimizer == (2 + 4) * -(-count // 2)
 
 
 def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
@@ -117,15 +118,15 @@ def test_seconds_follow_the_groups(tiny_sdxl: Path) -> None:
     groups = {"a": {"roles": ["learner", "generator", "reward"]}, "b": {"roles": ["assistant", "reference"]}}
     apart = planning.changed(together, {"placement.groups": groups})
     assert seconds(apart) == pytest.approx((3 + max(2 + 4, 2 * 2 + 1), 1 + 3))
-    again = planning.changed(together, {"optimisation.gradient_checkpointing": True})
+    again = planning.changed(together, {"optimization.gradient_checkpointing": True})
     assert seconds(again) == pytest.approx((4 + 3 + 6 + 2 * 3 + 1.5, 1 + 4))
-    decoder_alone = planning.changed(together, {"optimisation.gradient_checkpointing": ["reward"]})
+    decoder_alone = planning.changed(together, {"optimization.gradient_checkpointing": ["reward"]})
     assert seconds(decoder_alone) == pytest.approx((3 + 2 + 4 + 2 * 3 + 1.5, 1 + 3))
     coarse = planning.changed(together, {"models.vae_precision": "bf16"})
     assert seconds(coarse) == pytest.approx((3 + 2 + 4 + 2 + 1, 1 + 3))
-    fp32 = planning.changed(together, {"optimisation.precision": "fp32"})
+    fp32 = planning.changed(together, {"optimization.precision": "fp32"})
     assert device.rates(fp32) is None
-    frugal = planning.changed(again, {"optimisation.generator.lora": {"rank": 1}})
+    frugal = planning.changed(again, {"optimization.generator.lora": {"rank": 1}})
     assert seconds(frugal) == pytest.approx((3 * 1.5 + 3 + 6 + 2 * 3 + 1.5, 1 + 4))  # whatever their own FLOPs
 
 
@@ -145,7 +146,7 @@ def test_the_command(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert large.exit_code == 1
     assert "does not fit: a process of group 'all' needs" in large.output
     assert "cheapest that fits: --set" in large.output
-    here = CliRunner().invoke(app, [str(file), "--device", "here", "--set", "optimisation.precision=fp32", "--json"])
+    here = CliRunner().invoke(app, [str(file), "--device", "here", "--set", "optimization.precision=fp32", "--json"])
     assert here.exit_code == 0, here.output
     data = json.loads(here.stdout)
     assert data["rates"]["unet"] > 1e6 < data["rates"]["decoder"]

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_t2i import flops
-from rlhf_t2i.checkpoint import Progress
-from rlhf_t2i.flops import Forward
-from rlhf_t2i.metrics import step_metrics
-from rlhf_t2i.models import architectures
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.families import flops, published
+from rlhf_t2i.families.flops import Forward
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.metrics import step_metrics
 from tests import tiny
 
 # TFLOP of a forward at 1024 px.
@@ -28,11 +27,11 @@ def recipe(folder: Path = Path("/nowhere"), **algorithm: Any) -> Recipe:
 
 @pytest.mark.slow
 def test_sdxl_forwards_at_1024_pixels() -> None:
-    fresh = flops.fresh_unet(architectures.SDXL_UNET, 128)
-    assert fresh == flops.unet(architectures.SDXL_UNET, 128)  # the kept count
+    fresh = flops.fresh_unet(published.SDXL_UNET, 128)
+    assert fresh == flops.unet(published.SDXL_UNET, 128)  # the kept count
     assert fresh / 1e12 == pytest.approx(UNET, abs=0.005)
-    assert flops.decoder(architectures.VAE, 128) / 1e12 == pytest.approx(DECODER, abs=0.005)
-    assert flops.image_tower(architectures.CLIP_H) / 1e12 == pytest.approx(TOWER, abs=0.005)
+    assert flops.decoder(published.VAE, 128) / 1e12 == pytest.approx(DECODER, abs=0.005)
+    assert flops.image_tower(published.CLIP_H) / 1e12 == pytest.approx(TOWER, abs=0.005)
 
 
 def test_steps_at_sdxl_size() -> None:
@@ -46,10 +45,10 @@ def test_steps_at_sdxl_size() -> None:
 @pytest.mark.parametrize(
     ("algorithm", "reference", "assistant"),
     [
-        ({"cfg": {"scale": 7.5}}, 4, 2),
-        ({"cfg": {"scale": 0.0, "convention": "one_plus"}}, 2, 2),
+        ({"cfg": {"guidance_scale": 7.5}}, 4, 2),
+        ({"cfg": {"guidance_scale": 0.0, "convention": "one_plus"}}, 2, 2),
         ({"cfg": {"mode": "outer"}}, 3, 2),
-        ({"cfg": {"mode": "outer", "scale": 0.0}}, 2, 2),
+        ({"cfg": {"mode": "outer", "guidance_scale": 0.0}}, 2, 2),
         ({"divergence": {"name": "kl"}}, 2, 1),
         ({"divergence": {"name": "kl"}, "cfg": {"mode": "outer"}}, 2, 1),
         ({"rewards": [{"name": "cfg_implicit"}]}, 6, 2),
@@ -62,7 +61,7 @@ def test_every_objective_has_its_own_work(algorithm: dict[str, Any], reference: 
 
 def test_adapters_spare_the_gradient_of_the_weights() -> None:
     adapted = recipe().model_dump()
-    adapted["optimisation"]["assistant"]["lora"] = {"rank": 4}
+    adapted["optimization"]["assistant"]["lora"] = {"rank": 4}
     step = flops.of_step(Recipe.model_validate(adapted), Forward(1, 0, {"pickscore": 0}))
     assert (step.generator["learner"], step.assistant["assistant"]) == (3, 2)
 
@@ -79,8 +78,8 @@ def test_rewards_share_a_decode_but_not_its_backward() -> None:
 def test_backward_is_a_multiple_of_the_forward(train: bool, factor: int) -> None:
     """SD1.5's UNet, forward and backward as autograd does them. Attention has two inputs to every product, so a
     frozen one needs a little more than the one gradient of a product with weights; text keys need none."""
-    config = architectures.SD15_UNET
-    network = architectures.build_on_meta(config).requires_grad_(train)
+    config = published.SD15_UNET
+    network = published.build_on_meta(config).requires_grad_(train)
     with torch.device("meta"):
         x, t = torch.empty(1, 4, 64, 64, requires_grad=not train), torch.empty(1, dtype=torch.long)
         embeds = torch.empty(1, 77, 768)
@@ -98,17 +97,17 @@ def test_a_recipe_is_counted_from_its_folders(tiny_sdxl: Path, tiny_clip: Path) 
     assert step.generator["rewards"] > 0
 
 
-def test_utilisation_is_of_all_devices_and_only_on_gpus() -> None:
-    assert flops.utilisation(6e12, 2.0, [4e12, 2e12]) == pytest.approx(0.5)
-    assert flops.utilisation(6e12, 2.0, [4e12, None]) is None
-    assert flops.utilisation(6e12, 2.0, [None]) is None
-    assert flops.utilisation(0, 2.0, [4e12]) is None
+def test_utilization_is_of_all_devices_and_only_on_gpus() -> None:
+    assert flops.utilization(6e12, 2.0, [4e12, 2e12]) == pytest.approx(0.5)
+    assert flops.utilization(6e12, 2.0, [4e12, None]) is None
+    assert flops.utilization(6e12, 2.0, [None]) is None
+    assert flops.utilization(0, 2.0, [4e12]) is None
 
 
 def test_steps_log_it_where_a_rate_was_measured(tiny_sdxl: Path) -> None:
     made = recipe(tiny_sdxl, rewards=[])
     progress, report = (
-        Progress(step=1, rounds=1),
+        TrainState(step=1, rounds=1),
         [{"samples": {"timestep": [5.0], "delta_norm": [1.0]}, "grad_norm": 1.0}],
     )
 
@@ -117,6 +116,6 @@ def test_steps_log_it_where_a_rate_was_measured(tiny_sdxl: Path) -> None:
         assistant = [{"loss": 1.0, "grad_norm": 1.0}]
         return step_metrics(made, progress, report, assistant, {"step": 2.0}, {"all/0": reading})
 
-    work = flops.of_recipe(made).update(made.optimisation.batch_size, 1)
+    work = flops.of_recipe(made).update(made.optimization.batch_size, 1)
     assert metrics(work)["mfu"] == pytest.approx(0.5)
     assert "mfu" not in metrics(None)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.geometry import batch_geometry, check_placement, nearest_partner
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.placement import batch_geometry, check_placement, nearest_partner
+from rlhf_t2i.recipe.schema import Recipe
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_split_is_exact_or_the_proposed_fixes_work(batch: int, ranks: int, m
         assert micro is None or size == micro
 
 
-def recipe(groups: dict[str, Any] | str, rewards: tuple[str, ...] = (), **optimisation: Any) -> Recipe:
+def recipe(groups: dict[str, Any] | str, rewards: tuple[str, ...] = (), **optimization: Any) -> Recipe:
     placement = groups if isinstance(groups, str) else {"groups": groups}
     return Recipe.model_validate(
         {
@@ -57,7 +57,7 @@ def recipe(groups: dict[str, Any] | str, rewards: tuple[str, ...] = (), **optimi
             "data": {"prompts": "p"},
             "algorithm": {"rewards": [{"name": "clip", "label": label} for label in rewards]},
             "placement": placement,
-            "optimisation": {"batch_size": 48, **optimisation},
+            "optimization": {"batch_size": 48, **optimization},
         }
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import WorkerSpec
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -35,11 +35,11 @@ def local(settings: Any, *overrides: str) -> Recipe:
 
 
 def test_states_are_within_a_tenth_of_the_plan(built: Any) -> None:
-    """Weights, gradients and optimiser states of every role, in a real update; one network has adapters."""
+    """Weights, gradients and optimizer states of every role, in a real update; one network has adapters."""
     import gpu_sections
     import role_memory
 
-    recipe = local(built, "optimisation.generator.lora={rank: 16}", "optimisation.gradient_checkpointing=false")
+    recipe = local(built, "optimization.generator.lora={rank: 16}", "optimization.gradient_checkpointing=false")
     worker = role_memory.MeasuredWorker(WorkerSpec(recipe, "all", ROLES))
     worker.connect({})
     for number in range(2):
@@ -47,7 +47,7 @@ def test_states_are_within_a_tenth_of_the_plan(built: Any) -> None:
     rows = role_memory.compare(recipe, worker)
     found = {(row.role, row.kind): row for row in rows}
     for role in ("learner", "assistant"):
-        for kind in ("weights", "gradients", "optimiser", "states"):
+        for kind in ("weights", "gradients", "optimizer", "states"):
             assert found[role, kind].measured == pytest.approx(found[role, kind].predicted, rel=0.1), (role, kind)
     for role in ("reference", "text encoders", "reward", "all"):
         assert found[role, "states"].measured == pytest.approx(found[role, "states"].predicted, rel=0.1), role

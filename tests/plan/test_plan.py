@@ -15,11 +15,11 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from rlhf_t2i import planning
 from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.recipe import ROLES, Recipe
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.recipe.schema import ROLES, Recipe
+from rlhf_t2i.tools import planning
 from tests import tiny
 
 LATENT_BYTES = 4 * 4 * 8 * 8
@@ -37,8 +37,8 @@ APART = {
 def build(folder: Path, clip: Path | None = None, **changes: Any) -> Recipe:
     rewards = [{"name": "pickscore", "scale": 100.0, "options": {"model": str(clip)}}] if clip else []
     algorithm = {"rewards": rewards, **changes.pop("algorithm", {})}
-    optimisation = {"batch_size": 8, **changes.pop("optimisation", {})}
-    data = tiny.recipe_dict(folder, Path("/nowhere"), algorithm=algorithm, optimisation=optimisation, **changes)
+    optimization = {"batch_size": 8, **changes.pop("optimization", {})}
+    data = tiny.recipe_dict(folder, Path("/nowhere"), algorithm=algorithm, optimization=optimization, **changes)
     return Recipe.model_validate(data)
 
 
@@ -84,7 +84,7 @@ def test_groups_add_up_and_a_shared_generator_is_free(tiny_sdxl: Path, tiny_clip
 def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_clip: Path) -> None:
     whole = planning.make(build(tiny_sdxl, tiny_clip, placement=APART))
     assert whole.batch["learner"] == {"global": 8, "ranks": 2, "micro": 4, "accumulation": 1}
-    small = planning.make(build(tiny_sdxl, tiny_clip, placement=APART, optimisation={"micro_batch": 1}))
+    small = planning.make(build(tiny_sdxl, tiny_clip, placement=APART, optimization={"micro_batch": 1}))
     assert small.batch["assistant"] == {"global": 8, "ranks": 2, "micro": 1, "accumulation": 4}
 
     def activations(plan: planning.Plan, role: str) -> int:
@@ -92,7 +92,7 @@ def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_c
 
     for role in ("learner", "assistant", "reference", "reward: VAE", "reward:pickscore"):
         assert activations(whole, role) == 4 * activations(small, role) > 0
-    frugal = build(tiny_sdxl, tiny_clip, placement=APART, optimisation={"gradient_checkpointing": True})
+    frugal = build(tiny_sdxl, tiny_clip, placement=APART, optimization={"gradient_checkpointing": True})
     assert activations(planning.make(frugal), "learner") < activations(whole, "learner")
 
 
@@ -102,7 +102,7 @@ def test_an_update_of_several_micro_batches_keeps_its_sum(tiny_sdxl: Path) -> No
     def learner(mode: str, micro_batch: int | None) -> planning.RolePlan:
         settings = {"zero_stage": 2, "micro_batch": micro_batch}
         placement = {"mode": mode, "groups": {"all": {"roles": list(ROLES)}}}
-        (group,) = planning.make(build(tiny_sdxl, placement=placement, optimisation=settings)).groups
+        (group,) = planning.make(build(tiny_sdxl, placement=placement, optimization=settings)).groups
         return next(role for role in group.roles if role.role == "learner")
 
     whole, summed = learner("ray", None), learner("ray", 2)
@@ -160,13 +160,13 @@ def test_the_implicit_reward_decodes_nothing(tiny_sdxl: Path) -> None:
         ({"scale": 7.5}, 2),
         ({"scale": 1.0}, 1),
         ({"scale": 1.0, "convention": "one_plus"}, 2),
-        ({"scale": 0}, 1),
+        ({"guidance_scale": 0}, 1),
         ({"mode": "outer"}, 1),
     ],
 )
 def test_the_reference_keeps_a_graph_a_branch(tiny_sdxl: Path, guidance: dict[str, Any], branches: int) -> None:
     (group,) = planning.make(build(tiny_sdxl, algorithm={"cfg": guidance})).groups
-    (one,) = planning.make(build(tiny_sdxl, algorithm={"cfg": {"scale": 0}})).groups
+    (one,) = planning.make(build(tiny_sdxl, algorithm={"cfg": {"guidance_scale": 0}})).groups
     kept, single = (next(r.memory.activations for r in g.roles if r.role == "reference") for g in (group, one))
     assert kept == branches * single > 0
 
@@ -192,7 +192,7 @@ def test_published_sizes_need_no_network() -> None:
             },
             "data": {"prompts": "p"},
             "algorithm": {"rewards": [{"name": "pickscore"}]},
-            "optimisation": {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True, "zero_stage": 2},
+            "optimization": {"batch_size": 8, "precision": "bf16", "gradient_checkpointing": True, "zero_stage": 2},
             "placement": {"groups": {"all": {"devices": 8, "roles": list(ROLES)}}},
         }
     )
@@ -220,7 +220,7 @@ def test_unknown_hub_models_are_noted_not_guessed() -> None:
 def test_a_reward_has_the_compute_precision_and_the_vae_does_not(tiny_sdxl: Path, tiny_clip: Path) -> None:
     by_precision = {}
     for precision in ("fp32", "bf16"):
-        plan = planning.make(build(tiny_sdxl, tiny_clip, optimisation={"precision": precision}))
+        plan = planning.make(build(tiny_sdxl, tiny_clip, optimization={"precision": precision}))
         by_precision[precision] = {role.role: role.memory.weights for role in plan.groups[0].roles}
     full, half = by_precision["fp32"], by_precision["bf16"]
     assert half["reward:pickscore"] == full["reward:pickscore"] / 2 > 0
@@ -263,17 +263,17 @@ def test_the_table_fits_eighty_columns(file: Path, app: typer.Typer) -> None:
 
 
 def test_json_is_the_plan(file: Path, app: typer.Typer) -> None:
-    ran = CliRunner().invoke(app, [str(file), "--json", "--set", "optimisation.micro_batch=2"])
+    ran = CliRunner().invoke(app, [str(file), "--json", "--set", "optimization.micro_batch=2"])
     data = json.loads(ran.output)
     assert data["devices"] == 6
     assert data["batch"]["learner"] == {"global": 8, "ranks": 2, "micro": 2, "accumulation": 2}
     train = next(group for group in data["groups"] if group["name"] == "train")
-    kinds = ("weights", "gradients", "optimiser", "activations", "buffers")
+    kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
     assert train["memory"]["device"] == sum(train["memory"][kind] for kind in kinds) > 0
 
 
 def test_errors_are_usage_errors(file: Path, app: typer.Typer) -> None:
-    ran = CliRunner().invoke(app, [str(file), "--set", "optimisation.batch_size=9"])
+    ran = CliRunner().invoke(app, [str(file), "--set", "optimization.batch_size=9"])
     assert isinstance(ran.exception, UsageError)
     assert "batch_size 9" in str(ran.exception)
 
@@ -296,7 +296,7 @@ def test_no_ray_and_no_torch_before_they_are_needed(file: Path) -> None:
         "from rlhf_t2i.commands import plan\n"
         "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "try: plan.plan_command(plan.Path(sys.argv[1]), ['optimisation.batch_size=9'])\n"
+        "try: plan.plan_command(plan.Path(sys.argv[1]), ['optimization.batch_size=9'])\n"
         "except plan.UsageError: assert not heavy & set(sys.modules)\n"
         "else: raise AssertionError\n"
         "plan.plan_command(plan.Path(sys.argv[1]), json_=True)\n"

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_t2i.models import architectures
-from rlhf_t2i.planning import zero
-from rlhf_t2i.planning.memory import GroupPlan, Memory, RolePlan, trained_memory
-from rlhf_t2i.planning.networks import parameter_sizes
+from rlhf_t2i.families import published
+from rlhf_t2i.tools.planning import zero
+from rlhf_t2i.tools.planning.memory import GroupPlan, Memory, RolePlan, trained_memory
+from rlhf_t2i.tools.planning.networks import parameter_sizes
 
 SIZES = zero.Sizes(1000, largest=100)
 
@@ -37,7 +37,7 @@ def test_local_training_is_torchs_own() -> None:
     assert memory.weights == sum(p.nbytes for p in tensors)
     assert memory.gradients == sum(p.grad.nbytes for p in tensors if p.grad is not None)
     states = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
-    assert memory.optimiser == sum(v.nbytes for v in states)
+    assert memory.optimizer == sum(v.nbytes for v in states)
     assert (memory.activations, memory.buffers, memory.host) == (7, 0, 0)
 
 
@@ -106,7 +106,7 @@ def test_zero_3_keeps_small_parameters_whole() -> None:
 
 
 def test_sizes_of_sdxl_s_unet() -> None:
-    sizes = parameter_sizes(architectures.SDXL_UNET)
+    sizes = parameter_sizes(published.SDXL_UNET)
     assert sizes.total == 2_567_463_684
     assert sizes.largest == 1280 * 2560 * 9
     assert 0 < sizes.small < 0.001 * sizes.total
@@ -114,7 +114,7 @@ def test_sizes_of_sdxl_s_unet() -> None:
 
 def test_sdxl_s_update_takes_more_than_its_recomputed_activations() -> None:
     """On one GPU: gradients flat and in float32, at a moment when no activations are held."""
-    sizes = parameter_sizes(architectures.SDXL_UNET)
+    sizes = parameter_sizes(published.SDXL_UNET)
     memory = trained_memory(sizes, setting(2, ranks=1, bucket=500_000_000), activations=800_000_000)
     assert memory.gradients == 2 * sizes.total
     assert memory.activations + memory.buffers == 6 * sizes.total
@@ -122,16 +122,16 @@ def test_sdxl_s_update_takes_more_than_its_recomputed_activations() -> None:
 
 def test_a_process_needs_the_largest_of_its_phases() -> None:
     """Learner and assistant train in turns: the gradients of one are gone when the other's come."""
-    learner = RolePlan("learner", 1, Memory(weights=10, gradients=20, optimiser=30, activations=5, buffers=40), 15)
-    assistant = RolePlan("assistant", 1, Memory(weights=10, gradients=21, optimiser=30, activations=6, buffers=40))
+    learner = RolePlan("learner", 1, Memory(weights=10, gradients=20, optimizer=30, activations=5, buffers=40), 15)
+    assistant = RolePlan("assistant", 1, Memory(weights=10, gradients=21, optimizer=30, activations=6, buffers=40))
     reference = RolePlan("reference", 1, Memory(weights=10, activations=7))
     reward = RolePlan("reward:x", 1, Memory(weights=1, activations=12))
     together = GroupPlan("all", 1, (learner, assistant, reference, reward))
-    assert together.memory == Memory(weights=31, gradients=21, optimiser=60, activations=6, buffers=40)
+    assert together.memory == Memory(weights=31, gradients=21, optimizer=60, activations=6, buffers=40)
     # Rewards and denoisers are asked one after the other, beside the learner's graph and what it has summed.
     frugal = GroupPlan("all", 1, tuple(replace(r, memory=replace(r.memory, buffers=0)) for r in together.roles))
-    assert frugal.memory == Memory(weights=31, gradients=15, optimiser=60, activations=5 + max(6 + 7, 12))
+    assert frugal.memory == Memory(weights=31, gradients=15, optimizer=60, activations=5 + max(6 + 7, 12))
     assert GroupPlan("score", 1, (reference,)).memory == reference.memory
     # Held-out prompts are measured when nothing else runs.
     judge = RolePlan("reward:y", 1, Memory(weights=1), measuring=100)
-    assert GroupPlan("all", 1, (*together.roles, judge)).memory == Memory(weights=32, optimiser=60, activations=100)
+    assert GroupPlan("all", 1, (*together.roles, judge)).memory == Memory(weights=32, optimizer=60, activations=100)

@@ -28,11 +28,11 @@ algorithm:
     - {name: pickscore, scale: 100.0, label: pick, micro_batch: 4, timeout_s: 10.0, options: {model: ./pickscore}}
   eval_rewards:
     - {name: clip, options: {model: ./clip}}
-  cfg: {mode: inner, scale: 7.5, convention: omega}
+  cfg: {mode: inner, guidance_scale: 7.5, convention: omega}
   assistant_steps: 2
   assistant_warmup: 3
   timesteps: {generator: [20, 979], assistant: [0, 999]}
-optimisation:
+optimization:
   batch_size: 8
   micro_batch: 2
   precision: bf16
@@ -93,7 +93,7 @@ def put(data: Any, at: Path, value: Any) -> Any:
 
 
 def rename(data: Any, at: Path, key: str) -> Any:
-    """The recipe with one key misspelt."""
+    """The recipe with one key misspelled."""
     if len(at) == 1:
         return {(key if k == at[0] else k): v for k, v in data.items()}
     copy = dict(data) if isinstance(data, dict) else list(data)
@@ -117,7 +117,7 @@ def wrong_values() -> Iterator[tuple[Path, Any]]:
             if bad == [] and key in ("rewards", "eval_rewards", "writers"):
                 continue
             if bad == {} and (
-                key in ("algorithm", "optimisation", "placement", "logging", "checkpoints", "evaluation")
+                key in ("algorithm", "optimization", "placement", "logging", "checkpoints", "evaluation")
             ):
                 continue
             if isinstance(value, float) and isinstance(bad, float) and bad == value:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_t2i import cli
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 from tests.recipe.base import misspellings, parsed, put, rename, wrong_values
 
 Edit = Callable[[dict[str, Any], Path], None]
@@ -130,7 +130,7 @@ def test_prompt_files(
         ((("algorithm", "rewards", 0, "name"), "./folder.py:Reward"), ["folder.py"]),
         ((("algorithm", "rewards", 0, "name"), "pikscore"), ["pickscore"]),
         ((("algorithm", "divergence", "name"), "huber"), ["huber"]),
-        ((("optimisation", "zero_stage"), 10**30), ["zero_stage"]),
+        ((("optimization", "zero_stage"), 10**30), ["zero_stage"]),
         ((("placement",), {"mode": "ray", "groups": {"all": {"devices": 0, "roles": ["learner"]}}}), ["devices"]),
         ((("placement",), {"mode": "ray", "groups": {"all": {"devices": 10**10, "roles": ["learner"]}}}), ["devices"]),
         (
@@ -258,8 +258,8 @@ def test_any_value_in_a_configuration_is_taken_or_refused_in_a_sentence(
     import torch
 
     from rlhf_t2i.errors import UsageError
-    from rlhf_t2i.models.loading import ModelStore
-    from rlhf_t2i.recipe import Models
+    from rlhf_t2i.families.loading import ModelStore
+    from rlhf_t2i.recipe.schema import Models
 
     folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "pipeline"))
     name = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}.get(

@@ -7,7 +7,7 @@ import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_t2i import recipe_io
+from rlhf_t2i.recipe import reading
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("rlhf_t2i", "plugins", "tests", "recipes", "docs", "zoo", "examples", "benchmarks")
@@ -54,7 +54,7 @@ def test_the_sections_that_code_and_recipes_name_exist() -> None:
 def test_the_readmes_recipe_is_one(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text("utf-8").split("```yaml\n")[1].split("```")[0]
     (tmp_path / "recipe.yaml").write_text(text.replace("../zoo", f"{ROOT}/zoo"), "utf-8")
-    recipe = recipe_io.load(tmp_path / "recipe.yaml")
-    shipped = recipe_io.load(ROOT / "recipes/quickstart.yaml")
+    recipe = reading.load(tmp_path / "recipe.yaml")
+    shipped = reading.load(ROOT / "recipes/quickstart.yaml")
     assert (recipe.models, recipe.data, recipe.steps) == (shipped.models, shipped.data, shipped.steps)
     assert recipe.algorithm.model_dump() == shipped.algorithm.model_dump()

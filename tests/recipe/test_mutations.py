@@ -10,13 +10,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_t2i import cli, geometry, recipe_io
+from rlhf_t2i import cli
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import placement as geometry
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 from tests.recipe.base import BASE, misspellings, parsed, put, rename, wrong_values
 
 WRONG = list(wrong_values())
-MISSPELT = list(misspellings())
+MISSPELLED = list(misspellings())
 
 
 def name(at: tuple[str | int, ...]) -> str:
@@ -28,7 +30,7 @@ def refuse(text: str | bytes, folder: Path, *words: str) -> str:
     file = folder / "recipe.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError) as caught:
-        geometry.check_placement(recipe_io.load(file))
+        geometry.check_placement(reading.load(file))
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert len(sentence) < 1000
@@ -40,16 +42,16 @@ def refuse(text: str | bytes, folder: Path, *words: str) -> str:
 
 def test_the_unspoilt_recipe_is_valid(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(BASE)
-    recipe = recipe_io.load(tmp_path / "recipe.yaml")
+    recipe = reading.load(tmp_path / "recipe.yaml")
     assert recipe == Recipe.model_validate(put(recipe.model_dump(), ("seed",), 1))
     assert recipe.models.reference == str(tmp_path / "reference")
     assert recipe.models.generator == "org/generator@abc"
-    assert recipe.optimisation.generator.lr == 1e-6
+    assert recipe.optimization.generator.lr == 1e-6
     assert len(geometry.check_placement(recipe)) == 6
 
 
 def test_there_are_at_least_two_hundred_mutations() -> None:
-    assert len(WRONG) + len(MISSPELT) >= 200
+    assert len(WRONG) + len(MISSPELLED) >= 200
     assert len({(name(at), repr(bad)) for at, bad in WRONG}) == len(WRONG)
 
 
@@ -61,8 +63,8 @@ def test_wrong_values(at: tuple[str | int, ...], bad: Any, tmp_path: Path) -> No
     assert keys[-1] in sentence, sentence
 
 
-@pytest.mark.parametrize(("at", "typo"), MISSPELT, ids=[name((*at[:-1], typo)) for at, typo in MISSPELT])
-def test_misspelt_keys_name_the_nearest(at: tuple[str | int, ...], typo: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "typo"), MISSPELLED, ids=[name((*at[:-1], typo)) for at, typo in MISSPELLED])
+def test_misspelled_keys_name_the_nearest(at: tuple[str | int, ...], typo: str, tmp_path: Path) -> None:
     text = yaml.safe_dump(rename(parsed(), at, typo), sort_keys=False)
     line = next(i for i, row in enumerate(text.splitlines(), 1) if row.strip().startswith((f"{typo}:", f"- {typo}:")))
     refuse(text, tmp_path, f"recipe.yaml, line {line}: unknown key", f"{typo}'; did you mean {at[-1]!r}")
@@ -127,9 +129,9 @@ def test_a_bomb_of_anchors_is_refused_quickly(tmp_path: Path) -> None:
 
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such recipe"):
-        recipe_io.load(tmp_path / "none.yaml")
+        reading.load(tmp_path / "none.yaml")
     with pytest.raises(UsageError, match="is a directory"):
-        recipe_io.load(tmp_path)
+        reading.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +143,10 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
         ((("algorithm", "timesteps", "assistant"), [1, 2, 3]), ["timesteps"]),
         ((("algorithm", "weighting"), "unitx0"), ["weighting", "unit_x0"]),
         ((("algorithm", "cfg", "mode"), "iner"), ["mode", "inner"]),
-        ((("optimisation", "precision"), "fp8"), ["precision", "bf16"]),
-        ((("optimisation", "zero_stage"), 4), ["zero_stage"]),
-        ((("optimisation", "generator", "betas"), [0.9, 1.0]), ["betas"]),
-        ((("optimisation", "generator", "lr"), 0), ["lr"]),
+        ((("optimization", "precision"), "fp8"), ["precision", "bf16"]),
+        ((("optimization", "zero_stage"), 4), ["zero_stage"]),
+        ((("optimization", "generator", "betas"), [0.9, 1.0]), ["betas"]),
+        ((("optimization", "generator", "lr"), 0), ["lr"]),
         ((("placement", "mode"), "cloud"), ["mode"]),
         ((("placement",), "cloud"), ["placement"]),
         ((("placement", "groups"), {}), ["learner"]),
@@ -156,7 +158,7 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
         ((("placement", "groups", "judge", "roles"), ["reward:pick"]), ["reward:clip"]),
         ((("placement", "groups", "judge", "devices"), 3), ["judge", "3", "2", "divide"]),
         ((("placement", "groups", "score", "roles"), ["assistant", "reference", "learner"]), ["learner", "too"]),
-        ((("optimisation", "batch_size"), 9), ["batch_size 9", "ranks 2", "micro_batch 2"]),
+        ((("optimization", "batch_size"), 9), ["batch_size 9", "ranks 2", "micro_batch 2"]),
         ((("algorithm", "rewards", 0, "label"), "clip"), ["two rewards", "clip"]),
     ],
     ids=lambda value: name(value[0]) if isinstance(value, tuple) else "",
@@ -181,12 +183,12 @@ def test_any_value_anywhere_is_accepted_or_refused_in_a_sentence(index: int, val
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(put(parsed(), at, value), sort_keys=False, allow_unicode=True), "utf-8")
     try:
-        recipe = recipe_io.load(file)
+        recipe = reading.load(file)
     except UsageError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either outcome is legal
         return
-    file.write_text(recipe_io.dump(recipe), "utf-8")
-    assert recipe_io.load(file) == recipe
+    file.write_text(reading.dump(recipe), "utf-8")
+    assert reading.load(file) == recipe
 
 
 @settings(
@@ -197,7 +199,7 @@ def test_any_bytes_are_refused_in_a_sentence(data: bytes, tmp_path: Path) -> Non
     file = tmp_path / "recipe.yaml"
     file.write_bytes(data)
     with pytest.raises(UsageError) as caught:
-        recipe_io.load(file)
+        reading.load(file)
     assert "\n" not in str(caught.value)
 
 
@@ -209,7 +211,7 @@ def test_any_edit_of_a_valid_recipe(start: int, length: int, insert: str, tmp_pa
     file = tmp_path / "recipe.yaml"
     file.write_text(BASE[:start] + insert + BASE[start + length :], "utf-8")
     try:
-        geometry.check_placement(recipe_io.load(file))
+        geometry.check_placement(reading.load(file))
     except UsageError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either outcome is legal
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import recipe_io
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import reading
 from tests.recipe.base import BASE
 
 
@@ -22,32 +22,32 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_set_overrides_any_key(recipe: Path) -> None:
-    loaded = recipe_io.load(
+    loaded = reading.load(
         recipe,
         [
             "steps=3",
-            "algorithm.cfg.scale=1.5",
+            "algorithm.cfg.guidance_scale=1.5",
             "algorithm.rewards.0.scale=1e1",
             "algorithm.divergence={name: kl}",
-            "optimisation.generator.betas=[0.5, 0.9]",
-            "optimisation.ema=null",
+            "optimization.generator.betas=[0.5, 0.9]",
+            "optimization.ema=null",
             "placement=local",
             "models.vae=org/other",
             "placement.mode=local",
         ],
     )
     assert loaded.steps == 3
-    assert loaded.algorithm.cfg.scale == 1.5
+    assert loaded.algorithm.cfg.guidance_scale == 1.5
     assert loaded.algorithm.rewards[0].scale == 10
     assert loaded.algorithm.divergence.name == "kl"
-    assert loaded.optimisation.generator.betas == [0.5, 0.9]
-    assert loaded.optimisation.ema is None
+    assert loaded.optimization.generator.betas == [0.5, 0.9]
+    assert loaded.optimization.ema is None
     assert loaded.placement.mode == "local"
     assert loaded.models.vae == "org/other"
 
 
 def test_the_last_set_wins(recipe: Path) -> None:
-    assert recipe_io.load(recipe, ["steps=3", "steps=4"]).steps == 4
+    assert reading.load(recipe, ["steps=3", "steps=4"]).steps == 4
 
 
 def test_paths_are_relative_to_the_recipe_or_to_the_shell(
@@ -56,7 +56,7 @@ def test_paths_are_relative_to_the_recipe_or_to_the_shell(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    loaded = recipe_io.load(recipe, ["data.held_out=./mine.txt"])
+    loaded = reading.load(recipe, ["data.held_out=./mine.txt"])
     assert loaded.data.prompts == str(tmp_path / "prompts.txt")
     assert loaded.data.held_out == str(elsewhere / "mine.txt")
     assert loaded.algorithm.rewards[0].options["model"] == str(tmp_path / "pickscore")
@@ -85,16 +85,16 @@ def test_paths_are_relative_to_the_recipe_or_to_the_shell(
 )
 def test_bad_overrides(override: str, words: list[str], recipe: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        recipe_io.load(recipe, [override])
+        reading.load(recipe, [override])
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_dump_is_read_back(recipe: Path) -> None:
-    loaded = recipe_io.load(recipe)
-    recipe.write_text(recipe_io.dump(loaded))
-    assert recipe_io.load(recipe) == loaded
+    loaded = reading.load(recipe)
+    recipe.write_text(reading.dump(loaded))
+    assert reading.load(recipe) == loaded
 
 
 def test_a_refusal_is_quick_and_imports_no_torch(recipe: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_refusal_is_quick_and_imports_no_torch(recipe: Path) -> None:
     code = (
         "import sys\n"
         "from rlhf_t2i import recipe_io, geometry, errors\n"
-        "try: geometry.check_placement(recipe_io.load(sys.argv[1]))\n"
+        "try: geometry.check_placement(reading.load(sys.argv[1]))\n"
         "except errors.UsageError as e: print(e)\n"
         "print(sorted({'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'} & set(sys.modules)))\n"
     )
@@ -121,4 +121,4 @@ def test_a_refusal_is_quick_and_imports_no_torch(recipe: Path) -> None:
 
 def test_an_ablation_is_sent_to_its_own_command() -> None:
     with pytest.raises(UsageError, match=r"ablation_table2.yaml is an ablation .* `rlhf-t2i ablate`"):
-        recipe_io.load(Path(__file__).parents[2] / "recipes/ablation_table2.yaml")
+        reading.load(Path(__file__).parents[2] / "recipes/ablation_table2.yaml")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_t2i import prompts
+from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.errors import UsageError
 
 

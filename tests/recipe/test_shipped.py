@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import planning, recipe_io
-from rlhf_t2i.geometry import check_placement
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.roles.worker import check_plugins
+from rlhf_t2i.tools import planning
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith("ablation_table2.yaml"))
@@ -39,17 +40,17 @@ def placements(path: Path) -> dict[int, list[str]]:
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: str(p.relative_to(RECIPES)))
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
-    recipe = recipe_io.load(path)
+    recipe = reading.load(path)
     check_placement(recipe)
     check_plugins(recipe)
     for overrides in placements(path).values():
-        check_placement(recipe_io.load(path, overrides))
+        check_placement(reading.load(path, overrides))
 
 
 @pytest.mark.parametrize("folder", [".", "sd15"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_four_objectives(folder: str, name: str) -> None:
-    recipe = recipe_io.load(RECIPES / folder / f"{name}.yaml")
+    recipe = reading.load(RECIPES / folder / f"{name}.yaml")
     divergence, scale = OBJECTIVES[name]
     assert recipe.algorithm.divergence.name == divergence
     assert [r.scale for r in recipe.algorithm.rewards] == ([] if scale is None else [scale])
@@ -61,20 +62,20 @@ def test_the_four_objectives(folder: str, name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_papers_values(name: str) -> None:
     """What the paper states, algorithm.md 2.3; the rest of the recipe is marked as chosen."""
-    recipe = recipe_io.load(RECIPES / f"{name}.yaml")
+    recipe = reading.load(RECIPES / f"{name}.yaml")
     assert recipe.models.reference == "stabilityai/stable-diffusion-xl-base-1.0"
     assert recipe.models.generator == "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin"
     assert recipe.models.assistant is None  # the reference
     assert (recipe.models.generator_timestep, recipe.models.resolution) == (399, 1024)
-    assert recipe.algorithm.cfg.scale == 7.5
-    assert recipe.optimisation.batch_size == 128
+    assert recipe.algorithm.cfg.guidance_scale == 7.5
+    assert recipe.optimization.batch_size == 128
     assert Path(recipe.data.prompts).name == "captions_laion_score6.25.txt"
-    assert recipe.steps * recipe.optimisation.batch_size == 256_000
+    assert recipe.steps * recipe.optimization.batch_size == 256_000
 
 
 def test_the_four_recipes_differ_in_the_objective_alone() -> None:
     for folder in (RECIPES, RECIPES / "sd15"):
-        loaded = [recipe_io.load(folder / f"{name}.yaml").model_dump() for name in OBJECTIVES]
+        loaded = [reading.load(folder / f"{name}.yaml").model_dump() for name in OBJECTIVES]
         for recipe in loaded:
             for key in ("divergence", "rewards", "eval_rewards"):
                 recipe["algorithm"].pop(key)
@@ -84,14 +85,14 @@ def test_the_four_recipes_differ_in_the_objective_alone() -> None:
 @pytest.mark.parametrize(("name", "devices", "size"), [("di_star_pickscore", 8, 80), ("sd15/di_star_pickscore", 4, 40)])
 def test_the_placements_fit_by_the_plan(name: str, devices: int, size: int) -> None:
     path = RECIPES / f"{name}.yaml"
-    made = planning.make(recipe_io.load(path))
+    made = planning.make(reading.load(path))
     assert made.notes == ()  # every network is counted
     assert made.devices == devices
     assert all(group.memory.device < 0.9 * size * GIGABYTE for group in made.groups)
     alone = placements(path)
     assert alone
     for gpu, overrides in alone.items():
-        (group,) = planning.make(recipe_io.load(path, overrides)).groups
+        (group,) = planning.make(reading.load(path, overrides)).groups
         assert group.devices == 1
         assert group.memory.device < 0.9 * gpu * GIGABYTE
 
@@ -100,5 +101,5 @@ def test_one_80_gb_gpu_needs_the_offload_its_header_sets() -> None:
     path = RECIPES / "di_star_pickscore.yaml"
     overrides = [o for o in placements(path)[80] if "offload" not in o]
     assert len(overrides) == len(placements(path)[80]) - 1
-    (group,) = planning.make(recipe_io.load(path, overrides)).groups
+    (group,) = planning.make(reading.load(path, overrides)).groups
     assert group.memory.device > 80 * GIGABYTE

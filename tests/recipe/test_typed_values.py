@@ -12,14 +12,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_t2i import cli, geometry, recipe_io, registry
-from rlhf_t2i.ablation import schema
+from rlhf_t2i import cli
 from rlhf_t2i.commands.evaluate import metric_options
 from rlhf_t2i.commands.rewards import parse_options
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.evaluation.sampler import _run_folder
-from rlhf_t2i.report.page import _recipe
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.recipe import placement as geometry
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.tools.ablation import schema
+from rlhf_t2i.tools.report.page import _recipe
 from tests.recipe.base import BASE, leaves, parsed, put
 
 KEYS = sorted({".".join(map(str, at)) for at, _ in leaves(parsed())})
@@ -62,7 +65,7 @@ OVERRIDES = st.text(max_size=30) | st.builds(
 @given(override=OVERRIDES)
 def test_any_override_is_taken_or_refused_in_a_sentence(override: str, recipe: Path) -> None:
     try:
-        geometry.check_placement(recipe_io.load(recipe, [override]))
+        geometry.check_placement(reading.load(recipe, [override]))
     except UsageError as error:
         one_sentence(str(error))
 
@@ -126,7 +129,7 @@ def test_the_report_of_a_run_whose_recipe_expands_without_bounds(tmp_path: Path)
 def test_a_home_of_nobody_in_a_recipe(at: tuple[str | int, ...], recipe: Path) -> None:
     recipe.write_text(yaml.safe_dump(put(parsed(), at, NOBODY), sort_keys=False), "utf-8")
     with pytest.raises(UsageError, match="no-such-user") as caught:
-        recipe_io.load(recipe)
+        reading.load(recipe)
     one_sentence(str(caught.value))
 
 

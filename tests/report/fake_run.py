@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-PROMPTS = [f"{name}, on a {colour} background" for name in ("red apple", "cat face", "very long named ferris wheel")
-           for colour in ("blue", "light goldenrod yellow")]  # fmt: skip
+PROMPTS = [f"{name}, on a {color} background" for name in ("red apple", "cat face", "very long named ferris wheel")
+           for color in ("blue", "light goldenrod yellow")]  # fmt: skip
 PER_PROMPT = 4
 
 
@@ -31,7 +31,7 @@ def make_run(out: Path, *, finished: bool = True, steps: int = 60) -> Path:
         picture(step, 256).save(out / "samples" / f"step_{step:06d}.png")
     (out / "recipe.yaml").write_text(
         "seed: 0\nsteps: 60\nalgorithm:\n  divergence: {name: pseudo_huber}\n"
-        "  rewards: [{name: pickscore, scale: 100.0}]\n  cfg: {mode: inner, scale: 7.5}\n"
+        "  rewards: [{name: pickscore, scale: 100.0}]\n  cfg: {mode: inner, guidance_scale: 7.5}\n"
     )
     run = {
         "versions": {"rlhf-t2i": "0.1.0", "torch": "2.13.0+cpu"}, "git": "f971f9b", "seed": 0,

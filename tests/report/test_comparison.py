@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_t2i.report import comparison, verdicts
-from rlhf_t2i.report.compare import compare
-from rlhf_t2i.report.reading import Evaluated
+from rlhf_t2i.evaluation.compare import compare
+from rlhf_t2i.evaluation.reading import Evaluated
+from rlhf_t2i.tools.report import comparison, verdicts
 
 
 def evaluation(scores, prompts=None, diversity=(), kind="train", **more):

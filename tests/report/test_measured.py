@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_t2i import measure, recipe_io
-from rlhf_t2i.report import comparison
+from rlhf_t2i.evaluation import measure
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.tools.report import comparison
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins import Reward
 class Noise(Reward):
     unit = "levels"
     higher_is_better = {}
@@ -39,13 +40,13 @@ class Scores:
 def test_a_fall_is_judged_by_the_rewards_direction(higher_is_better: bool, tmp_path: Path) -> None:
     (tmp_path / "noise.py").write_text(REWARD.format(higher_is_better), "utf-8")
     reward = f"{{name: {tmp_path / 'noise.py'}:Noise, label: noise}}"
-    recipe = recipe_io.load(
+    recipe = reading.load(
         ROOT / "recipes/quickstart.yaml", [f"algorithm.rewards=[{reward}]", "algorithm.eval_rewards=[]"]
     )
     prompts = [f"prompt {index // 2}" for index in range(12)]
     for when, level in (("before", 1.0), ("after", 0.5)):
         told: list[str] = []
-        measure.evaluate(recipe, Scores(level), prompts, "live", 0, tmp_path / "evaluation", when, told.append)
+        measure.evaluate(recipe, Scores(level), prompts, "raw", 0, tmp_path / "evaluation", when, told.append)
         assert told[-1] == f"measuring {when} training: 12 of 12 images"
     row = comparison(tmp_path)[0]
     assert row.unit == "levels"

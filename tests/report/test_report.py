@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from rlhf_t2i.report import write_report
+from rlhf_t2i.tools.report import write_report
 from tests.report.fake_run import make_run
 from tests.report.headless import chromium
 
@@ -38,7 +38,7 @@ def test_no_address_but_data_and_no_id_twice(run_folder):
     assert len(ids) == len(set(ids))
 
 
-def test_the_regulariser_loss_is_never_plotted(run_folder):
+def test_the_regularizer_loss_is_never_plotted(run_folder):
     rows = [{"step": s, "images": s, "divergence_loss": 1.0, "loss/divergence": 1.0} for s in range(3)]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report(run_folder).read_text("utf-8")

@@ -7,15 +7,15 @@ import types
 
 import pytest
 
-from rlhf_t2i import writers
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.training import trackers
 
 ROW = {"step": 3, "reward/pickscore": 0.25, "timing": {"step": 2.0, "busy": {"a/0": 1.0}}, "nan": float("nan"),
        "text": "x", "flag": True}  # fmt: skip
 
 
 def test_scalars_are_flat_finite_numbers():
-    assert dict(writers.scalars(ROW)) == {
+    assert dict(trackers.scalars(ROW)) == {
         "step": 3.0, "reward/pickscore": 0.25, "timing/step": 2.0, "timing/busy/a/0": 1.0,
     }  # fmt: skip
 
@@ -24,7 +24,7 @@ def test_tensorboard_holds_the_values(tmp_path):
     pytest.importorskip("tensorboard", reason="the tensorboard extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (writer,) = writers.open_writers(["tensorboard"], tmp_path)
+    (writer,) = trackers.open_writers(["tensorboard"], tmp_path)
     writer.log(3, ROW)
     writer.log(4, {"reward/pickscore": 0.5})
     writer.close()
@@ -46,7 +46,7 @@ def test_wandb_is_offline_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for _ in range(2):
-        (writer,) = writers.open_writers(["wandb"], tmp_path)
+        (writer,) = trackers.open_writers(["wandb"], tmp_path)
         writer.log(3, {"reward/pickscore": 0.25})
         writer.close()
     assert calls[0]["mode"] == "offline"
@@ -57,7 +57,7 @@ def test_wandb_is_offline_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
 def test_a_missing_extra_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UsageError, match=r"pip install 'rlhf-t2i\[wandb\]'"):
-        writers.open_writers(["wandb"], tmp_path)
+        trackers.open_writers(["wandb"], tmp_path)
     with pytest.raises(UsageError, match="unknown writer 'mlflow'"):
-        writers.open_writers(["mlflow"], tmp_path)
-    assert writers.open_writers([], tmp_path) == []
+        trackers.open_writers(["mlflow"], tmp_path)
+    assert trackers.open_writers([], tmp_path) == []

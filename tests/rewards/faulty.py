@@ -7,31 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
 def _prompt_numbers(prompts: Sequence[str], images: Tensor) -> Tensor:
     return torch.tensor([len(p) / 10 for p in prompts], dtype=images.dtype, device=images.device)
 
 
-class Good(plugin.Reward):
+class Good(plugins.Reward):
     """Smooth, per sample, reads the prompt."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.square().mean((1, 2, 3)) * _prompt_numbers(prompts, images)
 
 
-class WrongShape(plugin.Reward):
+class WrongShape(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3)).unsqueeze(1)
 
 
-class NotATensor(plugin.Reward):
+class NotATensor(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return [0.0] * len(prompts)  # type: ignore[return-value]
 
 
-class Raises(plugin.Reward):
+class Raises(plugins.Reward):
     """Cannot read one prompt."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -40,13 +40,13 @@ class Raises(plugin.Reward):
         return images.mean((1, 2, 3))
 
 
-class NotFinite(plugin.Reward):
+class NotFinite(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         numbers = torch.tensor([float("inf") if p == "bad" else 1.0 for p in prompts])
         return images.mean((1, 2, 3)) * numbers
 
 
-class InfiniteGradient(plugin.Reward):
+class InfiniteGradient(plugins.Reward):
     """sqrt at 0: a finite value whose gradient is not."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -54,40 +54,40 @@ class InfiniteGradient(plugin.Reward):
         return (images.mean((1, 2, 3)) * zero).sqrt()
 
 
-class Detached(plugin.Reward):
+class Detached(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.detach().mean((1, 2, 3))
 
 
-class PartlyDetached(plugin.Reward):
+class PartlyDetached(plugins.Reward):
     """Half of the dependence carries no gradient: only finite differences notice."""
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return (images * images.detach()).mean((1, 2, 3)) * _prompt_numbers(prompts, images)
 
 
-class BatchMean(plugin.Reward):
+class BatchMean(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         values = images.square().mean((1, 2, 3))
         return (values - values.mean()) * _prompt_numbers(prompts, images)
 
 
-class Random(plugin.Reward):
+class Random(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3)) * _prompt_numbers(prompts, images) + torch.rand(len(prompts))
 
 
-class HidesNaN(plugin.Reward):
+class HidesNaN(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return (images.square().mean((1, 2, 3)) * _prompt_numbers(prompts, images)).nan_to_num(0.0)
 
 
-class Constant(plugin.Reward):
+class Constant(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return (images * 0).sum((1, 2, 3)) + _prompt_numbers(prompts, images)
 
 
-class IgnoresPrompt(plugin.Reward):
+class IgnoresPrompt(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.square().mean((1, 2, 3))
 

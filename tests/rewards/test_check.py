@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_t2i import registry
-from rlhf_t2i.plugin import Reward
-from rlhf_t2i.reward_check import check_reward
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import Reward
+from rlhf_t2i.tools.reward_check import check_reward
 from tests.rewards import builders, faulty
 
 CPU = torch.device("cpu")
@@ -59,9 +59,9 @@ def test_the_weightings_of_the_implicit_reward_pass() -> None:
     ("reward", "expected"),
     [
         (faulty.Good(), set()),
-        (faulty.BatchMean(), {"batch invariance", "NaN behaviour", "gradient", "sees the prompt"}),
+        (faulty.BatchMean(), {"batch invariance", "NaN behavior", "gradient", "sees the prompt"}),
         (faulty.Random(), {"determinism", "batch invariance", "gradient"}),
-        (faulty.HidesNaN(), {"NaN behaviour"}),
+        (faulty.HidesNaN(), {"NaN behavior"}),
         (faulty.PartlyDetached(), {"gradient"}),
         (faulty.Constant(), {"sees the image", "gradient"}),
         (faulty.IgnoresPrompt(), {"sees the prompt"}),

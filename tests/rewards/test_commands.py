@@ -63,7 +63,7 @@ def test_check_exits_1_and_names_what_failed() -> None:
     code, output = invoke(rewards_app, "check", f"{FAULTY}:HidesNaN", "--size", "16")
     assert code == 1
     assert "1 failed" in output
-    assert any("NaN behaviour" in line and "fail" in line for line in output.splitlines())
+    assert any("NaN behavior" in line and "fail" in line for line in output.splitlines())
 
 
 @pytest.mark.parametrize(

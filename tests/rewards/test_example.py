@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i.environments import create_overlay
+from rlhf_t2i.plugins.environments import create_overlay
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "rlhf-t2i-colourfulness"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "rlhf-t2i-colorfulness"
 
 
 class Environment:
@@ -53,8 +53,8 @@ def test_it_is_listed_and_passes_the_check_and_its_own_tests(environment: Enviro
     assert listed.returncode == 0, listed.stderr
     rows = [line.split() for line in listed.stdout.splitlines()]
     # The name is shown whole; the package's own name folds in its column.
-    assert any(row and row[0] == "colourfulness" and row[2] == "yes" for row in rows)
-    checked = environment.cli("rewards", "check", "colourfulness", "-o", "sign=-1", "--size", "32")
+    assert any(row and row[0] == "colorfulness" and row[2] == "yes" for row in rows)
+    checked = environment.cli("rewards", "check", "colorfulness", "-o", "sign=-1", "--size", "32")
     assert checked.returncode == 0, checked.stdout
     assert " 0 failed" in checked.stdout
     tests = environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(environment.folder / "source"))
@@ -70,8 +70,8 @@ steps: 2
 models: {{reference: {tiny_sdxl}, generator: {tiny_sdxl}, resolution: 16}}
 data: {{prompts: {tiny_prompts}}}
 algorithm:
-  rewards: [{{name: colourfulness, scale: 50, options: {{sign: -1}}}}]
-optimisation: {{batch_size: 2}}
+  rewards: [{{name: colorfulness, scale: 50, options: {{sign: -1}}}}]
+optimization: {{batch_size: 2}}
 placement: local
 logging: {{sample_count: 2}}
 evaluation: {{images: 4, images_per_prompt: 2, batch_size: 4}}
@@ -81,19 +81,19 @@ evaluation: {{images: 4, images_per_prompt: 2, batch_size: 4}}
     assert run.returncode == 0, run.stdout + run.stderr
     steps = [json.loads(line) for line in (environment.folder / "out" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) >= 2
-    assert "colourfulness" in json.dumps(steps[-1])
+    assert "colorfulness" in json.dumps(steps[-1])
     wrong = environment.cli("run", str(recipe), "--set", "algorithm.rewards.0.options.sing=1")
     assert wrong.returncode == 2
-    assert "colourfulness" in wrong.stderr + wrong.stdout
+    assert "colorfulness" in wrong.stderr + wrong.stdout
 
 
 @pytest.mark.slow
 def test_it_uninstalls_cleanly(environment: Environment) -> None:
-    environment.pip("uninstall", "--yes", "rlhf-t2i-colourfulness")
+    environment.pip("uninstall", "--yes", "rlhf-t2i-colorfulness")
     listed = environment.cli("rewards", "list")
     assert listed.returncode == 0
-    assert "colourfulness" not in listed.stdout
-    assert not list(environment.folder.glob("overlay/lib/python*/site-packages/*colourfulness*"))
-    used = environment.cli("rewards", "check", "colourfulness")
+    assert "colorfulness" not in listed.stdout
+    assert not list(environment.folder.glob("overlay/lib/python*/site-packages/*colorfulness*"))
+    used = environment.cli("rewards", "check", "colorfulness")
     assert used.returncode == 2
-    assert "unknown reward 'colourfulness'" in used.stderr + used.stdout
+    assert "unknown reward 'colorfulness'" in used.stderr + used.stdout

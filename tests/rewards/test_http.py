@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf_t2i import registry
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from tests.rewards.builders import Identity

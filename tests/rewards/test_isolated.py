@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_t2i.environments import overlay_python
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins.base import Reward
+from rlhf_t2i.plugins.environments import overlay_python
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from tests.rewards.builders import Identity
@@ -157,7 +157,7 @@ def test_without_ray_it_says_what_to_do(conflict: tuple[str, list[str]], monkeyp
 
 
 def test_without_its_environment_it_fails(conflict: tuple[str, list[str]]) -> None:
-    from rlhf_t2i import registry
+    from rlhf_t2i.plugins import registry
 
     with pytest.raises(RuntimeError, match=r"version 1 of clashing_package, not 2"):
         registry.reward(conflict[0]).score(IMAGES, PROMPTS)

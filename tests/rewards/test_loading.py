@@ -13,8 +13,8 @@ from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
-from rlhf_t2i import registry
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.plugins import registry
 from tests.rewards import builders
 from tests.rewards.fixtures import formula
 
@@ -97,7 +97,7 @@ def test_pickscore_in_logits_is_the_scaled_cosine(tmp_path: Path) -> None:
 
 
 def test_pickscore_is_transformers_own_clip_output(tmp_path: Path) -> None:
-    """The published recipe: normalised features, through the library's processor and model."""
+    """The published recipe: normalized features, through the library's processor and model."""
     folder = str(builders.write_clip(tmp_path))
     reward = registry.reward("pickscore", model=folder)
     prompts, pixels = ["a cat", "two red foxes"], reward.clip.preprocess(builders.pictures(2))

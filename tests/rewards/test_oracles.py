@@ -13,9 +13,9 @@ import torch
 from rlhf_t2i_plugins.rewards.image_reward import MEAN, STD
 from torch import Tensor
 
-from rlhf_t2i import registry
-from rlhf_t2i.plugin import Reward
-from rlhf_t2i.preprocessing import CLIP_STD, Preprocess
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import Reward
+from rlhf_t2i.plugins.preprocessing import CLIP_STD, Preprocess
 from rlhf_t2i.roles.reward import freeze
 from tests.rewards import builders
 from tests.rewards.fixtures import formula
@@ -26,7 +26,7 @@ ROUNDING = (0.5 * 1.25 + 0.5) / 255
 
 
 def value_and_pixel_gradient(reward: Reward) -> tuple[Tensor, Tensor]:
-    """Scores of the oracle's pictures and the gradient at the normalised pixels, as the oracles export it."""
+    """Scores of the oracle's pictures and the gradient at the normalized pixels, as the oracles export it."""
     freeze(reward, torch.device("cpu"), torch.float32)
     images = formula.pixels(len(formula.PROMPTS), 32).requires_grad_()
     scores = reward.score(images, formula.PROMPTS)
@@ -73,7 +73,7 @@ def test_image_reward_preprocesses_pil_images_as_the_original(image_reward: Rewa
     assert abs(float(exact) - float(fixture["pil_scores"][0])) < TOLERANCE
 
 
-def test_image_reward_standardises_with_the_published_constants() -> None:
+def test_image_reward_standardizes_with_the_published_constants() -> None:
     assert (MEAN, STD) == (0.16717362830052426, 1.0333394966054072)
 
 

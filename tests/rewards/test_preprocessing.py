@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from rlhf_t2i.preprocessing import CLIP_STD, Preprocess, clip_preprocess, resize
+from rlhf_t2i.plugins.preprocessing import CLIP_STD, Preprocess, clip_preprocess, resize
 from tests.rewards.fixtures import formula
 
 SIZES = [(45, 61), (77, 40), (20, 31), (64, 64), (300, 300)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_t2i import registry
 from rlhf_t2i.cluster.clients import get
+from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from tests.rewards import builders, faulty

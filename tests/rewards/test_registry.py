@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import objective, plugin_listing, registry
-from rlhf_t2i.diffusion import NoiseSchedule
+from rlhf_t2i.algorithm import losses
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.plugins import listing, registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,14 +61,14 @@ def test_every_shipped_reward_says_what_it_is() -> None:
 def test_a_reward_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from rlhf_t2i.plugin import Reward\n"
+        "from rlhf_t2i.plugins import Reward\n"
         "class Mine(Reward):\n    def score(self, images, prompts):\n        return images.mean((1, 2, 3))\n"
         "class NotOne:\n    pass\n"
     )
     assert registry.reward(f"{file}:Mine").score(torch.ones(2, 3, 4, 4), ["", ""]).tolist() == [1.0, 1.0]
     for name, message in [
         (f"{file}:Other", "mine.py defines no 'Other'"),
-        (f"{file}:NotOne", "is not a subclass of rlhf_t2i.plugin.Reward"),
+        (f"{file}:NotOne", "is not a subclass of rlhf_t2i.plugins.Reward"),
         (f"{tmp_path}/none.py:Mine", "no such file"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -85,11 +86,11 @@ def test_a_plugin_that_does_not_import_stops_only_those_who_use_it(install: Any)
 
 def test_the_list_shows_a_broken_plugin_with_its_reason(install: Any, capsys: pytest.CaptureFixture[str]) -> None:
     install(entry("broken", "a_module_that_is_not_there:Reward", "some-package"))
-    found = {row.name: row for row in plugin_listing.rows(registry.REWARDS)}
+    found = {row.name: row for row in listing.rows(registry.REWARDS)}
     assert found["broken"].cls is None
     assert found["broken"].problem == "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
     assert found["pickscore"].cls is not None
-    plugin_listing.print_rewards()
+    listing.print_rewards()
     shown = capsys.readouterr().out
     assert "broken" in shown
     assert "pickscore" in shown
@@ -100,7 +101,7 @@ def test_two_plugins_with_one_name_name_both_packages(install: Any) -> None:
     install(entry("mine", value, "package-a"), entry("mine", value, "package-b"))
     with pytest.raises(UsageError, match=r"'mine' is registered by package-a and package-b"):
         registry.reward("mine")
-    row = next(row for row in plugin_listing.rows(registry.REWARDS) if row.name == "mine")
+    row = next(row for row in listing.rows(registry.REWARDS) if row.name == "mine")
     assert row.cls is None
     assert "package-a" in row.package
     assert "package-b" in row.package
@@ -135,7 +136,7 @@ def test_kl_costs_no_vector_jacobian_product() -> None:
 
         x0 = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
         t = torch.tensor([5, 30])
-        loss = objective.divergence_loss(name, x0, t, torch.ones(2, 4), denoiser, lambda x, t: 0.2 * x, schedule)
+        loss = losses.divergence_loss(name, x0, t, torch.ones(2, 4), denoiser, lambda x, t: 0.2 * x, schedule)
         loss.sum().backward()
         assert x0.grad is not None
         return len(calls)
@@ -147,12 +148,12 @@ def test_kl_costs_no_vector_jacobian_product() -> None:
 def test_plugins_do_not_touch_the_distributed_side() -> None:
     """What plugins/ imports, at any depth of any function: of the core, only what a stranger's plugin may use."""
     allowed = {
-        "rlhf_t2i.plugin",
+        "rlhf_t2i.plugins",
         "rlhf_t2i.errors",
-        "rlhf_t2i.preprocessing",
-        "rlhf_t2i.models.sources",
-        "rlhf_t2i.files",
-        "rlhf_t2i.models.quiet",
+        "rlhf_t2i.plugins.preprocessing",
+        "rlhf_t2i.families.sources",
+        "rlhf_t2i.utils.files",
+        "rlhf_t2i.utils.quiet",
     }
     files = sorted((ROOT / "plugins").rglob("*.py"))
     assert len(files) > 10
@@ -174,7 +175,7 @@ def imported(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module in ("rlhf_t2i", "rlhf_t2i.models"):
+        elif isinstance(node, ast.ImportFrom) and node.module in ("rlhf_t2i", "rlhf_t2i.families"):
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module or "")

@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlhf_t2i import plugin, registry
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.plugin import Reward
-from rlhf_t2i.reward_check import SyntheticContext
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
+from rlhf_t2i.tools.reward_check import SyntheticContext
 from tests.rewards import builders, faulty
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_micro_batches_and_checkpointing_change_nothing(
 
 def test_checkpointing_keeps_less_for_the_backward_pass(latents: Tensor, tmp_path: Path) -> None:
     """Each layer's activations are dropped; only its input stays."""
-    from rlhf_t2i.reward_check import _saved_bytes
+    from rlhf_t2i.tools.reward_check import _saved_bytes
 
     folders = [str(builders.write_clip(tmp_path / name)) for name in ("plain", "checkpointed")]
     roles = [
@@ -114,17 +115,17 @@ def test_several_rewards_share_one_decode(latents: Tensor) -> None:
 
 
 def test_one_model_shared_by_two_rewards_is_loaded_once(clip_folder: str) -> None:
-    with plugin.sharing():
+    with plugins.sharing():
         first = registry.reward("pickscore", model=clip_folder)
         second = registry.reward("clip", model=clip_folder, unit="logit")
     assert first.clip.model is second.clip.model
 
 
 def test_a_role_in_half_precision_leaves_another_roles_weights_alone(clip_folder: str) -> None:
-    with plugin.sharing():
+    with plugins.sharing():
         exact = make_role({"p": registry.reward("pickscore", model=clip_folder)}, vae=builders.Identity())
     before = exact.score_latents(builders.pictures(2), PROMPTS[:2])
-    with plugin.sharing():
+    with plugins.sharing():
         make_role({"p": registry.reward("pickscore", model=clip_folder)}, dtype=torch.bfloat16)
     after = exact.score_latents(builders.pictures(2), PROMPTS[:2])
     assert torch.equal(before["p"], after["p"])

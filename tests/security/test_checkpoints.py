@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_t2i import files
+from rlhf_t2i.engines import pickles, resharding
+from rlhf_t2i.engines.deepspeed import import_deepspeed
+from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.errors import RunError
-from rlhf_t2i.recipe import Optimisation, Recipe
-from rlhf_t2i.roles import pickles, universal
-from rlhf_t2i.roles.engine import LocalEngine, import_deepspeed
+from rlhf_t2i.recipe.schema import Optimization, Recipe
+from rlhf_t2i.utils import files
 from tests.security.hostile import Payload
 from tests.training.ranks import run_ranks
 from tests.training.test_universal import build, train
@@ -29,7 +30,7 @@ def poison(file: Path, ran: Path) -> None:
 
 
 def test_a_local_checkpoint(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    engine = LocalEngine(nn.Linear(2, 2), make_recipe().optimisation.generator, 1)
+    engine = LocalEngine(nn.Linear(2, 2), make_recipe().optimization.generator, 1)
     engine.save(tmp_path)
     poison(tmp_path / "local.pt", tmp_path / "ran")
     with pytest.raises(RunError, match=REFUSED):
@@ -37,7 +38,7 @@ def test_a_local_checkpoint(make_recipe: Callable[..., Recipe], tmp_path: Path) 
     assert not (tmp_path / "ran").exists()
 
 
-def hostile_shards(rank: int, settings: Optimisation, folder: Path, ran: Path) -> None:
+def hostile_shards(rank: int, settings: Optimization, folder: Path, ran: Path) -> None:
     """As DeepSpeed loads them, and as they are converted to another number of ranks."""
     engine = build(settings, 1)
     train(engine, rank, 1, 0, 1)
@@ -46,7 +47,7 @@ def hostile_shards(rank: int, settings: Optimisation, folder: Path, ran: Path) -
     file = next(folder.rglob("*optim_states.pt"))
     poison(file, ran)
     for ranks in (1, 2):
-        files.write_json(folder / universal.LAYOUT, {"ranks": ranks, "zero_stage": settings.zero_stage})
+        files.write_json(folder / resharding.LAYOUT, {"ranks": ranks, "zero_stage": settings.zero_stage})
         with pytest.raises(RunError, match=REFUSED):
             engine.load(folder)
     assert not ran.exists()
@@ -56,7 +57,7 @@ def hostile_shards(rank: int, settings: Optimisation, folder: Path, ran: Path) -
 
 def test_shards_of_zero(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
-    settings = make_recipe(optimisation__zero_stage=2).optimisation
+    settings = make_recipe(optimization__zero_stage=2).optimization
     run_ranks(1, tmp_path, hostile_shards, settings, tmp_path / "saved", tmp_path / "ran")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 
 # As every run on one machine starts Ray: with a token of its own, which it makes.
 HEAD = """

@@ -11,15 +11,18 @@ import pytest
 import torch
 import yaml
 
-from rlhf_t2i import cli, export, files, recipe_io, sampling
-from rlhf_t2i.ablation import schema
-from rlhf_t2i.ablation.page import slug
+from rlhf_t2i import cli
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.recipe import Recipe
-from rlhf_t2i.reward_template import write_package
+from rlhf_t2i.evaluation import sampling
+from rlhf_t2i.families import export, sources
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.plugins.scaffold import write_package
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.reward_failure import save_sample
+from rlhf_t2i.tools.ablation import schema
+from rlhf_t2i.tools.ablation.page import slug
+from rlhf_t2i.utils import files
 from tests.recipe.base import parsed, put
 from tests.security.hostile import edit
 
@@ -60,14 +63,14 @@ def test_a_run_with_hostile_names_writes_into_its_folder_alone(
     file.write_text(yaml.safe_dump(recipe), "utf-8")
     out, before = tmp_path / "deep" / "down" / "out", tree(tmp_path)
     try:
-        loaded = recipe_io.load(file)
+        loaded = reading.load(file)
     except UsageError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either outcome is legal
         assert tree(tmp_path) == before
         return
-    from rlhf_t2i import training
+    from rlhf_t2i.training import run
 
-    training.run(loaded, out)
+    run.run(loaded, out)
     assert (out / "model" / "model_index.json").is_file()
     assert {p for p in tree(tmp_path) - before if not p.startswith("deep/down/out/")} == {
         "deep", "deep/down", "deep/down/out",
@@ -85,7 +88,7 @@ def test_control_characters_are_refused(at: tuple[Any, ...], bad: str, tmp_path:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(put(parsed(), at, bad)), "utf-8")
     with pytest.raises(UsageError, match="control characters") as caught:
-        recipe_io.load(file)
+        reading.load(file)
     assert "\n" not in str(caught.value)
     assert bad not in str(caught.value)
 
@@ -95,7 +98,7 @@ def test_a_group_is_named_without_control_characters(tmp_path: Path) -> None:
     groups = {"a\0b": {"roles": ["learner", "generator", "assistant", "reference", "reward"]}}
     file.write_text(yaml.safe_dump(put(parsed(), ("placement", "groups"), groups)), "utf-8")
     with pytest.raises(UsageError, match="control characters"):
-        recipe_io.load(file)
+        reading.load(file)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "a\0b", "", "A", "x" * 81])
@@ -150,7 +153,7 @@ def test_a_whole_folder_never_follows_a_link_out(tmp_path: Path) -> None:
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("x")
     (tmp_path / "model").symlink_to(elsewhere)
-    with files.whole_folder(tmp_path / "model") as folder:
+    with files.atomic_dir(tmp_path / "model") as folder:
         (folder / "new").write_text("y")
     assert tree(elsewhere) == {"precious"}
     assert tree(tmp_path) == {"elsewhere", "elsewhere/precious", "model", "model/new"}

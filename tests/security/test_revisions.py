@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import recipe_io, training
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import pins, sources
-from rlhf_t2i.recipe import Recipe
-from rlhf_t2i.run_folder import RunFolder
+from rlhf_t2i.families import pins, sources
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import run
+from rlhf_t2i.training.folder import RunFolder
 
 MakeRecipe = Callable[..., Recipe]
 OLD, NEW = "a" * 40, "b" * 40
@@ -43,17 +44,17 @@ def test_a_run_pins_what_it_loads_and_a_moved_branch_changes_nothing(
 ) -> None:
     out = tmp_path / "out"
     recipe = recipe_of(make_recipe)
-    training.run(recipe, out)
-    pinned = recipe_io.load(out / "recipe.yaml").revisions
+    run.run(recipe, out)
+    pinned = reading.load(out / "recipe.yaml").revisions
     assert pinned == {"tiny/sdxl": OLD, "tiny/scorer": OLD}
 
     for repository in hub.iterdir():  # the branch now names a commit that is broken
         (repository / "refs" / "main").write_text(NEW, "utf-8")
         (repository / "snapshots" / NEW).mkdir()
     with pytest.raises(UsageError):
-        training.run(recipe, tmp_path / "fresh")
-    training.run(recipe.model_copy(update={"steps": 2}), out, resume=True)
-    assert recipe_io.load(out / "recipe.yaml").revisions == pinned
+        run.run(recipe, tmp_path / "fresh")
+    run.run(recipe.model_copy(update={"steps": 2}), out, resume=True)
+    assert reading.load(out / "recipe.yaml").revisions == pinned
 
     with pytest.raises(UsageError, match=r"revisions.tiny/sdxl \(a+ -> b+\)"):
         RunFolder(out).compare_recipe(recipe_of(make_recipe, revisions=f"{{tiny/sdxl: {NEW}}}"))
@@ -80,7 +81,7 @@ def test_a_run_of_local_models_never_asks_the_hub(make_recipe: MakeRecipe, monke
     monkeypatch.setattr(sources, "commit", lambda source: pytest.fail(f"asked for {source.location}"))
     assert pins.pin(make_recipe()).revisions == {}
     shipped = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-    assert pins.pin(recipe_io.load(shipped)).revisions == {}
+    assert pins.pin(reading.load(shipped)).revisions == {}
 
 
 def test_a_hub_that_cannot_be_reached_pins_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from rlhf_t2i_plugins.rewards.clip_model import load_tokenizer
 
-from rlhf_t2i import registry, sampling
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation import sampling
 from rlhf_t2i.evaluation.features import ClipFeatures
-from rlhf_t2i.models import sources
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.recipe import Models
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.recipe.schema import Models
 from tests import tiny
 from tests.security import hostile
 

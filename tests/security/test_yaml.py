@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_t2i import cli
-from rlhf_t2i.report.page import _recipe
+from rlhf_t2i.tools.report.page import _recipe
 from tests.recipe.base import BASE
 
 TAGS = [

@@ -17,12 +17,13 @@ from typing import Any
 
 import psutil
 
-from rlhf_t2i import recipe_io, training
-from rlhf_t2i.checkpoint import Progress
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.training import run
+from rlhf_t2i.training.checkpoints import TrainState
 
 GROUPS = "{all: {threads: 1, roles: [learner, generator, assistant, reference, reward]}}"
 BAD_REWARD = """
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins import Reward
 
 class Bad(Reward):
     def score(self, images, prompts):
@@ -30,7 +31,7 @@ class Bad(Reward):
 """
 
 
-class Watcher(training.Silent):
+class Watcher(run.Silent):
     """Tells which processes and ports the run has, and does something after its first step."""
 
     def __init__(self, after_step: Callable[[], None] = lambda: None) -> None:
@@ -42,7 +43,7 @@ class Watcher(training.Silent):
         self._told = True
         say(started=[[p.pid, p.name(), listening(p)] for p in psutil.Process().children(recursive=True)])
 
-    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
         if progress.step == 1:
             self._after_step()
 
@@ -85,8 +86,8 @@ def main(recipe: Path, out: Path) -> None:
             changes.append(f"algorithm.rewards=[{{name: '{plugin}:Bad', label: bad}}]")
         ended, told = "done", ""
         try:
-            training.run(recipe_io.load(recipe, changes), out / how.replace(" ", "_"), display=Watcher(after_step))
-        except (training.RunError, training.Stopped, KeyboardInterrupt) as error:
+            run.run(reading.load(recipe, changes), out / how.replace(" ", "_"), display=Watcher(after_step))
+        except (run.RunError, run.Stopped, KeyboardInterrupt) as error:
             ended, told = type(error).__name__, str(error)
         say(ended=ended, told=told)
         sys.stdin.readline()

@@ -15,21 +15,22 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_t2i import recipe_io, training
-from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.errors import RunError
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.training import run
+from rlhf_t2i.training.checkpoints import TrainState
 
 STORE = 80 * 2**20  # Ray takes no less than 75 MiB
 GROUPS = "{train: {roles: [learner], threads: 1}, rest: {roles: [generator, assistant, reward, reference], threads: 1}}"
 
 
-class Filler(training.Silent):
+class Filler(run.Silent):
     """Fills the store after the second step, and from then on takes what room there is, until :meth:`stop`."""
 
     def __init__(self) -> None:
         self._thread, self._ended = threading.Thread(target=self._fill), threading.Event()
 
-    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
         if progress.step == 2:
             self._thread.start()
 
@@ -56,7 +57,7 @@ def main(recipe: Path, out: Path) -> None:
     changes = [f"placement={{mode: ray, step_timeout_s: 60, groups: {GROUPS}}}", "steps=200", "checkpoints.every=1"]
     filler = Filler()
     try:
-        training.run(recipe_io.load(recipe, changes), out, display=filler)
+        run.run(reading.load(recipe, changes), out, display=filler)
     except RunError as error:
         print(f"ended: {error}", flush=True)
     filler.stop()

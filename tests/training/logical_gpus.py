@@ -11,8 +11,9 @@ from pathlib import Path
 
 import ray
 
-from rlhf_t2i import recipe_io, training
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.training import run
 
 TWO = "train: {roles: [learner, generator], threads: 1}, rest: {roles: [assistant, reference, reward], threads: 1}"
 RANKS = "all: {roles: [learner, generator, assistant, reference, reward], devices: 2, threads: 1}"
@@ -31,7 +32,7 @@ def main(recipe: Path, out: Path) -> None:
     ended = {}
     for name, placement in PLACEMENTS.items():
         try:
-            training.run(recipe_io.load(recipe, [f"placement={placement}"]), out / name)
+            run.run(reading.load(recipe, [f"placement={placement}"]), out / name)
             ended[name] = "done"
         except UsageError as error:
             ended[name] = str(error)

@@ -25,7 +25,7 @@ def run_ranks(world: int, folder: Path, function: Callable[..., None], *args: An
 def _rank(rank: int, world: int, folder: Path, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
-    from rlhf_t2i.roles.engine import import_deepspeed
+    from rlhf_t2i.engines.deepspeed import import_deepspeed
 
     import_deepspeed()
     method = f"file://{folder / f'rendezvous-{world}'}"  # no port to be taken by another

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i import prompts, rng, training
+from rlhf_t2i.algorithm import prompts, rng
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.recipe import Optimiser, Recipe
-from rlhf_t2i.roles.engine import LocalEngine, learning_rate
+from rlhf_t2i.engines.base import learning_rate
+from rlhf_t2i.engines.local import LocalEngine
+from rlhf_t2i.recipe.schema import Optimizer, Recipe
+from rlhf_t2i.training import run
 from tests import tiny
 
 MakeRecipe = Callable[..., Recipe]
@@ -34,8 +36,8 @@ def build(make_recipe: MakeRecipe, tiny_sdxl: Path, tiny_clip: Path, tmp_path: P
 
     def networks(**overrides: Any) -> Networks:
         settings = {
-            "models__generator": str(generator), "algorithm__rewards": rewards, "optimisation__micro_batch": 2,
-            "optimisation__generator": PLAIN, "optimisation__assistant": PLAIN,
+            "models__generator": str(generator), "algorithm__rewards": rewards, "optimization__micro_batch": 2,
+            "optimization__generator": PLAIN, "optimization__assistant": PLAIN,
         }  # fmt: skip
         return Networks(make_recipe(**(settings | overrides)))
 
@@ -141,7 +143,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def test_a_generator_step_descends_the_papers_gradient(
     build: Callable[..., Networks], divergence: str, mode: str
 ) -> None:
-    networks = build(algorithm__divergence__name=divergence, algorithm__cfg=f"{{mode: {mode}, scale: 3.0}}")
+    networks = build(algorithm__divergence__name=divergence, algorithm__cfg=f"{{mode: {mode}, guidance_scale: 3.0}}")
     expected = gradient(networks.generator_loss(5, divergence, mode), networks.theta)
     before = flat(networks.theta.parameters())
     (report,) = networks.cluster.call_all("learner", "step", 5, PROMPTS)
@@ -161,7 +163,7 @@ def test_an_assistant_round_descends_the_noise_error(build: Callable[..., Networ
 
 def test_gradients_are_clipped_by_their_global_norm() -> None:
     module = nn.Linear(3, 2)
-    settings = Optimiser(lr=1e6, eps=1e6, max_grad_norm=0.5, betas=[0.0, 0.0], warmup_steps=4)
+    settings = Optimizer(lr=1e6, eps=1e6, max_grad_norm=0.5, betas=[0.0, 0.0], warmup_steps=4)
     engine = LocalEngine(module, settings, accumulation=1)
     before = flat(module.parameters())
     engine.backward(module(torch.ones(1, 3)).sum())
@@ -172,7 +174,7 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
 
 def test_the_average_has_its_half_life_in_images(build: Callable[..., Networks]) -> None:
     """SiD's rule: beta = 0.5^(B / min(half-life, ramp-up x images seen))."""
-    networks = build(optimisation__ema="{half_life_kimg: 0.006, rampup: 0.5}")
+    networks = build(optimization__ema="{half_life_kimg: 0.006, rampup: 0.5}")
     expected, moved = flat(networks.theta.parameters()), []
     for step in range(4):
         networks.cluster.call_all("learner", "step", step, PROMPTS)
@@ -180,7 +182,7 @@ def test_the_average_has_its_half_life_in_images(build: Callable[..., Networks])
         live = flat(networks.theta.parameters())
         moved.append(live)
         expected = beta * expected + (1 - beta) * live
-    averaged = networks.cluster.call_all("learner", "weights", "averaged")[0]
+    averaged = networks.cluster.call_all("learner", "weights", "ema")[0]
     found = flat(averaged[name] for name, _ in networks.theta.named_parameters())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert float((moved[0] - moved[-1]).norm()) > 100 * float((found - expected).norm())
@@ -200,7 +202,7 @@ def test_every_update_has_a_number_and_prompts_of_its_own(
 
     monkeypatch.setattr(LocalCluster, "call_all", recorded)
     recipe = make_recipe(steps=2, algorithm__assistant_steps=2, algorithm__assistant_warmup=1)
-    training.run(recipe, tmp_path / "out")
+    run.run(recipe, tmp_path / "out")
 
     def stream(role: str, purpose: str) -> Iterator[tuple[Any, ...]]:
         epoch, number = prompts.PromptStream(prompts.read(recipe.data.prompts), recipe.seed, purpose), 0

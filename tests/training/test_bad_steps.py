@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import checkpoint, training
 from rlhf_t2i.errors import RunError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.training import checkpoints, run
 from tests.training.test_run import StopAt, metrics
 
 MakeRecipe = Callable[..., Recipe]
@@ -40,7 +40,7 @@ def poisoned(tmp_path: Path, make_recipe: MakeRecipe) -> Callable[..., Recipe]:
         plugin.write_text(POISON.replace("FIRST", str(first)).replace("LAST", str(last)), "utf-8")
         return make_recipe(
             algorithm__divergence=f"{{name: '{plugin}:Poison'}}",
-            optimisation__ema="{half_life_kimg: 0.01}",
+            optimization__ema="{half_life_kimg: 0.01}",
             checkpoints="{every: 1, keep: 9}",
             **overrides,
         )
@@ -48,7 +48,7 @@ def poisoned(tmp_path: Path, make_recipe: MakeRecipe) -> Callable[..., Recipe]:
     return build
 
 
-class Notes(training.Silent):
+class Notes(run.Silent):
     def __init__(self) -> None:
         self.heard = list[str]()
 
@@ -58,7 +58,7 @@ class Notes(training.Silent):
 
 def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
     out, notes = tmp_path / "out", Notes()
-    training.run(poisoned(2, 2), out, display=notes)
+    run.run(poisoned(2, 2), out, display=notes)
     assert [row["bad_steps"] for row in metrics(out)] == [0, 1, 1]
     assert [row["param_grad_norm/generator"] is None for row in metrics(out)] == [False, True, False]
     assert "NaN" not in (out / "metrics.jsonl").read_text("utf-8")
@@ -86,8 +86,8 @@ def test_too_many_in_a_row_end_the_run(poisoned: Callable[..., Recipe], tmp_path
     with pytest.raises(
         RunError, match=r"step 3: the generator's gradient .* 2 of its updates in a row .*max_bad_steps: 1"
     ):
-        training.run(poisoned(2, 99, optimisation__max_bad_steps=1, algorithm__assistant_steps=assistant_steps), out)
-    folder, progress, warnings = checkpoint.find(out)
+        run.run(poisoned(2, 99, optimization__max_bad_steps=1, algorithm__assistant_steps=assistant_steps), out)
+    folder, progress, warnings = checkpoints.find(out)
     assert (folder.name, progress.bad_steps, progress.bad_in_a_row) == ("step_000002", 1, {"generator": 1})
     assert warnings == []
 
@@ -105,9 +105,9 @@ def test_warnings_of_an_unfinished_cycle_are_kept_once(
 
     monkeypatch.setattr(AssistantRole, "train", bad_in_the_first_round)
     recipe, out = make_recipe(steps=2, algorithm__assistant_steps=2), tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(training.Stopped):
-        training.run(recipe, out, display=StopAt(patch, *stop))
-    training.run(recipe, out, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(run.Stopped):
+        run.run(recipe, out, display=StopAt(patch, *stop))
+    run.run(recipe, out, resume=True)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]
     assert [event["step"] for event in events] == [1, 2]
     assert [row["bad_steps"] for row in metrics(out)] == [1, 2]
@@ -122,7 +122,7 @@ def test_all_ranks_skip_together(
 ) -> None:
     out = tmp_path / "out"
     groups = "{all: {devices: 2, threads: 1, roles: [learner, generator, assistant, reference, reward]}}"
-    training.run(poisoned(2, 2, optimisation__zero_stage=zero, placement="{mode: ray, groups: " + groups + "}"), out)
+    run.run(poisoned(2, 2, optimization__zero_stage=zero, placement="{mode: ray, groups: " + groups + "}"), out)
     assert [row["bad_steps"] for row in metrics(out)] == [0, 1, 1]
     averages = [
         torch.load(out / f"checkpoints/step_{step:06d}/learner/average.pt", weights_only=True) for step in (1, 2, 3)

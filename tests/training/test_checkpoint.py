@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_t2i import checkpoint, files, training
-from rlhf_t2i.checkpoint import Progress
-from rlhf_t2i.recipe import Checkpoints, Recipe
+from rlhf_t2i.recipe.schema import Checkpoints, Recipe
+from rlhf_t2i.training import checkpoints, run
+from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.utils import files
 
 
 class Written:
@@ -27,7 +28,7 @@ class Written:
 
 
 def save(out: Path, step: int, reward: float | None, policy: Checkpoints) -> None:
-    checkpoint.save(Written(), out, Progress(step, rewards=[] if reward is None else [reward]), policy)  # type: ignore[arg-type]
+    checkpoints.save(Written(), out, TrainState(step, rewards=[] if reward is None else [reward]), policy)  # type: ignore[arg-type]
 
 
 def present(out: Path) -> list[int]:
@@ -57,20 +58,20 @@ def test_the_best_by_reward_is_kept_besides_the_newest(
 
 def test_steps_are_ordered_as_numbers_and_rounds_within_them(tmp_path: Path) -> None:
     for step, count in ((999_999, 0), (1_000_000, 0), (1_000_000, 2), (1_000_000, 11)):
-        checkpoint.save(Written(), tmp_path, Progress(step, count), Checkpoints(keep=4))  # type: ignore[arg-type]
-    folder, progress, _ = checkpoint.find(tmp_path)
+        checkpoints.save(Written(), tmp_path, TrainState(step, count), Checkpoints(keep=4))  # type: ignore[arg-type]
+    folder, progress, _ = checkpoints.find(tmp_path)
     assert (progress.step, progress.round) == (1_000_000, 11)
     assert folder is not None
     (folder / "learner/state").write_text("damaged", "utf-8")
-    assert checkpoint.find(tmp_path)[1].round == 2
+    assert checkpoints.find(tmp_path)[1].round == 2
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step, None, Checkpoints(keep=2))
     (tmp_path / "checkpoints/step_000002/learner/state").unlink()
-    assert checkpoint.find(tmp_path)[1].step == 1
-    checkpoint.save(Written(), tmp_path, Progress(1, 1), Checkpoints(keep=1))  # type: ignore[arg-type]
+    assert checkpoints.find(tmp_path)[1].step == 1
+    checkpoints.save(Written(), tmp_path, TrainState(1, 1), Checkpoints(keep=1))  # type: ignore[arg-type]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001_round_001"]
 
 
@@ -78,7 +79,7 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     left = tmp_path / "checkpoints/.writing-step_000007_round_003/learner"
     left.mkdir(parents=True)
     (left / "state").write_text("half", "utf-8")
-    assert checkpoint.find(tmp_path) == (None, Progress(), [])
+    assert checkpoints.find(tmp_path) == (None, TrainState(), [])
     save(tmp_path, 8, None, Checkpoints())
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000008"]
 
@@ -112,7 +113,7 @@ def test_a_kill_while_one_replaces_another_leaves_a_whole_one(
             patch.setattr(files, "_why_not_written", killed)  # nor does anything that would tidy up
         with contextlib.suppress(Killed):
             save(tmp_path, 1, None, Checkpoints(keep=1))
-    found, _, warnings = checkpoint.find(tmp_path)
+    found, _, warnings = checkpoints.find(tmp_path)
     assert found == tmp_path / "checkpoints/step_000001"
     assert warnings == []
 
@@ -142,13 +143,13 @@ def test_a_copy_under_another_name_is_neither_read_nor_pruned(tmp_path: Path) ->
     shutil.copytree(folder / "step_000001", tmp_path / "elsewhere")
     (folder / "step_000000").symlink_to(tmp_path / "elsewhere")
     save(tmp_path, 2, None, Checkpoints(keep=1, keep_best=False))
-    assert checkpoint.find(tmp_path)[1].step == 2
+    assert checkpoints.find(tmp_path)[1].step == 2
     assert sorted(path.name for path in folder.iterdir()) == ["step_000001_before_the_crash", "step_000002"]
     assert (tmp_path / "elsewhere/manifest.json").is_file()
 
 
 def test_the_window_is_the_last_steps(tmp_path: Path) -> None:
-    progress = Progress()
+    progress = TrainState()
     assert progress.reward() is None
     for reward in (100.0, 1.0, float("inf"), None, 2.0):
         progress.remember(reward, window=2)
@@ -160,7 +161,7 @@ def test_a_run_keeps_its_best_through_a_resume_and_measures_saving(
 ) -> None:
     out = tmp_path / "out"
     options = {"checkpoints__every": 1, "checkpoints__keep": 1}
-    training.run(make_recipe(**options), out)
+    run.run(make_recipe(**options), out)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert ["checkpoint" in row["timing"] for row in rows] == [False, True, True]
     assert all(row["timing"]["checkpoint"] > 0 for row in rows[1:])
@@ -172,5 +173,5 @@ def test_a_run_keeps_its_best_through_a_resume_and_measures_saving(
     assert manifest["reward"] == pytest.approx(rewards[best])
     manifest["reward"] = 1e9
     (kept / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    training.run(make_recipe(**options, steps=5), out, resume=True)
+    run.run(make_recipe(**options, steps=5), out, resume=True)
     assert present(out) == sorted({best, 5})

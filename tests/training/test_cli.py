@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import recipe_io
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -21,7 +21,7 @@ MakeRecipe = Callable[..., Recipe]
 @pytest.fixture
 def recipe_file(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(recipe_io.dump(make_recipe()), "utf-8")
+    path.write_text(reading.dump(make_recipe()), "utf-8")
     return path
 
 
@@ -52,7 +52,7 @@ def test_help_and_a_refused_recipe_answer_without_torch(recipe_file: Path) -> No
         ("stepz=3", "did you mean 'steps'"),
         ("algorithm.divergence.name=pseudo_hubber", "did you mean 'pseudo_huber'"),
         ("algorithm.divergence.options.c_real=1", "did you mean 'c_rel'"),
-        ("optimisation.micro_batch=3", "batch_size"),
+        ("optimization.micro_batch=3", "batch_size"),
         ("data.prompts=/nowhere.txt", "no such prompt file"),
         ("models.reference=/nowhere", "no such model"),
         ("algorithm.rewards=[{name: http, options: {url: 'http://127.0.0.1:1'}}]", "no gradient"),
@@ -110,6 +110,6 @@ def test_a_signal_writes_a_checkpoint(
     _, errors = long_run.communicate(timeout=60)
     assert long_run.returncode == code, errors
     assert "--resume" in errors.replace("\n", " ")
-    from rlhf_t2i import checkpoint
+    from rlhf_t2i.training import checkpoints
 
-    assert checkpoint.find(out)[1].step >= 1
+    assert checkpoints.find(out)[1].step >= 1

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import registry, training
 from rlhf_t2i.evaluation import run as evaluation_run
 from rlhf_t2i.evaluation.settings import Settings
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles import worker
 from rlhf_t2i.roles.reward import RewardRole
+from rlhf_t2i.training import run
 from tests import pretended
 from tests.evaluation.conftest import run_folder_with_model, settings  # noqa: F401
 from tests.rewards import builders
@@ -32,7 +33,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_: None)  # it knows GPUs by name
     for module in (worker, evaluation_run):
-        monkeypatch.setattr(module, "own_device", lambda: pretended.DEVICE)
+        monkeypatch.setattr(module, "default_device", lambda: pretended.DEVICE)
     with pretended.pretended_device():
         yield
 
@@ -49,15 +50,15 @@ def test_the_device_refuses_to_mix(device: None) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimisation__ema": "{half_life_kimg: 0.01}", "logging__watch_every": 2, "logging__watch_images": 4},
-        {"algorithm__cfg__mode": "outer", "optimisation__micro_batch": 2, "algorithm__divergence": "{name: kl}"},
-        {"optimisation__generator__lora": "{rank: 2}", "optimisation__assistant__lora": "{rank: 2}"},
+        {"optimization__ema": "{half_life_kimg: 0.01}", "logging__watch_every": 2, "logging__watch_images": 4},
+        {"algorithm__cfg__mode": "outer", "optimization__micro_batch": 2, "algorithm__divergence": "{name: kl}"},
+        {"optimization__generator__lora": "{rank: 2}", "optimization__assistant__lora": "{rank: 2}"},
         {"models__vae_tiling": "true", "models__vae_slicing": "true"},
     ],
     ids=["averaged and watched", "outer CFG and KL", "adapters", "tiles and slices"],
 )
 def test_a_run(device: None, make_recipe: MakeRecipe, tmp_path: Path, changes: dict[str, Any]) -> None:
-    training.run(make_recipe(**changes), tmp_path / "out")
+    run.run(make_recipe(**changes), tmp_path / "out")
     assert len(metrics(tmp_path / "out")) == 3
     assert (tmp_path / "out/model/model_index.json").is_file()
 
@@ -65,7 +66,7 @@ def test_a_run(device: None, make_recipe: MakeRecipe, tmp_path: Path, changes: d
 def test_a_run_of_sd15(device: None, make_recipe: MakeRecipe, tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     rewards = f"[{{name: clip, scale: 1, options: {{model: {tiny_clip}}}}}, {{name: cfg_implicit, scale: 2.0}}]"
     models = f"{{reference: {tiny_sd15}, generator: {tiny_sd15}/unet, resolution: 16}}"
-    training.run(make_recipe(models=models, algorithm__rewards=rewards), tmp_path / "out")
+    run.run(make_recipe(models=models, algorithm__rewards=rewards), tmp_path / "out")
     assert len(metrics(tmp_path / "out")) == 3
 
 

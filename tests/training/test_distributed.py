@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_t2i import rng
+from rlhf_t2i.algorithm import rng
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-PROMPTS = [f"a {colour} cat" for colour in ("red", "blue", "green", "gold")]
+PROMPTS = [f"a {color} cat" for color in ("red", "blue", "green", "gold")]
 # (learner ranks, assistant ranks, ZeRO stage): every rank count at both roles and every stage, each layout some 30 s.
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 2, 3), (2, 2, 3)]
 
@@ -29,8 +29,8 @@ def ray_recipe(make_recipe: Callable[..., Recipe], learner: int, assistant: int,
         "score: {devices: 1, roles: [reference, reward], threads: 1}}"
     )
     return make_recipe(
-        placement__mode="ray", placement__groups=groups, optimisation__zero_stage=zero,
-        optimisation__micro_batch=1, **more,
+        placement__mode="ray", placement__groups=groups, optimization__zero_stage=zero,
+        optimization__micro_batch=1, **more,
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def train(cluster: Cluster, steps: int) -> Tensor:
         cluster.call_all("assistant", "train", step, PROMPTS)
         cluster.call_all("learner", "step", step, PROMPTS)
         cluster.sync_generator()
-    return flat(cluster.call_all("learner", "weights", "live")[0])
+    return flat(cluster.call_all("learner", "weights", "raw")[0])
 
 
 @pytest.mark.parametrize(("learner", "assistant", "zero"), LAYOUTS)
@@ -68,7 +68,7 @@ def test_ten_steps_equal_local(
 ) -> None:
     local_recipe = make_recipe()
     local = LocalCluster(local_recipe)
-    start = flat(local.call_all("learner", "weights", "live")[0])
+    start = flat(local.call_all("learner", "weights", "raw")[0])
     expected_gradient = gradient(local, local_recipe)
     expected = train(local, 10)
     assert relative(expected, start) > 1e-3  # ten steps do move the weights
@@ -84,8 +84,8 @@ def test_ten_steps_equal_local(
 
 # With an epsilon far above the gradients, one AdamW step is the gradient itself, times lr / eps.
 PLAIN_GRADIENT = {
-    "optimisation__generator": "{lr: 1.0e+6, eps: 1.0e+3, max_grad_norm: 1.0e+9, betas: [0.0, 0.0]}",
-    "optimisation__batch_size": 4,
+    "optimization__generator": "{lr: 1.0e+6, eps: 1.0e+3, max_grad_norm: 1.0e+9, betas: [0.0, 0.0]}",
+    "optimization__batch_size": 4,
 }
 
 
@@ -94,14 +94,14 @@ def test_parameter_gradients_equal_local(
     ray_instance: None, make_recipe: Callable[..., Recipe], learner: int, assistant: int, zero: int
 ) -> None:
     local = LocalCluster(make_recipe(**PLAIN_GRADIENT))
-    start = flat(local.call_all("learner", "weights", "live")[0])
+    start = flat(local.call_all("learner", "weights", "raw")[0])
     local.call_all("learner", "step", 0, PROMPTS)
-    expected = flat(local.call_all("learner", "weights", "live")[0]) - start
+    expected = flat(local.call_all("learner", "weights", "raw")[0]) - start
 
     cluster = start_ray(ray_recipe(make_recipe, learner, assistant, zero, **PLAIN_GRADIENT))
     try:
         cluster.call_all("learner", "step", 0, PROMPTS)
-        moved = flat(cluster.call_all("learner", "weights", "live")[0]) - start
+        moved = flat(cluster.call_all("learner", "weights", "raw")[0]) - start
     finally:
         cluster.close()
     assert relative(moved, expected) < 1e-5
@@ -120,7 +120,7 @@ def test_separate_generator_group_gets_the_learners_weights(
     try:
         assert relative(train(cluster, 3), expected) < 1e-5
         keys = [(0, "sample", i) for i in range(3)]
-        ours, theirs = (c.sample(PROMPTS[:3], keys, "live") for c in (cluster, local))
+        ours, theirs = (c.sample(PROMPTS[:3], keys, "raw") for c in (cluster, local))
         assert relative(ours, theirs) < 1e-5
     finally:
         cluster.close()

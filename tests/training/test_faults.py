@@ -10,13 +10,13 @@ import pytest
 import ray
 import torch
 
-from rlhf_t2i import rng
+from rlhf_t2i.algorithm import rng
 from rlhf_t2i.cluster import ray_cluster
 from rlhf_t2i.cluster.actor import WorkerActor, network_interface
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -78,7 +78,7 @@ def test_a_killed_learner_ends_the_run_with_a_sentence(cluster: RayCluster) -> N
 
 BAD_REWARD = """
 import torch
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins import Reward
 
 class Bad(Reward):
     def score(self, images, prompts):
@@ -107,7 +107,7 @@ def test_a_nan_reward_names_itself_and_saves_the_sample(
 
 DEADLY_REWARD = """
 import os, signal
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins import Reward
 
 class Deadly(Reward):
     def score(self, images, prompts):
@@ -135,6 +135,6 @@ def test_an_impossible_placement_is_refused_at_once(ray_instance: None, make_rec
         "{train: {devices: 16, roles: [learner, generator]}, "
         "rest: {devices: 16, roles: [assistant, reference, reward]}}"
     )
-    recipe = make_recipe(placement__mode="ray", placement__groups=groups, optimisation__batch_size=16)
+    recipe = make_recipe(placement__mode="ray", placement__groups=groups, optimization__batch_size=16)
     with pytest.raises(UsageError, match="needs 32 CPUs"):
         RayCluster(recipe)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i import checkpoint
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -26,7 +26,7 @@ def test_a_full_store_ends_the_run_in_a_sentence(make_recipe: Callable[..., Reci
     assert "Traceback" not in done.stderr
     (ended,) = [line for line in done.stdout.splitlines() if line.startswith("ended: ")]
     assert "object store is full" in ended
-    saved, progress, damaged = checkpoint.find(tmp_path / "out")
+    saved, progress, damaged = checkpoints.find(tmp_path / "out")
     assert saved is not None
     assert progress.step >= 2
     assert damaged == []

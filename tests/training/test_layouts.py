@@ -26,7 +26,7 @@ def train(folder: Path, pipeline: Path, clip: Path, generator: str | None = None
         tiny.make_prompts(folder),
         steps=100,
         algorithm={"rewards": [{"name": "pickscore", "scale": 100.0, "options": {"model": str(clip)}}]},
-        optimisation={"batch_size": 2, "generator": {"lr": LR}, "assistant": {"lr": LR}},
+        optimization={"batch_size": 2, "generator": {"lr": LR}, "assistant": {"lr": LR}},
         logging={"sample_count": 1},
         evaluation={"images": 2, "images_per_prompt": 2, "batch_size": 2},
     )

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 from tests.training.endings import ENDINGS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
 from tests.training.test_run import metrics
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import training
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.recipe import Optimisation, Recipe
+from rlhf_t2i.recipe.schema import Optimization, Recipe
+from rlhf_t2i.training import run
 from tests.training.test_distributed import PROMPTS, flat, ray_recipe, relative, start_ray, train
 from tests.training.test_run import StopAt, metrics, model_bytes
 
 MakeRecipe = Callable[..., Recipe]
 ADAPTERS = {
-    "optimisation__generator__lora": "{rank: 4}",
-    "optimisation__assistant__lora": "{rank: 2, alpha: 4}",
+    "optimization__generator__lora": "{rank: 4}",
+    "optimization__assistant__lora": "{rank: 2, alpha: 4}",
 }
 
 
@@ -27,7 +27,7 @@ def test_the_assistant_starts_as_the_reference(make_recipe: MakeRecipe) -> None:
     cluster = LocalCluster(make_recipe(**ADAPTERS))
     roles = cluster._worker.roles
     x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    request = ("ticket", x_t, torch.tensor([100, 700]), PROMPTS[:2], "conditional", False)
+    request = ("request_id", x_t, torch.tensor([100, 700]), PROMPTS[:2], "conditional", False)
     # Frozen weights lie channels last, trained ones as they were: convolutions sum in another order.
     torch.testing.assert_close(
         roles["assistant"].forward(*request), roles["reference"].forward(*request), rtol=1e-5, atol=1e-5
@@ -39,14 +39,14 @@ def test_resume_is_bit_identical_and_the_export_is_plain(
 ) -> None:
     from diffusers import UNet2DConditionModel
 
-    recipe = make_recipe(optimisation__ema="{half_life_kimg: 0.01}", optimisation__micro_batch=2, **ADAPTERS)
+    recipe = make_recipe(optimization__ema="{half_life_kimg: 0.01}", optimization__micro_batch=2, **ADAPTERS)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    training.run(recipe, whole)
+    run.run(recipe, whole)
     with monkeypatch.context() as patch:
         display = StopAt(patch, 2, 0)
-        with pytest.raises(training.Stopped):
-            training.run(recipe, broken, display=display)
-    training.run(recipe, broken, resume=True)
+        with pytest.raises(run.Stopped):
+            run.run(recipe, broken, display=display)
+    run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)
     for role in ("learner", "assistant"):
@@ -62,7 +62,7 @@ def test_resume_is_bit_identical_and_the_export_is_plain(
 
 def test_checkpointed_activations_and_bf16_reach_every_adapter(make_recipe: MakeRecipe) -> None:
     """With a frozen base no input of a block wants a gradient: re-entrant checkpointing would give none."""
-    options = {"optimisation__gradient_checkpointing": True, "optimisation__precision": "bf16", **ADAPTERS}
+    options = {"optimization__gradient_checkpointing": True, "optimization__precision": "bf16", **ADAPTERS}
     found = []
     for recipe in (make_recipe(**options), make_recipe(**ADAPTERS)):
         cluster = LocalCluster(recipe)
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_
 )
 def test_impossible_combinations(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        Optimisation.model_validate(settings)
+        Optimization.model_validate(settings)
 
 
 @pytest.mark.parametrize(("installed", "sentence"), [(False, "needs bitsandbytes"), (True, "needs an NVIDIA GPU")])
@@ -101,19 +101,19 @@ def test_eight_bit_states_say_what_they_need(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    from rlhf_t2i.roles import engine
+    from rlhf_t2i.engines import base as engine
 
-    optimiser = make_recipe(optimisation__generator__kind="adamw_8bit").optimisation.generator
+    optimizer = make_recipe(optimization__generator__kind="adamw_8bit").optimization.generator
     with pytest.raises(UsageError, match=sentence):
-        engine.adamw([torch.nn.Parameter(torch.zeros(2))], optimiser)
+        engine.adamw([torch.nn.Parameter(torch.zeros(2))], optimizer)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_eight_bit_states_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    cluster = LocalCluster(make_recipe(optimisation__generator__kind="adamw_8bit"))
-    start = flat(cluster.call_all("learner", "weights", "live")[0])
+    cluster = LocalCluster(make_recipe(optimization__generator__kind="adamw_8bit"))
+    start = flat(cluster.call_all("learner", "weights", "raw")[0])
     assert relative(train(cluster, 3), start) > 1e-3
 
 
@@ -122,7 +122,7 @@ def test_eight_bit_states_train(make_recipe: MakeRecipe, tmp_path: Path) -> None
 @pytest.mark.timeout(300)
 def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     local = LocalCluster(make_recipe(**ADAPTERS))
-    start = flat(local.call_all("learner", "weights", "live")[0])
+    start = flat(local.call_all("learner", "weights", "raw")[0])
     expected = train(local, 4)
     assert relative(expected, start) > 1e-4
     cluster = start_ray(ray_recipe(make_recipe, 2, 2, 1, **ADAPTERS))
@@ -135,9 +135,9 @@ def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRe
             cluster.call_all("assistant", "train", step, PROMPTS)
             cluster.call_all("learner", "step", step, PROMPTS)
             cluster.sync_generator()
-        assert relative(flat(cluster.call_all("learner", "weights", "live")[0]), expected) < 1e-5
+        assert relative(flat(cluster.call_all("learner", "weights", "raw")[0]), expected) < 1e-5
         for role in ("learner", "assistant"):
             cluster.call_all(role, "load", str(tmp_path / role))
-        assert torch.equal(flat(cluster.call_all("learner", "weights", "live")[0]), halfway)
+        assert torch.equal(flat(cluster.call_all("learner", "weights", "raw")[0]), halfway)
     finally:
         cluster.close()

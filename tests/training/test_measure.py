@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_t2i import measure, rng, statistics
-from rlhf_t2i.recipe import Recipe
-from rlhf_t2i.watch import Watch
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.evaluation import measure
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training.hacking import Watch
+from rlhf_t2i.utils import stats
 
 
 class Recorder:
@@ -33,7 +35,7 @@ class Recorder:
 def test_image_i_has_noise_i_whatever_the_batches(size: int) -> None:
     """Also in the last, smaller batch."""
     cluster: Any = Recorder()
-    drawn = measure.draw(cluster, ["0", "1", "2", "3", "4"], "live", size)
+    drawn = measure.draw(cluster, ["0", "1", "2", "3", "4"], "raw", size)
     assert cluster.keys == [(0, "evaluation", i) for i in range(5)]
     assert drawn.latents.flatten().tolist() == [0, 1, 2, 3, 4]
     assert drawn.scores == {"r": [0, 2, 4, 6, 8]}
@@ -54,5 +56,5 @@ def test_the_watched_reward_is_the_scaled_one(make_recipe: Callable[..., Recipe]
 
 def test_an_exact_ratio_has_no_error() -> None:
     before = [1.0, 2.0, 4.0]
-    kept = statistics.ratio(before, [0.5 * value for value in before])
+    kept = stats.ratio(before, [0.5 * value for value in before])
     assert (kept.value, kept.error) == (0.5, 0.0)

@@ -9,11 +9,11 @@ import pytest
 import ray
 import torch
 
-from rlhf_t2i import geometry
 from rlhf_t2i.cluster import clients, ray_cluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe import placement as geometry
+from rlhf_t2i.recipe.schema import Recipe
 
 EXCEPTIONS = ray.exceptions
 
@@ -58,7 +58,7 @@ def placed(make_recipe: Callable[..., Recipe]) -> RayCluster:
 
 
 CALLS: dict[str, Callable[[RayCluster], Any]] = {
-    "sample": lambda cluster: cluster.sample(["a cat"], [(0,)], "live"),
+    "sample": lambda cluster: cluster.sample(["a cat"], [(0,)], "raw"),
     "scores": lambda cluster: cluster.rewards(torch.zeros(1), ["a cat"]),
     "decode": lambda cluster: cluster.decode(torch.zeros(1)),
     "call": lambda cluster: cluster._wait([], "learner"),
@@ -75,14 +75,14 @@ def test_what_an_evaluation_calls_tells_lost_and_stuck_processes_apart_too(
         failed = raised.pop(0)
         raise EXCEPTIONS.RayTaskError("call", "", failed) if isinstance(failed, RuntimeError) else failed
 
-    def start(self: clients.RemoteCalls, *args: Any) -> clients.RemotePending:
-        return clients.RemotePending([], lambda answers: answers, self.timeout_s, self.role, self.limit)
+    def start(self: clients.RemoteCalls, *args: Any) -> clients.RemoteFuture:
+        return clients.RemoteFuture([], lambda answers: answers, self.timeout_s, self.role, self.limit)
 
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(clients.RemoteCalls, "_start", start)
     monkeypatch.setattr(clients.RemoteCalls, "_slices", lambda self, batch: [])
     monkeypatch.setattr(placed, "_lost", lambda: "all/1", raising=False)
-    monkeypatch.setattr(placed, "_standing", lambda: "all/0: idle", raising=False)
+    monkeypatch.setattr(placed, "_describe_processes", lambda: "all/0: idle", raising=False)
     with pytest.raises(ProcessLost, match="process all/1 died while the"):  # heard from a peer, in a collective
         CALLS[call](placed)
     limit = r"7 s \(timeout_s of pickscore\)" if call == "scores" else r"3600 s \(placement\.step_timeout_s\)"

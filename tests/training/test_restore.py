@@ -12,12 +12,12 @@ import pytest
 import ray
 import torch
 
-from rlhf_t2i import training
-from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster import start as starting
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import run
+from rlhf_t2i.training.checkpoints import TrainState
 from tests.training.test_run import StopAt, metrics, model_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -28,7 +28,7 @@ GROUPS = (
 )
 
 
-class Killer(training.Silent):
+class Killer(run.Silent):
     """Sends SIGKILL to the first process of a group after a step, once for each entry of ``plan``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, plan: dict[int, str]) -> None:
@@ -42,7 +42,7 @@ class Killer(training.Silent):
 
         monkeypatch.setattr(starting, "start", start)
 
-    def step(self, progress: Progress, metrics: dict[str, Any]) -> None:
+    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
         group = self.plan.pop(progress.step, None)
         if group is not None:
             actor = self.cluster._actors[group][0]
@@ -58,9 +58,9 @@ def test_a_run_survives_the_loss_of_every_role_bit_for_bit(
     recipe = make_recipe(
         placement="{mode: ray, groups: " + GROUPS + "}", steps=6, checkpoints__every=2, algorithm__assistant_steps=2
     )
-    training.run(recipe, tmp_path / "whole")
+    run.run(recipe, tmp_path / "whole")
     killer = Killer(monkeypatch, {1: "draw", 2: "score", 3: "train", 5: "model"})
-    training.run(recipe, tmp_path / "killed", display=killer)
+    run.run(recipe, tmp_path / "killed", display=killer)
     assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     restarts = [note for note in killer.notes if "restart" in note]
@@ -74,17 +74,17 @@ def test_a_run_that_keeps_losing_processes_ends(
     groups = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
     recipe = make_recipe(placement="{mode: ray, max_restarts: 0, groups: " + groups + "}", checkpoints__every=1)
     with pytest.raises(RunError, match=r"a process of the .* died.*placement\.max_restarts"):
-        training.run(recipe, tmp_path / "out", display=Killer(monkeypatch, {2: "all"}))
+        run.run(recipe, tmp_path / "out", display=Killer(monkeypatch, {2: "all"}))
     saved = list((tmp_path / "out/checkpoints").iterdir())
     assert [folder.name for folder in saved] == ["step_000001"]
-    training.run(recipe, tmp_path / "out", resume=True)
+    run.run(recipe, tmp_path / "out", resume=True)
 
 
 def test_a_process_lost_while_starting_again_is_one_more_restart(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, original = make_recipe(checkpoints__every=1), starting.start
-    training.run(recipe, tmp_path / "whole")
+    run.run(recipe, tmp_path / "whole")
     fates = iter(["lost in its second step", "lost at once", "well"])
 
     def start(*args: Any) -> Any:
@@ -102,7 +102,7 @@ def test_a_process_lost_while_starting_again_is_one_more_restart(
 
     monkeypatch.setattr(starting, "start", start)
     killer = Killer(monkeypatch, {})
-    training.run(recipe, tmp_path / "killed", display=killer)
+    run.run(recipe, tmp_path / "killed", display=killer)
     restarts = [note for note in killer.notes if "restart" in note]
     assert ["learner" in restarts[0], "'all'" in restarts[1], len(restarts)] == [True, True, 2]
     assert all("step_000001" in note for note in restarts)
@@ -122,19 +122,19 @@ def test_resume_over_ray_is_bit_identical(
     groups = f"{{all: {{devices: {devices}, threads: 1, roles: [learner, generator, assistant, reference, reward]}}}}"
     recipe = make_recipe(
         placement="{mode: ray, groups: " + groups + "}",
-        optimisation__zero_stage=zero,
-        optimisation__micro_batch=1,  # accumulates
-        optimisation__ema="{half_life_kimg: 0.01}",
+        optimization__zero_stage=zero,
+        optimization__micro_batch=1,  # accumulates
+        optimization__ema="{half_life_kimg: 0.01}",
         algorithm__assistant_steps=2,
         steps=2,
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    training.run(recipe, whole)
+    run.run(recipe, whole)
     with monkeypatch.context() as patch:
         display = StopAt(patch, 1, 1)  # in the middle of a cycle
-        with pytest.raises(training.Stopped):
-            training.run(recipe, broken, display=display)
-    training.run(recipe, broken, resume=True)
+        with pytest.raises(run.Stopped):
+            run.run(recipe, broken, display=display)
+    run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)
     for state in sorted((whole / "checkpoints/step_000002").rglob("*.pt")):
@@ -143,7 +143,7 @@ def test_resume_over_ray_is_bit_identical(
 
 
 def assert_equal_states(one: Any, other: Any) -> None:
-    """Optimiser states, weights and averages, whatever DeepSpeed nests them in."""
+    """Optimizer states, weights and averages, whatever DeepSpeed nests them in."""
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
@@ -159,7 +159,7 @@ def assert_equal_states(one: Any, other: Any) -> None:
 
 STUCK = """
 import time
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins import Reward
 
 class Stuck(Reward):
     def score(self, images, prompts):

@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i import checkpoint, export, manifest, recipe_io, training
-from rlhf_t2i.checkpoint import Progress
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.recipe import Checkpoints, Recipe
+from rlhf_t2i.families import export
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Checkpoints, Recipe
+from rlhf_t2i.training import checkpoints, run
+from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.utils import manifest
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -35,7 +38,7 @@ def model_bytes(out: Path) -> bytes:
 
 def test_leaves_the_documented_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    training.run(make_recipe(), out)
+    run.run(make_recipe(), out)
     for name in ("recipe.yaml", "run.json", "report.html", "samples/step_000000.png", "samples/step_000003.png"):
         assert (out / name).stat().st_size > 0, name
     rows = metrics(out)
@@ -50,18 +53,18 @@ def test_leaves_the_documented_files(make_recipe: MakeRecipe, tmp_path: Path) ->
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
 
 
-class StopAt(training.Silent):
+class StopAt(run.Silent):
     """Sends SIGTERM to this process once ``rounds`` assistant rounds and ``step`` steps are done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, rounds: int) -> None:
-        original = training.Trainer._stop_if_asked
+        original = run.Trainer._stop_if_asked
 
-        def stop(trainer: training.Trainer) -> None:
+        def stop(trainer: run.Trainer) -> None:
             if (trainer.progress.step, trainer.progress.round) == (step, rounds):
                 signal.raise_signal(signal.SIGTERM)
             original(trainer)
 
-        monkeypatch.setattr(training.Trainer, "_stop_if_asked", stop)
+        monkeypatch.setattr(run.Trainer, "_stop_if_asked", stop)
 
 
 @pytest.mark.parametrize("stop", [(1, 0), (1, 1), (2, 1), (0, 1)])
@@ -70,18 +73,18 @@ def test_resume_is_bit_identical(
 ) -> None:
     recipe = make_recipe(
         algorithm__assistant_steps=2,
-        optimisation__micro_batch=2,
-        optimisation__ema="{half_life_kimg: 0.01}",
+        optimization__micro_batch=2,
+        optimization__ema="{half_life_kimg: 0.01}",
         steps=3,
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    training.run(recipe, whole)
+    run.run(recipe, whole)
     with monkeypatch.context() as patch:
         display = StopAt(patch, *stop)
-        with pytest.raises(training.Stopped) as stopped:
-            training.run(recipe, broken, display=display)
+        with pytest.raises(run.Stopped) as stopped:
+            run.run(recipe, broken, display=display)
     assert stopped.value.exit_code == 143
-    training.run(recipe, broken, resume=True)
+    run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)
     for name in ("samples/step_000003.png", "evaluation/after.json", "checkpoints/step_000003/assistant/local.pt"):
@@ -90,26 +93,26 @@ def test_resume_is_bit_identical(
 
 def test_damaged_checkpoint_is_named_and_an_older_one_used(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    training.run(make_recipe(), out)
+    run.run(make_recipe(), out)
     newest = out / "checkpoints/step_000003/learner/local.pt"
     newest.write_bytes(newest.read_bytes()[:-10])
-    folder, progress, warnings = checkpoint.find(out)
+    folder, progress, warnings = checkpoints.find(out)
     assert folder.name == "step_000002"
     assert progress.step == 2
     assert "step_000003" in warnings[0]
     assert "learner/local.pt" in warnings[0]
     shutil.rmtree(folder)
     with pytest.raises(UsageError, match="no whole checkpoint"):
-        checkpoint.find(out)
+        checkpoints.find(out)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    training.run(make_recipe(), whole)
-    training.run(make_recipe(steps=1), broken)
+    run.run(make_recipe(), whole)
+    run.run(make_recipe(steps=1), broken)
     for folder in ("checkpoints", "model"):
         shutil.rmtree(broken / folder)
-    training.run(make_recipe(), broken, resume=True)
+    run.run(make_recipe(), broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)
 
@@ -118,14 +121,14 @@ def test_what_a_crash_left_of_the_last_lines_is_cut_off(make_recipe: MakeRecipe,
     """A kill leaves half a line; a power cut may leave zeros, or bytes that are no text."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     watched = {"logging__watch_every": 1, "logging__watch_images": 4}
-    training.run(make_recipe(**watched), whole)
-    training.run(make_recipe(**watched, steps=2), broken)
+    run.run(make_recipe(**watched), whole)
+    run.run(make_recipe(**watched, steps=2), broken)
     (broken / "events.jsonl").write_text('{"step": 2, "after": [2, 0], "text": "kept"}\n', "utf-8")
     files = ("metrics.jsonl", "events.jsonl", "evaluation/watch.jsonl")
     for name, rest in zip(files, (b'{"step": 3, "rew', bytes(40), b'{"step": 3\xff\xfe'), strict=True):
         with (broken / name).open("ab") as file:
             file.write(rest)
-    training.run(make_recipe(**watched), broken, resume=True)
+    run.run(make_recipe(**watched), broken, resume=True)
     assert metrics(broken) == metrics(whole)
     assert (broken / files[2]).read_bytes() == (whole / files[2]).read_bytes()
     assert [json.loads(line)["text"] for line in (broken / files[1]).read_text("utf-8").splitlines()] == ["kept"]
@@ -150,7 +153,7 @@ def test_there_must_be_a_run_to_resume(
         for name, text in holds.items():
             (out / name).write_text(text, "utf-8")
     with pytest.raises(UsageError, match=sentence):
-        training.run(make_recipe(), out, resume=True)
+        run.run(make_recipe(), out, resume=True)
     assert out.exists() == (holds is not None)
     assert {path.name: path.read_text("utf-8") for path in out.glob("*")} == (holds or {})
 
@@ -169,18 +172,18 @@ def no_file_over(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [10_000, 100_000])
 def test_a_full_disk_keeps_the_last_checkpoint(make_recipe: MakeRecipe, tmp_path: Path, size: int) -> None:
     cluster = LocalCluster(make_recipe())
-    checkpoint.save(cluster, tmp_path, Progress(1, 0, 1), Checkpoints())
+    checkpoints.save(cluster, tmp_path, TrainState(1, 0, 1), Checkpoints())
     with no_file_over(size), pytest.raises(RunError, match=r"step_000002 could not be written: .*; what was .* intact"):
-        checkpoint.save(cluster, tmp_path, Progress(2, 0, 2), Checkpoints())
+        checkpoints.save(cluster, tmp_path, TrainState(2, 0, 2), Checkpoints())
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
-    assert checkpoint.find(tmp_path)[1].step == 1
+    assert checkpoints.find(tmp_path)[1].step == 1
 
 
 def test_a_full_disk_keeps_the_exported_model(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     out, recipe = tmp_path / "out", make_recipe(steps=1)
-    training.run(recipe, out)
+    run.run(recipe, out)
     before = model_bytes(out)
-    weights = LocalCluster(recipe).call_all("learner", "weights", "live")[0]
+    weights = LocalCluster(recipe).call_all("learner", "weights", "raw")[0]
     with no_file_over(100_000), pytest.raises(RunError, match=r"out/model could not be written: .* intact"):
         export.write_pipeline(recipe, weights, out / "model")
     assert model_bytes(out) == before
@@ -198,38 +201,38 @@ def test_a_disk_that_is_full_for_metrics_is_a_sentence_too(
         Path, "open", lambda path, *a, **k: (full if path.name == "metrics.jsonl" else opened)(path, *a, **k)
     )
     with pytest.raises(RunError, match=r"metrics\.jsonl could not be written: No space left on device"):
-        training.run(make_recipe(), out)
+        run.run(make_recipe(), out)
 
 
 def test_refuses_a_folder_with_another_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    training.run(make_recipe(steps=1), out)
+    run.run(make_recipe(steps=1), out)
     before = sorted(p.name for p in out.iterdir())
     with pytest.raises(UsageError, match="already holds a run"):
-        training.run(make_recipe(steps=1), out)
+        run.run(make_recipe(steps=1), out)
     with pytest.raises(UsageError, match="seed"):
-        training.run(make_recipe(steps=1, seed=4), out, resume=True)
+        run.run(make_recipe(steps=1, seed=4), out, resume=True)
     assert sorted(p.name for p in out.iterdir()) == before
 
 
 def test_a_changed_recipe_is_refused_unless_allowed(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    training.run(make_recipe(steps=1), out)
+    run.run(make_recipe(steps=1), out)
     started = (out / "recipe.yaml").read_bytes()
-    changed = {"steps": 2, "algorithm__cfg__scale": 5.0, "data__prompts": make_recipe().data.prompts}
-    with pytest.raises(UsageError, match=r"algorithm.cfg.scale \(3.0 -> 5.0\); .*--allow-recipe-change"):
-        training.run(make_recipe(**changed), out, resume=True)
-    other = make_recipe(**changed, optimisation__generator__lora="{rank: 2}")  # another net: nothing to restore it from
+    changed = {"steps": 2, "algorithm__cfg__guidance_scale": 5.0, "data__prompts": make_recipe().data.prompts}
+    with pytest.raises(UsageError, match=r"algorithm.cfg.guidance_scale \(3.0 -> 5.0\); .*--allow-recipe-change"):
+        run.run(make_recipe(**changed), out, resume=True)
+    other = make_recipe(**changed, optimization__generator__lora="{rank: 2}")  # another net: nothing to restore it from
     with pytest.raises(RunError, match="other weights"):
-        training.run(other, out, resume=True, allow_recipe_change=True)
+        run.run(other, out, resume=True, allow_recipe_change=True)
     assert (out / "recipe.yaml").read_bytes() == started
     assert not (out / "recipe_changes.jsonl").exists()
 
-    training.run(make_recipe(**changed), out, resume=True, allow_recipe_change=True)
+    run.run(make_recipe(**changed), out, resume=True, allow_recipe_change=True)
     assert [row["step"] for row in metrics(out)] == [1, 2]
-    assert recipe_io.load(out / "recipe.yaml") == make_recipe(**changed)
+    assert reading.load(out / "recipe.yaml") == make_recipe(**changed)
     change = json.loads((out / "recipe_changes.jsonl").read_text("utf-8"))
-    assert change == {"step": 1, "changed": ["steps (1 -> 2)", "algorithm.cfg.scale (3.0 -> 5.0)"]}
+    assert change == {"step": 1, "changed": ["steps (1 -> 2)", "algorithm.cfg.guidance_scale (3.0 -> 5.0)"]}
 
 
 def test_an_edited_prompt_file_is_a_change_of_the_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -237,17 +240,17 @@ def test_an_edited_prompt_file_is_a_change_of_the_recipe(make_recipe: MakeRecipe
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a red cat\na blue dog\n", "utf-8")
     changed = {"data__prompts": str(prompts), "data__held_out": make_recipe().data.prompts}
-    training.run(make_recipe(steps=1, **changed), out)
+    run.run(make_recipe(steps=1, **changed), out)
     prompts.write_text("a red cat\na blue dog\na green owl\n", "utf-8")
     with pytest.raises(
         UsageError, match=r"since the run began: data\.prompts \(the file's content\); .*--allow-recipe"
     ):
-        training.run(make_recipe(steps=2, **changed), out, resume=True)
+        run.run(make_recipe(steps=2, **changed), out, resume=True)
     assert [row["step"] for row in metrics(out)] == [1]
-    training.run(make_recipe(steps=2, **changed), out, resume=True, allow_recipe_change=True)
+    run.run(make_recipe(steps=2, **changed), out, resume=True, allow_recipe_change=True)
     change = json.loads((out / "recipe_changes.jsonl").read_text("utf-8"))
     assert change == {"step": 1, "changed": ["steps (1 -> 2)", "data.prompts (the file's content)"]}
-    training.run(make_recipe(steps=3, **changed), out, resume=True)  # accepted once, it is the run's own
+    run.run(make_recipe(steps=3, **changed), out, resume=True)  # accepted once, it is the run's own
 
 
 def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe) -> None:
@@ -265,7 +268,7 @@ def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe
 
 
 def test_kl_computes_no_vector_jacobian_product(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_t2i.roles.denoise import DenoiserServer
+    from rlhf_t2i.roles.denoiser import DenoiserServer
 
     calls: list[str] = []
     original = DenoiserServer.vjp
@@ -282,7 +285,7 @@ def test_inner_guidance_of_kl_equals_outer(make_recipe: MakeRecipe) -> None:
     keys = [(0, "probe", i) for i in range(4)]
     x0 = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = []
-    for cfg in ("{mode: inner, scale: 2.0, convention: one_plus}", "{mode: outer, scale: 2.0}"):
+    for cfg in ("{mode: inner, guidance_scale: 2.0, convention: one_plus}", "{mode: outer, guidance_scale: 2.0}"):
         cluster = LocalCluster(
             make_recipe(algorithm__cfg=cfg, algorithm__divergence__name="kl", algorithm__rewards="[]")
         )
@@ -295,7 +298,7 @@ def test_lost_graph_is_recomputed(make_recipe: MakeRecipe) -> None:
     cluster = LocalCluster(make_recipe())
     server = cluster._worker.roles["reference"]
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 700])
-    request = ("ticket", x_t, t, ["a red cat", "a blue dog"], "guided")
+    request = ("request_id", x_t, t, ["a red cat", "a blue dog"], "guided")
     cotangent = server.forward(*request, True)
     expected = server.vjp(*request, cotangent)
     assert not server._graphs
@@ -305,9 +308,9 @@ def test_lost_graph_is_recomputed(make_recipe: MakeRecipe) -> None:
 def test_micro_batches_do_not_change_the_step(make_recipe: MakeRecipe) -> None:
     found = []
     for micro in (4, 2, 1):
-        cluster = LocalCluster(make_recipe(optimisation__micro_batch=micro))
+        cluster = LocalCluster(make_recipe(optimization__micro_batch=micro))
         cluster.call_all("learner", "step", 0, ["a red cat", "a blue dog"] * 2)
-        weights = cluster.call_all("learner", "weights", "live")[0]
+        weights = cluster.call_all("learner", "weights", "raw")[0]
         found.append(torch.cat([w.flatten() for w in weights.values()]))
     for other in found[1:]:
         assert float((other - found[0]).norm() / found[0].norm()) < 1e-5
@@ -321,7 +324,7 @@ def test_model_loads_in_diffusers_and_equals_sample(
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from rlhf_t2i.sampling import sample
+    from rlhf_t2i.evaluation.sampling import sample
 
     reference = tmp_path / "reference"
     shutil.copytree(tiny_sdxl, reference)
@@ -330,7 +333,7 @@ def test_model_loads_in_diffusers_and_equals_sample(
             cls.from_pretrained(reference / name).half().save_pretrained(reference / name)
             assert json.loads((reference / name / "config.json").read_text())["dtype"] == "float16"
     out = tmp_path / "out"
-    training.run(make_recipe(steps=1, models__reference=str(reference)), out)
+    run.run(make_recipe(steps=1, models__reference=str(reference)), out)
     pipeline = StableDiffusionXLPipeline.from_pretrained(out / "model")
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -341,7 +344,7 @@ def test_model_loads_in_diffusers_and_equals_sample(
 
 
 def test_the_model_has_a_manifest(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    training.run(make_recipe(steps=1), tmp_path / "out")
+    run.run(make_recipe(steps=1), tmp_path / "out")
     model = tmp_path / "out/model"
     listed = manifest.read(model)["files"]
     assert listed.keys() == {str(f.relative_to(model)) for f in model.rglob("*") if f.is_file()} - {manifest.NAME}

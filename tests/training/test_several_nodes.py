@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_t2i import recipe_io, training
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.training import run
 from tests import tiny
 from tests.training.test_run import metrics
 
@@ -80,14 +81,14 @@ def joined(nodes: Any, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl: Path, tiny_clip: Path, tiny_prompts: Path) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    optimiser = {"lr": 1e-3, "eps": 1e-4}
+    optimizer = {"lr": 1e-3, "eps": 1e-4}
     data = tiny.recipe_dict(
         tiny_sdxl,
         tiny_prompts,
         steps=6,
         checkpoints={"every": 2},
         algorithm={"rewards": [{"name": "pickscore", "scale": 100.0, "options": {"model": str(tiny_clip)}}]},
-        optimisation={"batch_size": 4, "zero_stage": 2, "generator": optimiser, "assistant": optimiser},
+        optimization={"batch_size": 4, "zero_stage": 2, "generator": optimizer, "assistant": optimizer},
         evaluation={"images": 4, "images_per_prompt": 2},
         logging={"sample_count": 2},
     )
@@ -112,7 +113,7 @@ def test_a_run_spreads_over_the_nodes_and_equals_local(
     (placed,) = [line for line in out.splitlines() if line.startswith("nodes ")]
     assert len(set(json.loads(placed.removeprefix("nodes ")).values())) == NODES
 
-    training.run(recipe_io.load(recipe, ["placement=local"]), tmp_path / "local")
+    run.run(reading.load(recipe, ["placement=local"]), tmp_path / "local")
     start = load_file(tiny_sdxl / "unet/diffusion_pytorch_model.safetensors")
     begun = torch.cat([start[name].flatten() for name in sorted(start)])
     ours, theirs = weights(folder), weights(tmp_path / "local")
@@ -148,11 +149,11 @@ KEEPERS = """
 import sys
 import ray
 from rlhf_t2i.cluster.connect import join
-from rlhf_t2i.cluster.ray_cluster import start_keeper
+from rlhf_t2i.cluster.ray_cluster import start_weight_store
 join(sys.argv[1])
-keepers = [start_keeper(str(i)) for i in range(5)]
+keepers = [start_weight_store(str(i)) for i in range(5)]
 ask = lambda _: ray.get_runtime_context().get_node_id()
-print(*{ray.get(keeper.__ray_call__.remote(ask)) == ask(0) for keeper in keepers})
+print(*{ray.get(weight_store.__ray_call__.remote(ask)) == ask(0) for weight_store in keepers})
 """
 
 

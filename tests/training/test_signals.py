@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_t2i import checkpoint, training
 from rlhf_t2i.cluster import connect
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.recipe import Recipe
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import checkpoints, run
 from tests.training.test_run import metrics, model_bytes
 
 MakeRecipe = Callable[..., Recipe]
 
 
-class At(training.Silent):
+class At(run.Silent):
     """Does something once when a phase begins."""
 
     def __init__(self, phase: str, act: Callable[[], Any]) -> None:
@@ -39,7 +39,7 @@ def terminate() -> None:
 
 def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, handler = make_recipe(steps=1), signal.getsignal(signal.SIGTERM)
-    training.run(recipe, tmp_path / "whole")
+    run.run(recipe, tmp_path / "whole")
     phases = {
         "starting the roles": None,
         "measuring before training: 4 of 8": "step_000000",
@@ -50,17 +50,17 @@ def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: P
     for phase, newest in phases.items():
         out, display = tmp_path / phase, At(phase, terminate)
         told = "continue with --resume" if newest else "nothing was written"
-        with pytest.raises(training.Stopped, match=f"stopped by SIGTERM; .*{told}") as stopped:
-            training.run(recipe, out, display=display)
+        with pytest.raises(run.Stopped, match=f"stopped by SIGTERM; .*{told}") as stopped:
+            run.run(recipe, out, display=display)
         assert stopped.value.exit_code == 143
         assert signal.getsignal(signal.SIGTERM) is handler
         if newest is None:
             assert not out.exists()  # as if the command had never been given
-            training.run(recipe, out)
+            run.run(recipe, out)
         else:
-            assert checkpoint.find(out)[0] == out / "checkpoints" / newest, phase
+            assert checkpoints.find(out)[0] == out / "checkpoints" / newest, phase
             assert not list(out.glob(".writing-*"))
-            training.run(recipe, out, resume=True)
+            run.run(recipe, out, resume=True)
         assert model_bytes(out) == model_bytes(tmp_path / "whole"), phase
         assert metrics(out) == metrics(tmp_path / "whole"), phase
         for name in ("evaluation/before.json", "evaluation/after.json", "report.html"):
@@ -73,8 +73,8 @@ def test_a_second_signal_ends_a_run_at_once(make_recipe: MakeRecipe, tmp_path: P
         terminate()
 
     with pytest.raises(KeyboardInterrupt):
-        training.run(make_recipe(), tmp_path / "out", display=At("measuring after", twice))
-    assert checkpoint.find(tmp_path / "out")[1].step == 3
+        run.run(make_recipe(), tmp_path / "out", display=At("measuring after", twice))
+    assert checkpoints.find(tmp_path / "out")[1].step == 3
 
 
 def test_a_folder_holds_one_run_at_a_time(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -83,12 +83,12 @@ def test_a_folder_holds_one_run_at_a_time(make_recipe: MakeRecipe, tmp_path: Pat
     def again() -> None:
         for resume in (True, False):
             with pytest.raises(UsageError, match="another run works in this folder"):
-                training.run(recipe, out, resume=resume)
+                run.run(recipe, out, resume=resume)
 
     display = At("measuring after", again)
-    training.run(recipe, out, display=display)
+    run.run(recipe, out, display=display)
     assert display.acted
-    training.run(recipe, out, resume=True)  # the lock ended with the run
+    run.run(recipe, out, resume=True)  # the lock ended with the run
 
 
 @pytest.mark.parametrize("stop", ["", "while Ray starts"])

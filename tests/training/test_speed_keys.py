@@ -13,19 +13,19 @@ import torch
 
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.models import compiling
-from rlhf_t2i.models.loading import ModelStore
-from rlhf_t2i.models.networks import predict
-from rlhf_t2i.recipe import Optimisation, Recipe
+from rlhf_t2i.families import compiling
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.networks import predict
+from rlhf_t2i.recipe.schema import Optimization, Recipe
 from tests.models.test_sampling import store
 from tests.training.test_distributed import flat, relative, train
 
 MakeRecipe = Callable[..., Recipe]
-LORA = {"optimisation__assistant__lora": "{rank: 2, targets: [to_q]}"}
+LORA = {"optimization__assistant__lora": "{rank: 2, targets: [to_q]}"}
 
 
 def weights(cluster: LocalCluster) -> torch.Tensor:
-    return flat(cluster.call_all("learner", "weights", "live")[0])
+    return flat(cluster.call_all("learner", "weights", "raw")[0])
 
 
 def test_compiled_blocks_train_as_eager_ones(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,11 +38,11 @@ def test_compiled_blocks_train_as_eager_ones(make_recipe: MakeRecipe, monkeypatc
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
     monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
-    options = {"optimisation__gradient_checkpointing": "[learner, reward]", **LORA}
+    options = {"optimization__gradient_checkpointing": "[learner, reward]", **LORA}
     eager = LocalCluster(make_recipe(**options))
     start, expected = weights(eager), train(eager, 2)
     counters.clear()
-    found = train(LocalCluster(make_recipe(optimisation__compile=True, **options)), 2)
+    found = train(LocalCluster(make_recipe(optimization__compile=True, **options)), 2)
     assert counters["stats"]["unique_graphs"] > 4
     assert not counters["graph_break"]
     assert relative(found - start, expected - start) < 1e-3
@@ -69,12 +69,12 @@ def test_generated_code_gives_the_same_prediction(tiny_sdxl: Path) -> None:
 def test_compiling_needs_a_compiler(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling.shutil, "which", lambda _name: None)
     with pytest.raises(UsageError, match="no C\\+\\+ compiler is here"):
-        LocalCluster(make_recipe(optimisation__compile=True))
+        LocalCluster(make_recipe(optimization__compile=True))
 
 
 def test_compiling_is_refused_under_zero_3() -> None:
     with pytest.raises(ValueError, match="compile does not work under ZeRO-3"):
-        Optimisation.model_validate({"compile": True, "zero_stage": 3})
+        Optimization.model_validate({"compile": True, "zero_stage": 3})
 
 
 def recomputing(cluster: LocalCluster) -> set[str]:
@@ -103,7 +103,7 @@ def test_activations_are_recomputed_where_the_recipe_says(
     make_recipe: MakeRecipe, chosen: str, roles: set[str]
 ) -> None:
     plain = train(LocalCluster(make_recipe()), 1)
-    cluster = LocalCluster(make_recipe(optimisation__gradient_checkpointing=chosen))
+    cluster = LocalCluster(make_recipe(optimization__gradient_checkpointing=chosen))
     assert recomputing(cluster) == roles
     assert torch.equal(train(cluster, 1), plain)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.recipe import Optimisation, Recipe
-from rlhf_t2i.roles.engine import DeepSpeedEngine
+from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
+from rlhf_t2i.recipe.schema import Optimization, Recipe
 from tests.training.ranks import run_ranks
 
 BATCH = 4
 
 
-def build(settings: Optimisation, ranks: int) -> DeepSpeedEngine:
+def build(settings: Optimization, ranks: int) -> DeepSpeedEngine:
     """A small network; every layout starts from the same weights."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 5), nn.LayerNorm(5))
@@ -43,7 +43,7 @@ def state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return found
 
 
-def begin(rank: int, ranks: int, stage: Optimisation, folder: Path) -> None:
+def begin(rank: int, ranks: int, stage: Optimization, folder: Path) -> None:
     """Three steps, a checkpoint, three more: what the others are compared with."""
     engine = build(stage, ranks)
     train(engine, rank, ranks, 0, 3)
@@ -55,7 +55,7 @@ def begin(rank: int, ranks: int, stage: Optimisation, folder: Path) -> None:
         torch.save((at_checkpoint, whole), folder / "states.pt")
 
 
-def resume(rank: int, ranks: int, stage: Optimisation, folder: Path) -> None:
+def resume(rank: int, ranks: int, stage: Optimization, folder: Path) -> None:
     """Load, compare, go on."""
     at_checkpoint, whole = torch.load(folder / "states.pt", weights_only=True)
     engine = build(stage, ranks)
@@ -75,7 +75,7 @@ def resume(rank: int, ranks: int, stage: Optimisation, folder: Path) -> None:
     assert not [path for path in folder.iterdir() if "universal" in path.name]
 
 
-Runs = list[tuple[Optimisation, Path]]
+Runs = list[tuple[Optimization, Path]]
 
 
 def phase(rank: int, ranks: int, resumed: Runs, begun: Runs) -> None:
@@ -89,7 +89,7 @@ def phase(rank: int, ranks: int, resumed: Runs, begun: Runs) -> None:
 def test_another_number_of_ranks_goes_on_from_the_same_state(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    settings = {stage: make_recipe(optimisation__zero_stage=stage).optimisation for stage in (1, 2, 3)}
+    settings = {stage: make_recipe(optimization__zero_stage=stage).optimization for stage in (1, 2, 3)}
     folders = {name: tmp_path / name for name in ("one to two", "two to one", "three")}
     for folder in folders.values():
         folder.mkdir()

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_t2i import training
-from rlhf_t2i.recipe import Optimisation, Recipe
-from rlhf_t2i.roles.engine import DeepSpeedEngine
-from rlhf_t2i.rounding import RoundingJudge
-from rlhf_t2i.watch import HackingDetector, Measurement
+from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
+from rlhf_t2i.recipe.schema import Optimization, Recipe
+from rlhf_t2i.training import run
+from rlhf_t2i.training.bf16 import Bf16Monitor
+from rlhf_t2i.training.hacking import HackingDetector, Measurement
 from tests.training.ranks import run_ranks
 
 MakeRecipe = Callable[..., Recipe]
@@ -75,7 +75,7 @@ def test_values_that_are_no_numbers_say_nothing() -> None:
 
 
 JUDGE = """
-from rlhf_t2i.plugin import Reward
+from rlhf_t2i.plugins import Reward
 
 class Rising(Reward):
     differentiable = True
@@ -98,7 +98,7 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
     plugin, out = tmp_path / "scores.py", tmp_path / "out"
     plugin.write_text(JUDGE, "utf-8")
     prompts = tmp_path / "held_out.txt"
-    prompts.write_text("".join(f"a {colour} cat\n" for colour in "abcdefgh"), "utf-8")
+    prompts.write_text("".join(f"a {color} cat\n" for color in "abcdefgh"), "utf-8")
     recipe = make_recipe(
         algorithm__rewards=f"[{{name: '{plugin}:Rising', label: up}}]",
         algorithm__eval_rewards=f"[{{name: '{plugin}:Falling', label: judge}}]",
@@ -109,7 +109,7 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
         steps=4,
     )
     notes = Notes()
-    training.run(recipe, out, display=notes)
+    run.run(recipe, out, display=notes)
     told = [note for note in notes.heard if "reward hacking is likely" in note]
     assert len(told) == 1
     assert "step 2: " in told[0]
@@ -125,12 +125,12 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
     assert [json.loads(line)["step"] for line in measured] == [0, 1, 2, 3, 4]
     assert [len(json.loads(line)["reward"]) for line in measured] == [8] * 5
     again = Notes()
-    training.run(recipe.model_copy(update={"steps": 5}), out, resume=True, display=again)
+    run.run(recipe.model_copy(update={"steps": 5}), out, resume=True, display=again)
     assert not [note for note in again.heard if "reward hacking" in note]
     assert (out / "evaluation/watch.jsonl").read_text("utf-8").splitlines()[:5] == measured
 
 
-class Notes(training.Silent):
+class Notes(run.Silent):
     def __init__(self) -> None:
         self.heard = list[str]()
 
@@ -139,7 +139,7 @@ class Notes(training.Silent):
 
 
 def test_rounding_is_judged_once_an_occurrence(make_recipe: MakeRecipe) -> None:
-    judge = RoundingJudge(make_recipe(optimisation__generator__warmup_steps=10))
+    judge = Bf16Monitor(make_recipe(optimization__generator__warmup_steps=10))
 
     def take(step: int, drift: float, unmoved: float) -> list[str]:
         measured: dict[str, Any] = {"bf16_drift": drift, "bf16_unmoved": unmoved}
@@ -155,11 +155,11 @@ def test_rounding_is_judged_once_an_occurrence(make_recipe: MakeRecipe) -> None:
 
 
 def test_bf16_copies_are_compared_with_their_masters(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    stages = [make_recipe(optimisation__precision="bf16", optimisation__zero_stage=zero) for zero in (0, 1, 3)]
-    run_ranks(1, tmp_path, compare_copies, [recipe.optimisation for recipe in stages])
+    stages = [make_recipe(optimization__precision="bf16", optimization__zero_stage=zero) for zero in (0, 1, 3)]
+    run_ranks(1, tmp_path, compare_copies, [recipe.optimization for recipe in stages])
 
 
-def compare_copies(rank: int, stages: list[Optimisation]) -> None:
+def compare_copies(rank: int, stages: list[Optimization]) -> None:
     for settings in stages:
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1)).bfloat16()
@@ -169,9 +169,9 @@ def compare_copies(rank: int, stages: list[Optimisation]) -> None:
         def step(rate: float, engine: DeepSpeedEngine = engine, inputs: Tensor = inputs) -> dict[str, float]:
             engine.backward(engine(inputs).float().square().mean())
             engine.step(rate)
-            return engine.rounding()
+            return engine.bf16_drift()
 
-        assert engine.rounding()["bf16_drift"] < 2**-8
+        assert engine.bf16_drift()["bf16_drift"] < 2**-8
         small, large = step(1e-7), step(1e-2)
         assert small["bf16_unmoved"] > 0.9
         assert large["bf16_unmoved"] < 0.1
@@ -181,4 +181,4 @@ def compare_copies(rank: int, stages: list[Optimisation]) -> None:
         with torch.no_grad():  # a copy that is none
             parameter = next(engine.module.parameters())
             getattr(parameter, "ds_tensor", parameter).mul_(1.1)
-        assert engine.rounding()["bf16_drift"] > 0.01
+        assert engine.bf16_drift()["bf16_drift"] > 0.01

@@ -1,0 +1,180 @@
+"""The losses of Diff-Instruct*, DI++, SIM and Diff-Instruct as pure functions (algorithm.md, sections 1 and 3).
+
+Everything is written in x0-predictions ``D``; the score is ``s = (a D - x_t) / g^2``. All losses are per sample [B],
+summed over the sample's elements; the caller averages over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import Divergence
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""``(x_t, t) -> x0-prediction``; gradients flow from the prediction back to x_t."""
+
+Weighting = Literal["unit_x0", "inv_mean_abs", "score", "eps"]
+
+
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """Reshape [B] to broadcast over ``like`` [B, ...]."""
+    return value.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def weight(
+    divergence: Divergence, weighting: Weighting, x0: Tensor, t: Tensor, d_reference: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """The coefficient of the x0-form loss for each sample, [B, 1, ...], without gradient.
+
+    A divergence of order p in score space is ``(a/g^2)^p`` times its x0 form, and ``(1/g)^p`` times its eps form
+    (algorithm.md 1.6). The KL force acts on ``x_t = a x_0``, hence its extra ``a``.
+
+    * ``score``: w(t) = 1 in (3.4).
+    * ``eps``: coefficient 1 in the eps form, w(t) = g^p.
+    * ``unit_x0``: coefficient 1 in the x0 form, w(t) = (g^2/a)^p (for KL g^2/a^2). The default.
+    * ``inv_mean_abs``: ``1 / mean|x0 - D_reference|`` in the x0 form (DMD2, SiD).
+    """
+    if weighting == "unit_x0":
+        return torch.ones_like(_per_sample(x0.flatten(1)[:, 0], x0))
+    if weighting == "inv_mean_abs":
+        mean_abs = (x0 - d_reference).detach().abs().flatten(1).mean(1)
+        return _per_sample(1.0 / mean_abs.clamp_min(1e-5), x0)
+    alpha, sigma = schedule.coefficients(t, x0)
+    power = divergence.order
+    jacobian = alpha.new_ones(()) if divergence.needs_vjp else alpha
+    if weighting == "score":
+        return jacobian * (alpha / sigma**2) ** power
+    if weighting == "eps":
+        return jacobian * (alpha / sigma) ** power
+    raise ValueError(f"weighting must be one of unit_x0, inv_mean_abs, score, eps, not {weighting!r}")
+
+
+def divergence_loss_from_predictions(
+    divergence: Divergence,
+    x0: Tensor,
+    t: Tensor,
+    d_assistant: Tensor,
+    d_reference: Tensor,
+    schedule: NoiseSchedule,
+    weighting: Weighting = "unit_x0",
+) -> Tensor:
+    """The regularizer of (3.4) [B] from both denoisers' x0-predictions at the same x_t.
+
+    With ``needs_vjp``: ``-w d'(D_psi - D_ref)^T (D_psi - x_0)``, whose gradient flows through both predictions.
+    Without: the KL surrogate ``w sg[D_psi - D_ref]^T x_0`` (section 3.1).
+
+    Raises:
+        RuntimeError: The divergence needs vector-Jacobian products but no prediction depends on x_t. Training on that
+            would silently optimize KL, or the reward alone (algorithm.md 1.4, fact 3).
+    """
+    delta = d_assistant - d_reference
+    w = weight(divergence, weighting, x0, t, d_reference, schedule)
+    if not divergence.needs_vjp:
+        return (w * divergence.derivative(delta).detach() * x0).flatten(1).sum(1)
+    if x0.requires_grad and not (d_assistant.requires_grad or d_reference.requires_grad):
+        raise RuntimeError(
+            "neither prediction has a graph back to x_t: equation (3.4) differentiates through both denoisers, "
+            "so they must not run under no_grad or on a detached x_t"
+        )
+    return -(w * divergence.derivative(delta) * (d_assistant - x0)).flatten(1).sum(1)
+
+
+def divergence_loss(
+    divergence: Divergence | str,
+    x0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    assistant: Denoiser,
+    reference: Denoiser,
+    schedule: NoiseSchedule,
+    weighting: Weighting = "unit_x0",
+) -> Tensor:
+    """The regularizer of equation (3.4) [B]; its expected value is zero, its gradient is the divergence's.
+
+    Args:
+        divergence: A plugin instance, or the name of one (with its default options).
+        x0: Generated latents [B, ...], requiring grad.
+        t: Integer timesteps [B].
+        noise: eps [B, ...].
+        assistant: Denoiser of the generator's own distribution, ``(x_t, t) -> x0-prediction``.
+        reference: Denoiser of the frozen reference; under inner CFG, its guided prediction.
+        schedule: The noise schedule of all three.
+        weighting: See :func:`weight`.
+    """
+    plugin: Divergence = registry.divergence(divergence) if isinstance(divergence, str) else divergence
+    x_t = schedule.add_noise(x0, noise, t)
+    if not plugin.needs_vjp:
+        with torch.no_grad():
+            d_assistant, d_reference = assistant(x_t, t), reference(x_t, t)
+    else:
+        d_assistant, d_reference = assistant(x_t, t), reference(x_t, t)
+    return divergence_loss_from_predictions(plugin, x0, t, d_assistant, d_reference, schedule, weighting)
+
+
+def guided(conditional: Tensor, unconditional: Tensor, omega: float) -> Tensor:
+    """Classifier-free guidance ``D_u + omega (D_c - D_u)`` (section 1.5); linear, so x0 and score space agree."""
+    return unconditional + omega * (conditional - unconditional)
+
+
+def guidance_omega(scale: float, convention: Literal["omega", "one_plus"]) -> float:
+    """The omega of :func:`guided` for a recipe's scale; scale 0 means no guidance, omega = 1 (section 1.5)."""
+    if scale == 0:
+        return 1.0
+    return scale if convention == "omega" else 1.0 + scale
+
+
+def implicit_cfg_loss(
+    x0: Tensor,
+    t: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    schedule: NoiseSchedule,
+    weighting: Literal["unit_x0", "score", "eps"] = "unit_x0",
+) -> Tensor:
+    """Equation (3.6) [B]: ``w {s_ref(sg[x_t]|0) - s_ref(sg[x_t]|c)}^T x_t``, minus the implicit reward's gradient.
+
+    Args:
+        x0: Generated latents [B, ...], requiring grad.
+        t: Integer timesteps [B].
+        conditional: The reference's x0-prediction with the prompt; used without gradient.
+        unconditional: The reference's x0-prediction without it; used without gradient.
+        schedule: The noise schedule.
+        weighting: ``score`` is w(t) = 1; ``unit_x0`` (default) and ``eps`` scale it as the KL force is scaled.
+    """
+    alpha, sigma = schedule.coefficients(t, x0)
+    coefficient = {"score": alpha**2 / sigma**2, "eps": alpha**2 / sigma, "unit_x0": torch.ones_like(alpha)}[weighting]
+    force = (coefficient * (unconditional - conditional)).detach()
+    return (force * x0).flatten(1).sum(1)
+
+
+def assistant_loss(prediction: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """Denoising score matching with lambda(t) = g_t^2 [B]: the mean squared error of the predicted noise.
+
+    Args:
+        prediction: The assistant network's raw output at x_t [B, ...].
+        x_t: Noised generated latents, without gradient to the generator.
+        t: Integer timesteps [B].
+        noise: The eps inside x_t.
+        schedule: The noise schedule, which knows what the network predicts.
+    """
+    epsilon = schedule.to_epsilon(prediction, x_t, t)
+    return (epsilon - noise).square().flatten(1).mean(1)
+
+
+def two_stage_gradient(loss: Tensor, x0: Tensor) -> Tensor:
+    """``d loss_b / d x0_b`` for independent per-sample losses [B]: the first stage of the two-stage backward.
+
+    The second stage is one backward through the generator with the summed gradients (algorithm.md 1.4, fact 5). No
+    parameter of a denoiser or reward collects a gradient.
+
+    Raises:
+        RuntimeError: The loss does not depend on x0.
+    """
+    (gradient,) = torch.autograd.grad(loss.sum(), x0)
+    return gradient

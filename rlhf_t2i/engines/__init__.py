@@ -1,0 +1,1 @@
+"""Training engines: DeepSpeed ZeRO for distributed runs, plain PyTorch for one process, and their checkpoints."""

@@ -1,0 +1,212 @@
+"""DeepSpeed ZeRO over the process's torch.distributed world."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from rlhf_t2i.engines import pickles, resharding
+from rlhf_t2i.engines.base import adamw
+from rlhf_t2i.errors import RunError
+from rlhf_t2i.families import adapters
+from rlhf_t2i.recipe.schema import Optimization, Optimizer
+
+_SHARDS = "zero"
+_KINDS = (0, 1, 1, 3)
+"""What the shards of ZeRO 0 to 3 hold: nothing is partitioned, the optimizer's states are, or the weights, too."""
+_SAMPLED_PARAMETERS, _SAMPLED_WEIGHTS = 16, 4096
+"""For the look at bf16 rounding: parameters, and weights of each."""
+
+
+REDUCE_BUCKET = 500_000_000
+"""Gradients that ZeRO reduces at once (DeepSpeed's default); stage 3 keeps a buffer of so many all the time."""
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO 0 to 3 over the process's torch.distributed world."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, accumulation: int, micro_batch: int, settings: Optimization
+    ) -> None:
+        deepspeed = import_deepspeed()
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        self._stage = settings.zero_stage
+        self._accumulation, self._micro_steps = accumulation, 0
+        config = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": optimizer.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": settings.precision == "bf16"},
+            "zero_optimization": {
+                "stage": settings.zero_stage,
+                "reduce_bucket_size": min(REDUCE_BUCKET, sum(p.numel() for p in trainable)),
+                **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload_optimizer else {}),
+            },
+            "steps_per_print": 2**62,
+        }
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(trainable, optimizer), config=config)
+        self.module: nn.Module = self._engine.module
+        self._at_start: list[tuple[Tensor, Tensor]] | None = self._sample() if settings.precision == "bf16" else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate; ranks are averaged at the boundary."""
+        self._engine.backward(loss)
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation:
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Reduce, clip, update."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0 and not self._finite():
+            # Without ZeRO DeepSpeed would update all the same: leave its step out, but for the count of micro-batches.
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1
+            return math.inf
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return math.inf
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def _finite(self) -> bool:
+        """Whether the gradients are, which the last backward has averaged over the ranks."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The float32 master weights, gathered one at a time, adapters merged."""
+
+        def full(parameter: nn.Parameter) -> Tensor:
+            # What is frozen has no master copy; nor has what is float32 itself and not partitioned.
+            master = self._master(parameter) if parameter.requires_grad else None
+            return (parameter.detach() if master is None else master).float()
+
+        return adapters.merged(self.module, full)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor | None:
+        """The float32 weights of a trained parameter, whole; all ranks together."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        optimizer = self._engine.optimizer
+        if self._stage == 0 and hasattr(optimizer, "fp16_groups"):  # bf16 without ZeRO: DeepSpeed links no masters
+            for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for copy, master in zip(copies, masters, strict=True):
+                    if copy is parameter:
+                        return master.detach()
+        found: Tensor | None = safe_get_full_fp32_param(parameter)
+        return found
+
+    def bf16_drift(self) -> dict[str, float]:
+        """Masters against copies on a sample of the weights, now and at the start."""
+        if self._at_start is None:
+            return {}
+        error = size = moved = unmoved = 0.0
+        for (old_master, old_copy), (master, copy) in zip(self._at_start, self._sample(), strict=True):
+            error += float((copy - master).square().sum())
+            size += float(master.square().sum())
+            changed = master != old_master
+            moved += float(changed.sum())
+            unmoved += float((changed & (copy == old_copy)).sum())
+        drift = {"bf16_drift": math.sqrt(error / size) if size else 0.0}
+        return drift | ({"bf16_unmoved": unmoved / moved} if moved else {})
+
+    def _sample(self) -> list[tuple[Tensor, Tensor]]:
+        """Some weights as (master, bf16 copy), in float64 on the CPU."""
+        from deepspeed import zero
+
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        found = []
+        for parameter in trained[:: -(-len(trained) // _SAMPLED_PARAMETERS)]:
+            master = self._master(parameter)
+            with zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                copy = parameter.detach().flatten().clone()
+            if master is None:
+                raise RunError("a bf16 weight has no float32 master: its small updates would be lost")
+            stride = -(-copy.numel() // _SAMPLED_WEIGHTS)
+            found.append((master.flatten()[::stride].double().cpu(), copy[::stride].double().cpu()))
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write the ZeRO shards with DeepSpeed's own format, without what is frozen."""
+        partial = bool(adapters.frozen(self.module))
+        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False, exclude_frozen_parameters=partial)
+        if distributed.get_rank() == 0:
+            resharding.write_layout(folder, self._stage)
+
+    def load(self, folder: Path) -> str | None:
+        """Read the ZeRO shards, through a universal checkpoint where they have another layout.
+
+        Returns:
+            A sentence about a change of layout: then the rest of the run is not bit for bit what it would have been.
+        """
+        with pickles.tensors_only(folder):
+            return self._load_layout(folder)
+
+    def _load_layout(self, folder: Path) -> str | None:
+        saved = resharding.read_layout(folder)
+        now = {"ranks": distributed.get_world_size(), "zero_stage": self._stage}
+        if saved is None or saved == now or (saved["zero_stage"] == now["zero_stage"] == 0):
+            self._load(folder, _SHARDS)
+            said = None
+        elif _KINDS[saved["zero_stage"]] != _KINDS[now["zero_stage"]]:
+            raise RunError(
+                f"{folder} was saved under zero_stage {saved['zero_stage']} and cannot be loaded under "
+                f"{now['zero_stage']}: stages 1 and 2 load each other's states, 0 and 3 only their own"
+            )
+        else:
+            with resharding.converted(folder, _SHARDS) as tag:
+                self._engine._config.load_universal_checkpoint = True
+                try:
+                    self._load(folder, tag)
+                finally:
+                    self._engine._config.load_universal_checkpoint = False
+            said = (
+                f"{folder.name}: {saved['ranks']} ranks at zero_stage {saved['zero_stage']} become {now['ranks']} at "
+                f"{now['zero_stage']} through a universal checkpoint; weights and moments are the same, but sums over "
+                "ranks round differently from here on: bit-equality is not promised"
+            )
+        if self._at_start is not None:
+            self._at_start = self._sample()
+        return said
+
+    def _load(self, folder: Path, tag: str) -> None:
+        if not (folder / tag).is_dir():
+            raise RunError(f"{folder} was written with placement: local: continue it there, not under Ray")
+        whole = not adapters.frozen(self.module)
+        path, _ = self._engine.load_checkpoint(
+            str(folder), tag=tag, load_module_strict=whole, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise RunError(f"no ZeRO checkpoint in {folder}")
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, and on a CPU without compiling its shared-memory kernels (31-74 s)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import logging
+    import warnings
+
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated: thousands of lines a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed

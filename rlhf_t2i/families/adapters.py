@@ -1,0 +1,70 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on a UNet's linear layers, by peft: only they are trained.
+
+The second factor starts at zero, so that a network with fresh adapters is the network without. What leaves the process
+(weights for sampling, the average, the export) is merged: ``W + alpha / rank * B A`` under the plain names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe.schema import Lora
+
+_ADAPTER = "default"
+_BASE, _FACTORS = ".base_layer.", (".lora_A.", ".lora_B.")
+
+
+def add(module: nn.Module, settings: Lora, seed: int) -> None:
+    """Put adapters into ``module``, in place; everything else is frozen.
+
+    Args:
+        module: The network.
+        settings: Rank, scale and layers.
+        seed: Of the first factor's random start; the same on every rank.
+
+    Raises:
+        UsageError: A target names no layer, or one that is not linear.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for target in settings.targets:
+        found = [part for name, part in module.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise UsageError(f"lora.targets: the network has no layer {target!r} (the default is its attention)")
+        other = next((part for part in found if not isinstance(part, nn.Linear)), None)
+        if other is not None:
+            raise UsageError(f"lora.targets: {target!r} is a {type(other).__name__}: adapters go on linear layers")
+    alpha: Any = settings.alpha or settings.rank  # peft's annotation says int; it divides
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.targets), lora_dropout=0.0)
+    module.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+
+
+def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by its plain name with the adapters added in, in float32; without adapters, as they are.
+
+    Args:
+        module: The network; all ranks iterate together.
+        full: Gives a parameter's whole float32 value.
+    """
+    for name, parameter in module.named_parameters():
+        if any(factor in name for factor in _FACTORS):
+            continue
+        value = full(parameter)
+        if name.endswith(f"{_BASE}weight"):
+            layer: Any = module.get_submodule(name.removesuffix(f"{_BASE}weight"))
+            first, second = (full(factor[_ADAPTER].weight) for factor in (layer.lora_A, layer.lora_B))
+            value = value + layer.scaling[_ADAPTER] * (second @ first)
+        yield name.replace(_BASE, "."), value
+
+
+def frozen(module: nn.Module) -> set[str]:
+    """Names of the parameters that are not trained; checkpoints leave them out."""
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

@@ -1,0 +1,51 @@
+"""Pin the revisions of hub models: a run, and its resumption, must not change because a branch has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families import sources
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.recipe.schema import Recipe
+
+
+def pin(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe with the commit of every hub repository it may load in ``revisions``, and this process set to them.
+
+    What is not known to the hub or its cache stays without one: loading it fails with its own sentence.
+
+    Args:
+        recipe: With valid plugins.
+        recorded: The revisions a resumed run has used so far; the recipe's own win.
+    """
+    sources.use_revisions({})  # an earlier run of this process may have set its own
+    revisions = {**(recorded or {}), **recipe.revisions}
+    for text in _models(recipe):
+        source = _movable(text)
+        if source is None:
+            continue
+        key = f"{source.location}@{source.revision}" if source.revision else source.location
+        found = revisions.get(key) or sources.commit(source)
+        if found is not None:
+            revisions[key] = found
+    sources.use_revisions(revisions)
+    return recipe.model_copy(update={"revisions": revisions})
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    models = recipe.models
+    yield from filter(None, (models.reference, models.generator, models.assistant, models.vae))
+    for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards):
+        cls = registry.load_class(registry.REWARDS, choice.name)
+        yield from cls.hub_models(registry.parse_options(cls, "reward", choice.name, choice.options))
+
+
+def _movable(text: str) -> sources.ModelRef | None:
+    """A hub model that is not named by hash; None for paths, and for text that names no model."""
+    try:
+        source = sources.parse(text)
+    except UsageError:
+        return None
+    fixed = source.is_local or (source.revision is not None and sources.is_hash(source.revision))
+    return None if fixed else source

@@ -1,0 +1,94 @@
+"""The files of the reference that an export copies: fetched before a run starts, not after days of training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.errors import RunError, UsageError, first_line
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.recipe.schema import Models
+
+_OTHER_FORMATS = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "openvino*", "*.ckpt")
+_HALVES = "*.fp16[.-]*"
+_INDEX, _CONFIG = "model_index.json", "config.json"  # what a pipeline, and a network by itself, surely have
+
+
+def fetch(models: Models) -> None:
+    """Download what an export needs of hub models into the hub's cache; local folders need nothing.
+
+    Raises:
+        UsageError: The hub does not give it, and the cache does not hold it.
+    """
+    reference = sources.parse(models.reference)
+    if not reference.is_local:
+        parts = copied_parts(sources.pipeline_index(reference))
+        _download(reference, _INDEX, [_INDEX, "scheduler/*.json", "unet/config.json", *(f"{part}/*" for part in parts)])
+    if models.vae and not (vae := sources.parse(models.vae)).is_local:
+        _download(vae, _CONFIG, [_CONFIG, "diffusion_pytorch_model*"])
+
+
+def pipeline_folder(source: ModelRef) -> Path:
+    """Where a pipeline's files lie on this machine, after :func:`fetch`; asks no network."""
+    return _folder(source, _INDEX)
+
+
+def network_folder(source: ModelRef) -> Path:
+    """The same for a network by itself."""
+    return _folder(source, _CONFIG)
+
+
+def copied_parts(index: Mapping[str, Any]) -> list[str]:
+    """The folders of a pipeline that an export copies as they are, from its model_index.json: all but the UNet."""
+    used = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    return [name for name in used if name not in ("unet", "scheduler")]
+
+
+def copy_part(part: Path, target: Path) -> None:
+    """Copy a pipeline's folder without its weights' other formats; an fp16 variant that stands alone is renamed.
+
+    With plain names no ``variant=`` is needed to load it.
+    """
+    halves = is_fp16_alone(part)
+    shutil.copytree(part, target, ignore=shutil.ignore_patterns(*_OTHER_FORMATS, *([] if halves else [_HALVES])))
+    for file in list(target.glob(_HALVES)):
+        if file.suffix == ".json":  # the index of shards names them
+            file.write_text(file.read_text("utf-8").replace(".fp16", ""), "utf-8")
+        file.rename(target / file.name.replace(".fp16", ""))
+
+
+def is_fp16_alone(folder: Path) -> bool:
+    """Published folders sometimes hold ``*.fp16.safetensors`` alone."""
+    names = [p.name for p in folder.glob("*.safetensors")]
+    return bool(names) and all(".fp16" in name for name in names)
+
+
+def _download(source: ModelRef, sure: str, wanted: list[str]) -> None:
+    from huggingface_hub import snapshot_download
+
+    ignored = [*_OTHER_FORMATS, _HALVES]
+    try:
+        snapshot_download(source.location, revision=source.revision, allow_patterns=wanted, ignore_patterns=ignored)
+    except Exception as error:  # offline, unknown, refused: the client's HTTP library, and so the errors, differ
+        if _cached(source, sure) is None:
+            raise UsageError(f"{source.location} cannot be read from the hub: {first_line(error)}") from error
+
+
+def _folder(source: ModelRef, sure: str) -> Path:
+    if source.is_local:
+        return Path(source.location)
+    found = _cached(source, sure)
+    if found is None:
+        raise RunError(f"{source.location} is gone from the hub's cache: it was there when the run started")
+    return found
+
+
+def _cached(source: ModelRef, file: str) -> Path | None:
+    """The snapshot's folder in the hub's cache, if it holds a file."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.location, file, revision=source.revision)
+    return Path(found).parent if isinstance(found, str) else None

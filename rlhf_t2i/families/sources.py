@@ -1,0 +1,140 @@
+"""Where a model comes from: a local folder or a hub id, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.utils import files
+
+_HASH = re.compile("[0-9a-f]{40}")
+_revisions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A local path, or a hub repository with an optional revision and, for bare weights, a file in it."""
+
+    location: str
+    revision: str | None = None
+    file: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the location is a path."""
+        return Path(self.location).is_absolute()
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained``; a local folder never reaches for the network."""
+        if self.is_local:
+            return {"local_files_only": True}
+        return {"revision": self.revision} if self.revision else {}
+
+
+def parse(text: str) -> ModelRef:
+    """Read a recipe's model.
+
+    Args:
+        text: A path (``./``, ``../``, ``~``, ``/``, or an existing folder), a repository ``org/name@revision``, or one
+            file of it, ``org/name/weights.bin@revision``.
+
+    Raises:
+        UsageError: The path does not exist, or the text is neither.
+    """
+    path = files.expanded(text)
+    if text.startswith(("/", "./", "../", "~")) or path.exists():
+        if not path.exists():
+            raise UsageError(f"no such model: {text}")
+        return ModelRef(str(path.resolve()))
+    name, _, revision = text.partition("@")
+    parts = name.split("/")
+    is_file = len(parts) > 2 and name.endswith((".bin", ".safetensors")) and ".." not in parts
+    if not (len(parts) == 2 or is_file) or not all(parts) or any(c.isspace() for c in name):
+        raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name, or org/name/file.bin)")
+    if not _is_safe(name) or "--" in name or (revision and not _is_safe(revision)):
+        raise UsageError(f"{text!r} is no hub id: its parts hold letters, digits, '.', '_' and '-', no '..' or '--'")
+    place = "/".join(parts[:2])
+    pinned = _revisions.get(f"{place}@{revision}" if revision else place)
+    return ModelRef(place, pinned or revision or None, "/".join(parts[2:]) or None)
+
+
+def use_revisions(revisions: Mapping[str, str]) -> None:
+    """From here on in this process take these commits: hash by ``org/name`` or ``org/name@branch``."""
+    _revisions.clear()
+    _revisions.update(revisions)
+
+
+def revisions() -> dict[str, str]:
+    """What :func:`use_revisions` set."""
+    return dict(_revisions)
+
+
+def is_hash(revision: str) -> bool:
+    """Whether a revision is a full commit hash, which cannot move."""
+    return _HASH.fullmatch(revision) is not None
+
+
+def commit(source: ModelRef) -> str | None:
+    """The hash a hub repository stands at, from the hub or else its cache; None where neither knows."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        return HfApi().model_info(source.location, revision=source.revision, timeout=10).sha
+    except Exception:  # offline, unknown, refused: the client's HTTP library, and so the errors, differ by version
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.location, repo_type="model")
+        reference = folder / "refs" / (source.revision or "main")
+        return reference.read_text("utf-8").strip() if reference.is_file() else None
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a hub id or revision, which the hub's cache makes paths of, stays below the cache's folder."""
+    return all(re.fullmatch(r"\w|\w[\w.-]*\w", part, re.ASCII) and ".." not in part for part in name.split("/"))
+
+
+def pipeline_index(source: ModelRef) -> dict[str, Any]:
+    """A pipeline's model_index.json, whose keys are names of folders.
+
+    Raises:
+        UsageError: Missing, damaged, or with a key that is a path out of the pipeline.
+    """
+    index = read_json(source, "model_index.json")
+    stray = next((name for name in index if not re.fullmatch(r"\w+", name)), None)
+    if stray is not None:
+        raise UsageError(f"{source.location}/model_index.json is damaged: {stray!r} is no name of a folder")
+    return index
+
+
+def read_json(source: ModelRef, file: str) -> dict[str, Any]:
+    """A JSON file of a model, local or from the hub.
+
+    Raises:
+        UsageError: Missing or damaged.
+    """
+    path = Path(source.location) / file if source.is_local else Path(hub_file(source, file))
+    if not path.is_file():
+        raise UsageError(f"{source.location} has no {file}: it is not the folder of a diffusers model")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise UsageError(f"{path} is damaged: not valid JSON") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is damaged: not a JSON object")
+    return data
+
+
+def hub_file(source: ModelRef, file: str) -> str:
+    """Fetch one file of a hub repository (from the cache where it is there)."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return hf_hub_download(source.location, file, revision=source.revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(f"{source.location} cannot be read from the hub ({file}): {first_line(error)}") from None

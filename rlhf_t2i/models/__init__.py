@@ -1,1 +1,0 @@
-"""Diffusers pipelines: loading, conditioning, denoising, one-step sampling and export."""

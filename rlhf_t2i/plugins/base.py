@@ -1,0 +1,178 @@
+"""The public base classes of a plugin: everything an author needs to know, on one page.
+
+A plugin is a class registered under the entry-point group ``rlhf_t2i.rewards`` or ``rlhf_t2i.divergences`` (or named
+in a recipe as ``path/to/file.py:Class``). Its ``Options`` are a pydantic model: an unknown key or a wrong type in a
+recipe is refused before anything starts, with the plugin's and the key's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class Options(BaseModel):
+    """Base of every plugin's options: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Reward(nn.Module):
+    """A human-preference score of images for prompts; subclass it and write :meth:`score`.
+
+    The framework owns the rest: device and dtype, freezing, micro-batching, decoding latents to images, activation
+    checkpointing, the gradient with respect to the latents, retries and timeouts. Build the model in ``__init__``
+    after ``super().__init__(options)``; submodules move to the right device by themselves.
+
+    Each sample's score must depend on that sample alone (no batch statistics): then the gradient of the sum is the
+    gradient of every score, and one stateless call serves any weighting.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    differentiable: bool = True
+    """False: the reward can measure (``eval_rewards:``) but not train (``rewards:``)."""
+    unit: str = ""
+    """What a value of 1 means, for tables and plots; e.g. ``cosine``. An option may change it on the instance."""
+    value_range: tuple[float, float] = (float("-inf"), float("inf"))
+    """The smallest and largest possible value."""
+    higher_is_better: ClassVar[bool] = True
+    uses_prompt: ClassVar[bool] = True
+    """False: the prompt makes no difference (an aesthetic score), and ``rewards check`` expects that."""
+    license: ClassVar[str] = ""
+    """The license of the published weights."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Import names of packages this reward needs beyond the core's."""
+    pip: ClassVar[tuple[str, ...]] = ()
+    """Package versions that clash with the core's; the reward's actor then runs in an environment of its own."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__()
+        self.options = options if options is not None else self.Options()
+        self._text_cache: dict[str, Tensor] = {}
+
+    @classmethod
+    def hub_models(cls, options: Any) -> list[str]:
+        """Hub ids that it may load, whose revisions a run pins; by default its options that read like one."""
+        return [value for _, value in options if isinstance(value, str)]
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images for their prompts.
+
+        Args:
+            images: Float [B, 3, H, W] in [0, 1]; gradients flow.
+            prompts: B strings.
+
+        Returns:
+            Tensor [B], in :attr:`unit`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score(images, prompts)")
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Features [B, ...] of prompts; override it and call :meth:`text_features` in ``score``."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_text(prompts) to use text_features")
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """:meth:`encode_text`, computed once a prompt, without gradient."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
+        if self._text_cache and len(self._text_cache) + len(missing) > 65536:
+            self._text_cache.clear()
+            missing = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            for prompt in missing:
+                # One at a time: the last bits must not depend on which prompts happened to be cached.
+                self._text_cache[prompt] = self.encode_text([prompt])[0]
+        return torch.stack([self._text_cache[p] for p in prompts])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reward:
+        # A move to another device or dtype makes cached features stale.
+        self._text_cache.clear()
+        return super()._apply(fn, recurse)
+
+
+class LatentContext(Protocol):
+    """What a :class:`LatentReward` may use: the frozen reference and the noise of this call.
+
+    A call has one timestep and one noise a sample: who asks again gets the same, as do other latent rewards.
+    """
+
+    def sample_timesteps(self, batch: int) -> Tensor:
+        """Integer timesteps [B], uniform over the recipe's range, reproducible from the run's seed."""
+
+    def sample_noise(self, like: Tensor) -> Tensor:
+        """Standard normal noise shaped like the latents, reproducible from the run's seed."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``x_t = a_t x_0 + g_t eps``."""
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``(a_t, g_t)``, broadcastable over ``like``."""
+
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Give the reference's x0-predictions with and without the prompt; no gradient flows."""
+
+
+class LatentReward(Reward):
+    """A reward on latents that may call the reference denoiser (an implicit reward)."""
+
+    def score_latents(self, latents: Tensor, prompts: Sequence[str], context: LatentContext) -> Tensor:
+        """Score latents [B, C, h, w]; the gradient of the returned [B] tensor is the reward's gradient."""
+        raise NotImplementedError(f"{type(self).__name__} must define score_latents(latents, prompts, context)")
+
+
+class Divergence:
+    """How far apart the assistant's and the reference's denoisers are: ``d(y)`` and its derivative.
+
+    Both methods get ``delta = D_assistant - D_reference``, x0-predictions [B, ...] in float32 or better, and must
+    treat samples independently (algorithm.md 1.6).
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    needs_vjp: ClassVar[bool] = True
+    """True: equation (3.4), differentiated through both denoisers. False: the KL force of section 3.1, which only
+    needs their values, so no vector-Jacobian product is computed."""
+    order: ClassVar[int] = 1
+    """The homogeneity degree of ``d``: powers of ``a_t / g_t^2`` between x0 space and score space."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options if options is not None else self.Options()
+
+    def value(self, delta: Tensor) -> Tensor:
+        """``d(delta)`` [B]: what is logged as the distance; never negative."""
+        raise NotImplementedError(f"{type(self).__name__} must define value(delta)")
+
+    def derivative(self, delta: Tensor) -> Tensor:
+        """``d'(delta)``, shaped like delta; keep it differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must define derivative(delta)")
+
+
+_loaded: ContextVar[dict[Any, Any] | None] = ContextVar("models that the rewards built now share", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Let the rewards built in this block share their models: those of one role, which has one device and one dtype.
+
+    Not the whole process: a second role of another dtype would round the weights of the first.
+    """
+    token = _loaded.set({})
+    try:
+        yield
+    finally:
+        _loaded.reset(token)
+
+
+def shared(loader: Callable[..., Any], *args: Any) -> Any:
+    """Load a model once a role: two rewards that call ``shared(load, path)`` as they are built get the same object."""
+    loaded = _loaded.get()
+    if loaded is None:
+        return loader(*args)
+    key = (loader, args)
+    if key not in loaded:
+        loaded[key] = loader(*args)
+    return loaded[key]

@@ -1,0 +1,146 @@
+"""Image preprocessing that gradients pass through: what CLIP's and BLIP's processors do, in torch operations.
+
+The libraries' own processors go through PIL (resize and crop on uint8) and so cut the gradient. These functions stay
+within the rounding of those processors, and within 1e-3 of the same filter without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_FILTERS: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize the shorter side, crop the center, normalize; hashable, so it can be a cache key.
+
+    Args:
+        resize: Pixels of the shorter side, or (height, width).
+        crop: (height, width) cut from the center; None keeps everything.
+        mean: Subtracted per channel, after scaling to [0, 1].
+        std: Divided by.
+        filter: ``bicubic`` or ``bilinear``, always antialiased.
+        pad: Instead of cropping, shrink the longer side to ``resize`` and fill the border with black before
+            normalizing (open_clip's ResizeMaxSize, used by HPSv2).
+        clamp: Cut the bicubic filter's overshoot to [0, 1], as processors that work on uint8 do.
+        crop_rounding: How half a pixel is rounded: ``floor`` (transformers) or ``nearest`` (torchvision).
+    """
+
+    resize: int | tuple[int, int] = 224
+    crop: tuple[int, int] | None = (224, 224)
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    filter: Literal["bilinear", "bicubic"] = "bicubic"
+    pad: bool = False
+    clamp: bool = True
+    crop_rounding: Literal["floor", "nearest"] = "floor"
+
+    @classmethod
+    def square(cls, size: int, **changes: Any) -> Preprocess:
+        """The usual preprocessing for a square model input of ``size`` pixels."""
+        return cls(resize=size, crop=(size, size), **changes)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preprocess:
+        """Read a transformers ``preprocessor_config.json`` (or ``processor_config.json``).
+
+        Raises:
+            ValueError: The configuration asks for a filter or a size that this class does not know.
+        """
+        config = config.get("image_processor", config)
+        size = config.get("size", 224)
+        if isinstance(size, dict):
+            size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
+            if isinstance(size, tuple) and None in size:
+                raise ValueError(f"the image processor's size {config['size']} is not supported")
+        crop = config.get("crop_size", 224)
+        if isinstance(crop, dict):
+            crop = (crop["height"], crop["width"])
+        elif isinstance(crop, int):
+            crop = (crop, crop)
+        resample = config.get("resample", 3)
+        if resample not in _FILTERS:
+            raise ValueError(f"the image processor's resample {resample} is not supported: use 2 or 3")
+        return cls(
+            resize=size,
+            crop=crop if config.get("do_center_crop", True) else None,
+            mean=tuple(config.get("image_mean", CLIP_MEAN)),
+            std=tuple(config.get("image_std", CLIP_STD)),
+            filter=_FILTERS[resample],
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to normalized pixels [B, 3, h, w], same dtype; gradients flow."""
+        images = self._resized(images)
+        if self.crop is not None:
+            images = center_crop(images, self.crop, self.crop_rounding)
+        return normalize(images, self.mean, self.std)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if isinstance(self.resize, tuple):
+            return resize(images, self.resize, self.filter, self.clamp)
+        if self.pad:
+            scale = self.resize / max(height, width)
+            # Python's round, as open_clip.
+            return resize(images, (round(height * scale), round(width * scale)), self.filter, self.clamp)
+        short = min(height, width)
+        target = (
+            (self.resize, int(self.resize * width / height))
+            if height == short
+            else (int(self.resize * height / width), self.resize)
+        )
+        return resize(images, target, self.filter, self.clamp)
+
+
+def clip_preprocess(images: Tensor, size: int = 224) -> Tensor:
+    """CLIP's preprocessing: shorter side to ``size``, center crop, CLIP's mean and standard deviation.
+
+    Args:
+        images: Float [B, 3, H, W] in [0, 1].
+        size: Pixels of the model's square input.
+
+    Returns:
+        Normalized pixels [B, 3, size, size]; gradients flow.
+    """
+    return Preprocess.square(size)(images)
+
+
+def resize(
+    images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"] = "bicubic", clamp: bool = True
+) -> Tensor:
+    """Antialiased resize of [B, C, H, W] in [0, 1]; ``clamp`` cuts the bicubic filter's overshoot."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    resized = functional.interpolate(images, size, mode=mode, antialias=True, align_corners=False)
+    return resized.clamp(0, 1) if clamp else resized
+
+
+def center_crop(images: Tensor, size: tuple[int, int], rounding: Literal["floor", "nearest"] = "floor") -> Tensor:
+    """Cut [h, w] from the center of [B, C, H, W]; a smaller image is framed with black, as the processors do."""
+    pad_h, pad_w = (max(0, want - have) for want, have in zip(size, images.shape[-2:], strict=True))
+    if pad_h or pad_w:
+        images = functional.pad(images, (pad_w // 2, (pad_w + 1) // 2, pad_h // 2, (pad_h + 1) // 2))
+    top, left = (
+        gap // 2 if rounding == "floor" else round(gap / 2.0)
+        for gap in (have - want for want, have in zip(size, images.shape[-2:], strict=True))
+    )
+    return images[..., top : top + size[0], left : left + size[1]]
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """``(images - mean) / std`` per channel."""
+    shape = (1, -1, 1, 1)
+    mean_t = torch.tensor(mean, dtype=images.dtype, device=images.device).reshape(shape)
+    std_t = torch.tensor(std, dtype=images.dtype, device=images.device).reshape(shape)
+    return (images - mean_t) / std_t

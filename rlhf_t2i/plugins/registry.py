@@ -1,0 +1,144 @@
+"""Find plugins: by entry point (``rlhf_t2i.rewards``, ``rlhf_t2i.divergences``) or as ``path/to/file.py:Class``."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
+
+from pydantic import ValidationError
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.utils import files
+
+if TYPE_CHECKING:
+    from rlhf_t2i.plugins.base import Divergence, Reward
+
+REWARDS: Final = "rlhf_t2i.rewards"
+DIVERGENCES: Final = "rlhf_t2i.divergences"
+_KINDS = {REWARDS: "reward", DIVERGENCES: "divergence"}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One registered plugin, not imported yet."""
+
+    name: str
+    package: str
+    version: str
+    entry_point: EntryPoint
+
+
+def registered(group: str) -> dict[str, list[Plugin]]:
+    """All plugins of a group by name; a name claimed by two packages lists both."""
+    found: dict[str, list[Plugin]] = {}
+    for entry in entry_points(group=group):
+        package = entry.dist.name if entry.dist else "unknown"
+        version = entry.dist.version if entry.dist else ""
+        plugin = Plugin(entry.name, package, version, entry)
+        # One distribution can be listed twice (an editable install beside a build's metadata): that is one plugin.
+        if all(plugin.package != other.package for other in found.get(entry.name, [])):
+            found.setdefault(entry.name, []).append(plugin)
+    return dict(sorted(found.items()))
+
+
+@overload
+def load_class(group: Literal["rlhf_t2i.rewards"], name: str) -> type[Reward]: ...
+@overload
+def load_class(group: Literal["rlhf_t2i.divergences"], name: str) -> type[Divergence]: ...
+@overload
+def load_class(group: str, name: str) -> type[Reward] | type[Divergence]: ...
+def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
+    """Import a plugin's class.
+
+    Args:
+        group: :data:`REWARDS` or :data:`DIVERGENCES`.
+        name: A registered name, or ``path/to/file.py:Class``.
+
+    Raises:
+        UsageError: Unknown name (with the nearest known), two packages with one name, an import that fails (with
+            the reason), or a class of the wrong kind.
+    """
+    from rlhf_t2i.plugins.base import Divergence, Reward
+
+    kind = _KINDS[group]
+    cls: Any = _from_file(name, kind) if ".py:" in name else _from_entry_point(group, name, kind)
+    base = Reward if group == REWARDS else Divergence
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise UsageError(f"{kind} {name!r} is not a subclass of rlhf_t2i.plugins.{base.__name__}")
+    return cls
+
+
+def _from_entry_point(group: str, name: str, kind: str) -> Any:
+    known = registered(group)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+        raise UsageError(f"unknown {kind} {name!r}{hint}")
+    if len(known[name]) > 1:
+        packages = " and ".join(p.package for p in known[name])
+        raise UsageError(f"{kind} {name!r} is registered by {packages}: uninstall one, or name the class by its file")
+    plugin = known[name][0]
+    try:
+        return plugin.entry_point.load()
+    except Exception as error:
+        raise UsageError(f"{kind} {name!r} of package {plugin.package} cannot be imported: {error}") from error
+
+
+def _from_file(name: str, kind: str) -> Any:
+    file, _, attribute = name.rpartition(":")
+    path = files.expanded(file).resolve()
+    if not path.is_file():
+        raise UsageError(f"{kind} {name!r}: no such file: {path}")
+    # The module name is derived from the path, so that every process agrees on it and two files never collide.
+    module_name = f"rlhf_t2i_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise UsageError(f"{kind} {name!r} cannot be imported: {error}") from error
+    if not hasattr(module, attribute):
+        raise UsageError(f"{kind} {name!r}: {path.name} defines no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def parse_options(cls: Any, kind: str, name: str, options: dict[str, Any]) -> Any:
+    """Validate a plugin's options against its pydantic model.
+
+    Raises:
+        UsageError: One sentence naming the plugin and the key.
+    """
+    try:
+        return cls.Options(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "options"
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, cls.Options.model_fields, n=1)
+            known = ", ".join(cls.Options.model_fields) or "none"
+            hint = f"; did you mean {close[0]!r}?" if close else f"; its options: {known}"
+            raise UsageError(f"{kind} {name!r} has no option {key!r}{hint}") from error
+        raise UsageError(f"{kind} {name!r}, option {key!r}: {first['msg']}") from error
+
+
+def divergence(name: str, **options: Any) -> Divergence:
+    """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``."""
+    cls = load_class(DIVERGENCES, name)
+    return cls(parse_options(cls, "divergence", name, options))
+
+
+def reward(name: str, **options: Any) -> Any:
+    """Build a reward, e.g. ``reward("pickscore", model="path/to/folder")``; its weights are loaded here."""
+    cls = load_class(REWARDS, name)
+    return cls(parse_options(cls, "reward", name, options))

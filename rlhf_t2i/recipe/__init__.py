@@ -1,0 +1,1 @@
+"""Recipes: schema, reading, error messages and placement arithmetic. Nothing here imports torch."""

@@ -1,0 +1,236 @@
+"""What the rows say: means, differences, equal-reward comparisons and claims, all from one bootstrap.
+
+Prompts are resampled once for all rows (every row was measured on the same prompts and noise), seeds within each row:
+the crossed bootstrap of Owen (2007), which counts both kinds of luck. With three seeds the spread between seeds is
+itself poorly known; the tables print it beside the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.tools.ablation.schema import Ablation, Claim, Frontier
+from rlhf_t2i.utils import stats
+
+RESAMPLES = 4000
+LEVELS = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval; the interval is nan where none can be given."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray | None) -> Estimate:
+        """From bootstrap draws [R]; draws that are not a number are left out, too many of them leave no interval."""
+        if draws is None or not math.isfinite(value):
+            return cls(value)
+        finite = draws[np.isfinite(draws)]
+        if len(finite) < 0.9 * len(draws):
+            return cls(value)
+        low, high = np.percentile(finite, [2.5, 97.5])
+        return cls(value, float(low), float(high))
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is on one side of zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+@dataclass
+class RowData:
+    """The measurements of one row: for each metric a matrix [S seeds, P prompts], or single values [S]."""
+
+    name: str
+    values: dict[str, np.ndarray]
+    single: dict[str, list[float]] = field(default_factory=dict)
+
+    def mean(self, metric: str) -> float:
+        """Over seeds and prompts; nan when unmeasured."""
+        if metric in self.values:
+            return stats.mean(self.values[metric].ravel()).value
+        return stats.mean(self.single.get(metric, [])).value
+
+    def by_seed(self, metric: str) -> list[float]:
+        """One mean a seed."""
+        if metric in self.values:
+            return [stats.mean(row).value for row in self.values[metric]]
+        return list(self.single.get(metric, []))
+
+
+class Bootstrap:
+    """Draws of every row's means, paired over prompts.
+
+    Args:
+        rows: All measured on the same prompts.
+    """
+
+    def __init__(self, rows: Mapping[str, RowData], resamples: int = RESAMPLES) -> None:
+        self.rows, self._resamples = rows, resamples
+        self._prompt_weights: dict[int, np.ndarray] = {}
+        self._cache: dict[tuple[str, str], np.ndarray | None] = {}
+
+    def draws(self, row: str, metric: str) -> np.ndarray | None:
+        """Resampled means [R] of a row; None for a metric without prompts (a Frechet distance) or below two."""
+        if (row, metric) not in self._cache:
+            self._cache[row, metric] = self._draw(row, metric)
+        return self._cache[row, metric]
+
+    def estimate(self, row: str, metric: str) -> Estimate:
+        """A row's mean."""
+        return Estimate.of(self.rows[row].mean(metric), self.draws(row, metric))
+
+    def difference(self, more: str, less: str, metric: str) -> Estimate:
+        """The mean of one row minus another's, paired over prompts."""
+        a, b = self.draws(more, metric), self.draws(less, metric)
+        value = self.rows[more].mean(metric) - self.rows[less].mean(metric)
+        return Estimate.of(value, None if a is None or b is None else a - b)
+
+    def _draw(self, row: str, metric: str) -> np.ndarray | None:
+        matrix = self.rows[row].values.get(metric)
+        if matrix is None or matrix.shape[1] < 2:
+            return None
+        seeds, prompts = matrix.shape
+        # Seeded by the row alone: all metrics of a row draw the same seeds, so that they stay paired.
+        chosen = np.random.default_rng(rng.seed_of("ablation", row)).multinomial(
+            seeds, np.full(seeds, 1 / seeds), self._resamples
+        )
+        return np.einsum("rs,sp,rp->r", chosen / seeds, matrix, self._prompts(prompts), optimize=True)
+
+    def _prompts(self, count: int) -> np.ndarray:
+        if count not in self._prompt_weights:
+            generator = np.random.default_rng(rng.seed_of("ablation prompts", count))
+            counts = generator.multinomial(count, np.full(count, 1 / count), self._resamples)
+            self._prompt_weights[count] = counts / count
+        return self._prompt_weights[count]
+
+
+@dataclass(frozen=True)
+class EqualReward:
+    """Two frontiers compared where both gained the same reward."""
+
+    reward: str
+    metric: str
+    first: str
+    second: str
+    gain: float
+    """The reward gained over the initial row, in the reward's unit."""
+    values: tuple[float, float]
+    difference: Estimate
+    """First minus second."""
+
+
+def equal_reward(
+    boot: Bootstrap, initial: str, first: Frontier, second: Frontier, reward: str, metric: str
+) -> list[EqualReward]:
+    """Compare two frontiers at equal reward gained over the initial row.
+
+    Each frontier joins its rows by straight lines in the order of their reward; the levels are quarters of the range
+    that both reach. [] when they share none.
+    """
+    curves = [_curve(boot, initial, frontier, reward, metric) for frontier in (first, second)]
+    low = max(min(gains) for gains, _ in curves)
+    high = min(max(gains) for gains, _ in curves)
+    if not low < high:
+        return []
+    found = []
+    for share in LEVELS:
+        gain = low + share * (high - low)
+        values = tuple(_read_off(gains, heights, gain) for gains, heights in curves)
+        draws = _difference_draws(boot, initial, (first, second), reward, metric, gain)
+        difference = Estimate.of(values[0] - values[1], draws)
+        found.append(EqualReward(reward, metric, first.name, second.name, gain, (values[0], values[1]), difference))
+    return found
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim of the paper and what was measured."""
+
+    claim: Claim
+    outcome: str
+    """``holds``, ``does not hold`` or ``not shown``."""
+    detail: str
+    estimates: list[Estimate]
+
+
+def judge(claim: Claim, ablation: Ablation, boot: Bootstrap) -> Finding:
+    """Hold a claim against the measurements; its interval must lie on one side of zero to decide it."""
+    needed = _rows_of(claim, ablation)
+    absent = [name for name in needed if name not in boot.rows]
+    if absent:
+        return Finding(claim, "not shown", f"not measured: {', '.join(absent)}", [])
+    if claim.at_equal is None:
+        estimates = [boot.difference(claim.more, claim.less, claim.metric)]
+    else:
+        frontiers = {frontier.name: frontier for frontier in ablation.frontiers}
+        pair = frontiers[claim.more], frontiers[claim.less]
+        found = equal_reward(boot, ablation.initial, *pair, claim.at_equal, claim.metric)
+        if not found:
+            return Finding(claim, "not shown", "the two never gain the same reward, so nothing can be compared", [])
+        estimates = [row.difference for row in found]
+    factor = ablation.factor(claim.metric)
+    detail = "; ".join(_words(e, factor) for e in estimates)
+    if not all(math.isfinite(e.value) for e in estimates):
+        return Finding(claim, "not shown", "not measured", estimates)
+    signs = {estimate.sign for estimate in estimates}
+    outcome = {frozenset({1}): "holds", frozenset({-1}): "does not hold"}.get(frozenset(signs), "not shown")
+    return Finding(claim, outcome, f"difference {detail}", estimates)
+
+
+def _rows_of(claim: Claim, ablation: Ablation) -> list[str]:
+    if claim.at_equal is None:
+        return [claim.more, claim.less]
+    chosen = [frontier for frontier in ablation.frontiers if frontier.name in (claim.more, claim.less)]
+    return [ablation.initial, *(name for frontier in chosen for name in frontier.rows)]
+
+
+def _curve(
+    boot: Bootstrap, initial: str, frontier: Frontier, reward: str, metric: str
+) -> tuple[list[float], list[float]]:
+    start = boot.rows[initial].mean(reward)
+    rows = [boot.rows[name] for name in frontier.rows]
+    return [row.mean(reward) - start for row in rows], [row.mean(metric) for row in rows]
+
+
+def _difference_draws(
+    boot: Bootstrap, initial: str, pair: Sequence[Frontier], reward: str, metric: str, gain: float
+) -> np.ndarray | None:
+    start = boot.draws(initial, reward)
+    heights = []
+    for frontier in pair:
+        rewards, y = _all_draws(boot, frontier, reward), _all_draws(boot, frontier, metric)
+        if start is None or rewards is None or y is None:
+            return None
+        x = rewards - start
+        heights.append(np.array([_read_off(x[:, r], y[:, r], gain) for r in range(x.shape[1])]))
+    return heights[0] - heights[1]
+
+
+def _all_draws(boot: Bootstrap, frontier: Frontier, metric: str) -> np.ndarray | None:
+    """The draws of every row of a frontier [rows, R]; None where one has none."""
+    draws = [found for name in frontier.rows if (found := boot.draws(name, metric)) is not None]
+    return np.stack(draws) if len(draws) == len(frontier.rows) else None
+
+
+def _read_off(gains: Sequence[float] | np.ndarray, heights: Sequence[float] | np.ndarray, gain: float) -> float:
+    """Linear interpolation; nan outside the measured range, for nothing was measured there."""
+    x, y = np.asarray(gains, dtype=np.float64), np.asarray(heights, dtype=np.float64)
+    order = np.argsort(x, kind="stable")
+    return float(np.interp(gain, x[order], y[order], left=math.nan, right=math.nan))
+
+
+def _words(estimate: Estimate, factor: float) -> str:
+    value = f"{estimate.value * factor:+.4g}"
+    if math.isnan(estimate.low):
+        return f"{value} (no interval)"
+    return f"{value} [{estimate.low * factor:+.4g}, {estimate.high * factor:+.4g}]"

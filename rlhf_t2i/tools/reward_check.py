@@ -1,0 +1,283 @@
+"""``rlhf-t2i rewards check``: does a reward keep the contract that training relies on?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_t2i.plugins.base import LatentReward, Reward
+from rlhf_t2i.roles.reward import RewardRole, freeze
+
+PROMPTS = ("a red apple on a wooden table", "two dogs running along a beach", "a castle at night, oil painting")
+Outcome = Literal["pass", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check's outcome, with a sentence that says what was measured or what is wrong."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+class _FailError(Exception):
+    """A check that did not hold; its text is the finding's detail."""
+
+
+class _SkipError(Exception):
+    """A check that does not apply."""
+
+
+class _Identity:
+    """A decoder for rewards on images: the latents are the images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class SyntheticContext:
+    """A reference denoiser without weights: its predictions depend on the prompt alone, so gradients are known."""
+
+    def sample_timesteps(self, batch: int) -> Tensor:
+        """The same timesteps every call."""
+        return torch.linspace(100, 900, batch).long()
+
+    def sample_noise(self, like: Tensor) -> Tensor:
+        """The same noise every call."""
+        return _noise(tuple(like.shape), 1).to(like)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine schedule."""
+        angle = (t.double() + 1) / 1002 * torch.pi / 2
+        shape = (-1, *([1] * (like.ndim - 1)))
+        return angle.cos().to(like).reshape(shape), angle.sin().to(like).reshape(shape)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """``a x_0 + g eps``."""
+        alpha, sigma = self.coefficients(t, latents)
+        return alpha * latents + sigma * noise
+
+    def reference(self, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Predictions with and without the prompt."""
+        shape = tuple(x_t.shape[1:])
+        conditional = torch.stack([_noise(shape, 2 + sum(map(ord, prompt))) for prompt in prompts])
+        return conditional.to(x_t), 0.1 * _noise(tuple(x_t.shape), 0).to(x_t)
+
+
+def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[Finding]:
+    """Run every check; one that raises fails with the error's text.
+
+    Args:
+        reward: Built, with its weights.
+        device: Where to run.
+        size: Height of the test images (a second batch is not square); latents have size/8.
+    """
+    checker = _Checker(reward, device, size)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("shape", checker.shape),
+        ("value range", checker.value_range),
+        ("determinism", checker.determinism),
+        ("batch invariance", checker.batch_invariance),
+        ("dtype", checker.dtype),
+        ("NaN behavior", checker.nan_behavior),
+        ("gradient", checker.gradient),
+        ("sees the image", checker.image_sensitivity),
+        ("sees the prompt", checker.prompt_sensitivity),
+        ("time", checker.time),
+        ("memory", checker.memory),
+    ]
+    return [_run(name, check) for name, check in checks]
+
+
+def _run(name: str, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "pass", check())
+    except _FailError as failure:
+        return Finding(name, "fail", str(failure))
+    except _SkipError as skipped:
+        return Finding(name, "skip", str(skipped))
+    except Exception as error:
+        return Finding(name, "fail", f"{type(error).__name__}: {error}")
+
+
+class _Checker:
+    def __init__(self, reward: Reward, device: torch.device, size: int) -> None:
+        self.reward, self.device = reward, device
+        self.on_latents = isinstance(reward, LatentReward)
+        self.context = SyntheticContext()
+        self.inputs = self._inputs(size, size)
+        self.wide = self._inputs(size, size + size // 2)
+
+    def _inputs(self, height: int, width: int) -> Tensor:
+        if self.on_latents:
+            return _noise((3, 4, max(height // 8, 1), max(width // 8, 1)), 7).float()
+        coarse = 0.5 + 0.4 * torch.tanh(_noise((3, 3, 6, 6), 7)).float()
+        images = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
+        return images.clamp(0.05, 0.95)
+
+    def _role(self, dtype: torch.dtype = torch.float32) -> RewardRole:
+        return RewardRole({"reward": self.reward}, _Identity(), device=self.device, dtype=dtype)
+
+    def _score(self, inputs: Tensor, prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._role(dtype).score_latents(inputs, prompts, context=self.context)["reward"].double()
+
+    def shape(self) -> str:
+        for inputs, prompts in ((self.inputs, PROMPTS), (self.wide, PROMPTS), (self.inputs[:1], PROMPTS[:1])):
+            self._score(inputs, prompts)
+        return f"[{len(PROMPTS)}] for {len(PROMPTS)}; also one sample, and not square"
+
+    def value_range(self) -> str:
+        values = self._score(self.inputs)
+        low, high = self.reward.value_range
+        if float(values.min()) < low - 1e-4 or float(values.max()) > high + 1e-4:
+            raise _FailError(f"{float(values.min()):.4g} to {float(values.max()):.4g}, declared {low:g} to {high:g}")
+        return f"{float(values.min()):.4g} to {float(values.max()):.4g} {self.reward.unit}".rstrip()
+
+    def determinism(self) -> str:
+        difference = float((self._score(self.inputs) - self._score(self.inputs)).abs().max())
+        if difference > 1e-6:
+            raise _FailError(f"the same call gave values that differ by {difference:.2g} (dropout? random crops?)")
+        return "the same call gives the same values"
+
+    def batch_invariance(self) -> str:
+        if self.on_latents:
+            raise _SkipError("the noise of a call belongs to the whole batch")
+        together = self._score(self.inputs)
+        alone = torch.cat([self._score(self.inputs[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
+        difference = float((together - alone).abs().max())
+        if difference > 1e-4 * max(1.0, float(alone.abs().max())):
+            raise _FailError(f"a sample's value depends on its batch by {difference:.2g} (batch norm? a mean over B?)")
+        return f"alone or together: {difference:.1g} apart"
+
+    def dtype(self) -> str:
+        full, half = self._score(self.inputs), self._score(self.inputs, dtype=torch.bfloat16)
+        if not bool(half.isfinite().all()):
+            raise _FailError("not finite in bfloat16")
+        return f"float32 and bfloat16 differ by {float((full - half).abs().max()):.2g}"
+
+    def nan_behavior(self) -> str:
+        """A damaged sample must be noticed, and must not damage its neighbors."""
+        freeze(self.reward, self.device, torch.float32)
+        broken = self.inputs.clone().to(self.device)
+        broken[1] = float("nan")
+        try:
+            with torch.no_grad():
+                values = self._raw(broken).double().cpu()
+        except Exception as error:
+            return f"raises {type(error).__name__}"
+        if bool(values[1].isfinite()):
+            raise _FailError(f"a sample of NaN gets {float(values[1]):.4g}: the failure is hidden (nan_to_num? clamp?)")
+        if not bool(values[[0, 2]].isfinite().all()):
+            raise _FailError("one sample of NaN makes the others NaN")
+        return "a sample of NaN gives NaN, its neighbors are untouched"
+
+    def _raw(self, inputs: Tensor) -> Tensor:
+        if isinstance(self.reward, LatentReward):
+            return self.reward.score_latents(inputs, PROMPTS, self.context)
+        return self.reward.score(inputs, PROMPTS)
+
+    def gradient(self) -> str:
+        """Directional derivatives in float64 against central differences at the best of four step sizes."""
+        if not self.reward.differentiable:
+            raise _SkipError("declares none: it can measure (eval_rewards) but not train")
+        inputs = self.inputs.double()
+        role = self._role(torch.float64)
+        try:
+            grads = role.value_and_grad(inputs, PROMPTS, context=self.context)["reward"][1].double()
+            direction = _noise(tuple(inputs.shape), 3)
+            expected = (grads * direction).flatten(1).sum(1)
+            errors = []
+            for step in (1e-3, 1e-4, 1e-5, 1e-6):
+                ahead, behind = (
+                    role.score_latents(inputs + sign * step * direction, PROMPTS, context=self.context)["reward"]
+                    for sign in (1, -1)
+                )
+                errors.append(float(((ahead - behind) / (2 * step) - expected).abs().max()))
+        finally:
+            freeze(self.reward, self.device, torch.float32)
+        size = float(expected.abs().max())
+        if size == 0.0:
+            raise _FailError("the gradient is zero everywhere")
+        if min(errors) > 1e-3 * size:
+            raise _FailError(f"off by {min(errors) / size:.1g} of its size from finite differences (a detach inside?)")
+        return f"agrees with finite differences to {min(errors) / size:.1g} of its size"
+
+    def image_sensitivity(self) -> str:
+        if self.on_latents:
+            raise _SkipError("the noise of a call differs by sample")
+        values = self._score(self.inputs, [PROMPTS[0]] * 3)
+        spread = float(values.max() - values.min())
+        if spread == 0.0:
+            raise _FailError("three different images get the same value")
+        return f"three images for one prompt lie {spread:.3g} apart"
+
+    def prompt_sensitivity(self) -> str:
+        same = self.inputs[:1].expand_as(self.inputs)
+        if self.on_latents:
+            one, other = (self._score(self.inputs, [prompt] * 3) for prompt in PROMPTS[:2])
+            spread = float((one - other).abs().max())
+        else:
+            values = self._score(same)
+            spread = float(values.max() - values.min())
+        if not self.reward.uses_prompt:
+            if spread > 1e-5:
+                raise _FailError(f"uses_prompt is False, but three prompts for one image lie {spread:.3g} apart")
+            raise _SkipError("declares that it does not read the prompt")
+        if spread < 1e-7:
+            raise _FailError(
+                "three prompts for one image get the same value; if that is meant, set uses_prompt = False"
+            )
+        return f"three prompts for one image lie {spread:.3g} apart"
+
+    def time(self) -> str:
+        call = self._call()
+        call()
+        started = time.perf_counter()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        milliseconds = (time.perf_counter() - started) * 1000 / len(PROMPTS)
+        return f"{milliseconds:.1f} ms an image, {self._what()}, on {self.device}"
+
+    def memory(self) -> str:
+        call = self._call()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            used, kind = torch.cuda.max_memory_allocated() - before, "peak"
+        else:
+            used, kind = _saved_bytes(call), "kept for the gradient"
+        weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
+        return f"{used / len(PROMPTS) / 2**20:.1f} MiB an image {kind}; weights {weights / 2**20:.0f} MiB"
+
+    def _call(self) -> Callable[[], Any]:
+        role = self._role()
+        method = role.value_and_grad if self.reward.differentiable else role.score_latents
+        return lambda: method(self.inputs, PROMPTS, context=self.context)
+
+    def _what(self) -> str:
+        return "value and gradient" if self.reward.differentiable else "value"
+
+
+def _saved_bytes(call: Callable[[], Any]) -> int:
+    """Bytes of distinct tensors that autograd keeps during a call."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

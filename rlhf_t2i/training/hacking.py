@@ -1,0 +1,161 @@
+"""Watching a run for reward hacking: is a trained reward climbing while an unseen scorer or diversity falls?
+
+Every ``logging.watch_every`` steps the first ``logging.watch_images`` images of the evaluation are drawn again from the
+same prompts and noise and scored. A signal (an unseen scorer, or diversity within a prompt) is compared with the
+measurement at which it stood highest, prompt by prompt, so that what prompts differ by cancels. The pull of
+pseudo-Huber towards the reference is bounded: above some scale of the reward there is no finite optimum, and nothing
+else stops the run (algorithm.md 1.6).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_t2i.evaluation.compare import KEPT
+from rlhf_t2i.evaluation.measure import Drawn
+from rlhf_t2i.evaluation.reading import events
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.utils import files, stats
+
+RISEN, FALLEN = 3.0, 4.0
+"""Standard errors by which the reward must have risen and the signal fallen. With 16 prompts, the reward climbing and
+two signals that are nothing but noise, some 1 in 100 runs of 60 measurements warns (simulated)."""
+IN_A_ROW = 2
+"""Measurements in a row that must find it: the highest of many measurements is high by chance, too."""
+PROMPTS = 8
+"""Prompts below which nothing is said: standard errors of fewer are too uncertain."""
+DIVERSITY = "diversity"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One value a prompt of everything watched.
+
+    Attributes:
+        step: Generator updates done.
+        reward: The reward term ``sum_i alpha_i r_i`` [P].
+        signals: By name [P]; higher is better.
+    """
+
+    step: int
+    reward: list[float]
+    signals: dict[str, list[float]]
+
+    def metrics(self) -> dict[str, float]:
+        """The means, for metrics.jsonl."""
+        named = {"watch/reward": self.reward} | {f"watch/{name}": values for name, values in self.signals.items()}
+        return {name: stats.mean(values).value for name, values in named.items()}
+
+
+@dataclass
+class HackingDetector:
+    """Compares every measurement with the best one before it, signal by signal; speaks once per occurrence."""
+
+    _best: dict[str, Measurement] = field(default_factory=dict)
+    _found: dict[str, int] = field(default_factory=dict)
+
+    def take(self, now: Measurement) -> list[str]:
+        """Take in the next measurement; returns a sentence for each occurrence that it confirms."""
+        warnings = []
+        for name, values in now.signals.items():
+            best = self._best.setdefault(name, now)
+            fall = _fall(name, best, now)
+            self._found[name] = self._found.get(name, 0) + 1 if fall else 0
+            if fall and self._found[name] == IN_A_ROW:
+                warnings.append(fall)
+            height, highest = stats.mean(values).value, stats.mean(best.signals[name]).value
+            if height > highest or not math.isfinite(highest):
+                self._best[name] = now
+        return warnings
+
+
+def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
+    """The warning if the reward rose and the signal fell between two measurements, both beyond noise."""
+    rise = stats.paired(then.reward, now.reward)
+    if rise.prompts < PROMPTS or not rise.t_statistic > RISEN:
+        return None
+    if name == DIVERSITY:
+        kept = stats.ratio(then.signals[name], now.signals[name])
+        if not stats.Mean(kept.value - KEPT, kept.error, kept.prompts).t_statistic < -FALLEN:
+            return None
+        fell = f"diversity within a prompt fell to {kept.value:.0%} ± {kept.error:.0%}"
+    else:
+        change = stats.paired(then.signals[name], now.signals[name])
+        if not change.t_statistic < -FALLEN:
+            return None
+        fell = f"{name}, which no step trains on, fell by {-change.value:.3g} ± {change.error:.2g}"
+    return (
+        f"reward hacking is likely: since step {then.step} the trained reward rose by "
+        f"{rise.value:.3g} ± {rise.error:.2g} while {fell} (standard errors over {rise.prompts} prompts); look at "
+        f"samples/, lower the rewards' scale or the learning rate, or go back to a checkpoint near step {then.step}"
+    )
+
+
+class Watch:
+    """The measurements of one run, kept in ``evaluation/watch.jsonl`` so that a resumed run goes on from them.
+
+    Args:
+        path: That file.
+        recipe: Which scores train, and which are only measured.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self._path, self._algorithm = path, recipe.algorithm
+        self._detector = HackingDetector()
+
+    def resume(self, last_step: int) -> None:
+        """Take in what was measured up to a step; later lines belong to steps that will be done again: dropped."""
+        self._detector = HackingDetector()
+        if not self._path.is_file():
+            return
+        kept = [Measurement(**row) for row in events(self._path) if row["step"] <= last_step]
+        files.write_text(self._path, "".join(map(_line, kept)))
+        for m in kept:
+            self._detector.take(
+                Measurement(m.step, _nan(m.reward), {name: _nan(values) for name, values in m.signals.items()})
+            )
+
+    def take(self, step: int, drawn: Drawn) -> tuple[dict[str, float], list[str]]:
+        """Keep a measurement.
+
+        Returns:
+            Its means for metrics.jsonl, and a sentence for each occurrence of reward hacking that it confirms.
+        """
+        measurement = self._measurement(step, drawn)
+        if measurement is None:
+            return {}, []
+        files.append_line(self._path, vars(measurement))
+        return measurement.metrics(), self._detector.take(measurement)
+
+    def _measurement(self, step: int, drawn: Drawn) -> Measurement | None:
+        """None where no trained reward can be measured: then nothing can be hacked."""
+        units = {name: stats.by_prompt(values, drawn.prompts) for name, values in drawn.scores.items()}
+        trained = [choice.scale * units[choice.key] for choice in self._algorithm.rewards if choice.key in units]
+        if not trained:
+            return None
+        signals = {
+            choice.key: (units[choice.key] * _direction(choice.name)).tolist()
+            for choice in self._algorithm.eval_rewards
+            if choice.key in units
+        }
+        reward = np.sum(trained, axis=0).tolist()
+        return Measurement(step, reward, signals | {DIVERSITY: drawn.diversity()})
+
+
+def _direction(name: str) -> int:
+    return 1 if registry.load_class(registry.REWARDS, name).higher_is_better else -1
+
+
+def _line(measurement: Measurement) -> str:
+    return json.dumps(files.finite(vars(measurement)), allow_nan=False) + "\n"
+
+
+def _nan(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

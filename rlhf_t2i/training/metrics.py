@@ -1,0 +1,117 @@
+"""What is logged every step: ``metrics.jsonl``, one JSON object a generator step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_t2i.engines.base import learning_rate
+from rlhf_t2i.evaluation.reading import events
+from rlhf_t2i.families import flops
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.stopwatch import WAIT
+from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.utils import files
+
+_BUCKETS = ((0, 249), (250, 499), (500, 749), (750, 999))
+
+
+def step_metrics(
+    recipe: Recipe,
+    progress: TrainState,
+    learner: Sequence[dict[str, Any]],
+    assistant: Sequence[dict[str, float]],
+    seconds: dict[str, float],
+    readings: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The metrics of one generator step.
+
+    Args:
+        recipe: The recipe.
+        progress: After the step.
+        learner: Every rank's report: per-sample measurements and the gradient norm.
+        assistant: The reports of the assistant's rounds since the last step.
+        seconds: Wall time of the step and its phases.
+        readings: Every process's busy seconds, bytes sent and peak memory.
+    """
+    samples: dict[str, np.ndarray] = {
+        name: np.concatenate([np.asarray(rank["samples"][name], dtype=np.float64) for rank in learner])
+        for name in learner[0]["samples"]
+    }
+    timesteps = samples.pop("timestep")
+    metrics: dict[str, Any] = {"step": progress.step, "images": progress.step * recipe.optimization.batch_size}
+    for name, values in samples.items():
+        metrics[name] = float(values.mean())
+        if name.startswith("reward/"):
+            metrics[name.replace("reward/", "reward_std/", 1)] = float(values.std())
+    for low, high in _BUCKETS:
+        inside = (timesteps >= low) & (timesteps <= high)
+        if inside.any():
+            metrics[f"delta_norm/t{low:03d}-{high}"] = float(samples["delta_norm"][inside].mean())
+    if assistant:
+        metrics["assistant_loss"] = float(np.mean([r["loss"] for r in assistant]))
+        metrics["param_grad_norm/assistant"] = assistant[-1]["grad_norm"]
+    metrics["param_grad_norm/generator"] = learner[0]["grad_norm"]
+    metrics["bad_steps"] = progress.bad_steps
+    optimization = recipe.optimization
+    metrics["lr/generator"] = learning_rate(optimization.generator, progress.step - 1)
+    metrics["lr/assistant"] = learning_rate(optimization.assistant, max(progress.rounds - 1, 0))
+    metrics["timing"] = {**seconds, **_timing(seconds["step"], readings)}
+    rates = [reading["matmul_rate"] for reading in readings.values()]
+    if all(rates):
+        work = flops.of_recipe(recipe).update(optimization.batch_size, len(assistant))
+        mfu = flops.utilization(work, seconds["step"], rates)
+        if mfu is not None:
+            metrics["mfu"] = mfu
+    metrics["memory"] = {process: reading["memory"] for process, reading in readings.items()}
+    return metrics
+
+
+def _timing(step: float, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    busy, idle = {}, {}
+    for process, reading in readings.items():
+        worked = {role: s for role, s in reading["seconds"].items() if role != WAIT}
+        busy.update({f"{process}/{role}": round(s, 6) for role, s in worked.items()})
+        idle[process] = round(max(0.0, 1 - sum(worked.values()) / step), 4)
+    return {"busy": busy, "idle": idle, "bytes": sum(r["bytes"] for r in readings.values())}
+
+
+def reward_term(recipe: Recipe, metrics: dict[str, Any]) -> float | None:
+    """``sum_i alpha_i r_i`` of (3.3), the mean over the step's batch; None for a recipe without rewards."""
+    rewards = recipe.algorithm.rewards
+    return sum(reward.scale * metrics[f"reward/{reward.key}"] for reward in rewards) if rewards else None
+
+
+class MetricsFile:
+    """Appends to ``metrics.jsonl`` and to the optional writers."""
+
+    def __init__(self, path: Path, writers: Sequence[str], out: Path) -> None:
+        self._path = path
+        self._writers: list[Any] = []
+        if writers:
+            from rlhf_t2i.training.trackers import open_writers
+
+            self._writers = open_writers(list(writers), out)
+
+    def drop_after(self, progress: TrainState) -> None:
+        """Forget lines of updates that a resumed run will do again (and one half-written by a kill)."""
+        if not self._path.is_file():
+            return
+        done = [progress.step, progress.round]
+        kept = [row for row in events(self._path) if row.get("after", [row["step"], 0]) <= done]
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one step."""
+        files.append_line(self._path, metrics)
+        for writer in self._writers:
+            writer.log(metrics["step"], metrics)
+
+    def close(self) -> None:
+        """Flush the writers."""
+        for writer in self._writers:
+            writer.close()

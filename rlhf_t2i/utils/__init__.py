@@ -1,0 +1,1 @@
+"""Plumbing without knowledge of the project: files, manifests, statistics, number formats."""

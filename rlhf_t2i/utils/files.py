@@ -1,0 +1,208 @@
+"""Files that are whole or absent: written aside, then renamed. And folders that one process has to itself."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
+
+_ASIDE, _OLD = ".writing-", ".writing-old-"
+_FULL = 2**16  # free bytes of a disk that counts as full
+LOCK = ".lock"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors of the system that speak of the disk, not of the program."""
+
+
+def expanded(path: str) -> Path:
+    """A path with ``~`` or ``~user`` replaced by the home folder.
+
+    Raises:
+        UsageError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"no such file or folder: {path} (no user has that home folder)") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content atomically, and wait until it is on the disk."""
+    write_atomic(path, text, durable=True)
+    sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str, durable: bool = False) -> Path:
+    """Replace a file's content atomically; its folder is made where it is missing.
+
+    Args:
+        path: The file.
+        data: Its content; text is written as UTF-8.
+        durable: Wait for the disk. What can be made again, an evaluation's picture, need not.
+
+    Returns:
+        The path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(_ASIDE + path.name)
+    try:
+        with aside.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        return aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def append_line(path: Path, row: Any) -> None:
+    """Add a line of JSON to a file, and wait until it is on the disk: a checkpoint written next must not outlive it."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes ``path`` only if the block succeeds; an older ``path`` is replaced.
+
+    Raises:
+        RunError: It could not be written, and why; an older ``path`` is as it was.
+    """
+    aside, old = path.with_name(_ASIDE + path.name), path.with_name(_OLD + path.name)
+    try:
+        remove(aside)
+        aside.mkdir(parents=True)
+        yield aside
+        _sync_tree(aside)
+        if os.path.lexists(path):  # out of the way in one step: a kill while it is being removed would leave half of it
+            remove(old)
+            path.rename(old)
+        aside.rename(path)
+        sync_folder(path.parent)
+        remove(old)
+    except BaseException as error:
+        why = _why_not_written(error, path.parent)  # while the disk is still full
+        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(old) and not os.path.lexists(path):
+            old.rename(path)
+        if why is not None:
+            raise not_written(path, why) from error
+        raise
+
+
+def not_written(path: Path, why: str | None) -> RunError:
+    """The sentence about a file or folder that could not be written."""
+    return RunError(f"{path} could not be written: {why}; what was written before is intact")
+
+
+def _why_not_written(error: BaseException, folder: Path) -> str | None:
+    """The disk's part in an error; None where it has none.
+
+    Of a full disk torch's writer says "iostream error", and a process under Ray only that it failed.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, ProcessLost) or not isinstance(error, Exception):
+        return None
+    if shutil.disk_usage(folder).free < _FULL:
+        return os.strerror(errno.ENOSPC)
+    writers = "iostream" in str(error) or "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
+    return first_line(error) if writers else None
+
+
+def recover(parent: Path) -> None:
+    """Give a folder its name again that :func:`atomic_dir` had moved away when its process was killed."""
+    for old in parent.glob(f"{_OLD}*"):
+        path = parent / old.name.removeprefix(_OLD)
+        if not os.path.lexists(path):
+            old.rename(path)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what :func:`atomic_dir` left in ``parent`` when its process was killed."""
+    for folder in parent.glob(f"{_ASIDE}*"):
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and all in it, if it is there; of a link to one only the link."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Wait until all files in a folder, and their names, are on the disk."""
+    for below, _, names in os.walk(folder):
+        for name in names:
+            with (Path(below) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(below))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def exclusive(out: Path, what: str) -> Iterator[None]:
+    """Hold OUT for one process; the lock ends with the process, however it ends.
+
+    A file system without locks (Lustre can be mounted so) holds nothing.
+
+    Raises:
+        UsageError: Another process holds it, or the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stream = (out / LOCK).open("w")
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--out {out}: another {what} works in this folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+        yield
+
+
+def sha256(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
