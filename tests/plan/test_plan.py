@@ -157,9 +157,9 @@ def test_the_implicit_reward_decodes_nothing(tiny_sdxl: Path) -> None:
 @pytest.mark.parametrize(
     ("guidance", "branches"),
     [
-        ({"scale": 7.5}, 2),
-        ({"scale": 1.0}, 1),
-        ({"scale": 1.0, "convention": "one_plus"}, 2),
+        ({"guidance_scale": 7.5}, 2),
+        ({"guidance_scale": 1.0}, 1),
+        ({"guidance_scale": 1.0, "convention": "one_plus"}, 2),
         ({"guidance_scale": 0}, 1),
         ({"mode": "outer"}, 1),
     ],
