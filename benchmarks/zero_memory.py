@@ -1,4 +1,4 @@
-"""Measure what every ZeRO stage holds and borrows beside activations, and put it beside ``rlhf_t2i.tools.planning.zero``.
+"""Compare measured memory of every ZeRO stage, activations excluded, with ``rlhf_t2i.tools.planning.zero``.
 
 ``python benchmarks/zero_memory.py`` trains a stack of linear layers with the project's own engine on the CPU, over one
 and over two gloo ranks, and prints bytes a parameter: what stays, the peak of a whole update over it, and which moment

@@ -15,7 +15,7 @@ class WorkerActor:
     """Builds its roles on request (trained ones need their peers' address first) and answers calls.
 
     A process without trained roles keeps nothing between calls but the generator's weights, so Ray may restart it and
-    repeat the call: the first call after a restart builds the roles again, with the weights that the :class:`WeightStore`
+    repeat the call: the first call after a restart rebuilds the roles with the weights that the :class:`WeightStore`
     named ``weight_store`` holds.
     """
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.state import TrainState
 
 
 def run_command(
@@ -45,20 +45,20 @@ def run_command(
     from rlhf_t2i.training import run
 
     command = " ".join(["rlhf-t2i", *sys.argv[1:]])
-    with ProgressDisplay(loaded.steps) as display:
+    with ProgressBar(loaded.steps) as progress:
         try:
             run.run(
                 loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
-                display=display, command=command,
+                callback=progress, command=command,
             )  # fmt: skip
         except run.Stopped as stopped:
-            display.note(str(stopped))
+            progress.on_message(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
     _summary(folder, "Held-out" if loaded.data.held_out else "Training")
 
 
-class ProgressDisplay:
-    """A progress bar with reward, seconds a step and time left; plain lines where there is no terminal."""
+class ProgressBar(TrainCallback):
+    """A progress bar with reward, seconds per step and time left; plain lines where there is no terminal."""
 
     def __init__(self, steps: int) -> None:
         from rich.console import Console
@@ -78,34 +78,32 @@ class ProgressDisplay:
         self._seconds: float | None = None
         self._began = self._spoke = time.monotonic()
 
-    def __enter__(self) -> ProgressDisplay:
+    def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def phase(self, text: str) -> None:
+    def on_phase(self, text: str) -> None:
         """Something long begins."""
         self._bar.update(self._task, description=text[:40])
         if not self._console.is_terminal:
             self._print(text)
 
-    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """A generator step is done."""
         seconds = metrics["timing"]["step"]
         self._seconds = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         rewards = [f"{k.removeprefix('reward/')} {v:.4f}" for k, v in metrics.items() if k.startswith("reward/")]
         used = [f"MFU {metrics['mfu']:.0%}"] if "mfu" in metrics else []
         details = ", ".join([*rewards[:2], f"{self._seconds:.2f} s/step", *used])
-        self._bar.update(self._task, description="training", completed=progress.step, details=details)
+        self._bar.update(self._task, description="training", completed=state.step, details=details)
         if not self._console.is_terminal and time.monotonic() - self._spoke > 10:
             total = self._bar.tasks[self._task].total or 0
-            self._print(
-                f"step {progress.step}/{total:.0f}, {details}, {(total - progress.step) * self._seconds:.0f} s left"
-            )
+            self._print(f"step {state.step}/{total:.0f}, {details}, {(total - state.step) * self._seconds:.0f} s left")
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """A sentence for the user."""
         self._print(text)
 

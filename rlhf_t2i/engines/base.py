@@ -35,7 +35,7 @@ class Engine(Protocol):
         """Every parameter, whole, adapters merged, in float32 on the device; all ranks must iterate together."""
 
     def bf16_drift(self) -> dict[str, float]:
-        """What bf16 copies lose against their masters (:mod:`rlhf_t2i.training.bf16`); {} without; all ranks together."""
+        """Drift of the bf16 copies from their float32 masters, {} under fp32; all ranks must call it together."""
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of the state into an existing folder."""

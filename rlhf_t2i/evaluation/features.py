@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.families import sources
 from rlhf_t2i.plugins.preprocessing import Preprocess
-from rlhf_t2i.utils import files, stats
+from rlhf_t2i.utils import files, fingerprints, stats
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import benchmarks, features, fingerprints, journal, results
+from rlhf_t2i.evaluation import benchmarks, features, journal, results
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
 from rlhf_t2i.evaluation.images import picture_files, png, read_images
 from rlhf_t2i.evaluation.progress import ProgressCallback
@@ -26,7 +26,7 @@ from rlhf_t2i.evaluation.results import Measured, Results
 from rlhf_t2i.evaluation.sampler import Sampler, Sampling, resolve
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, fingerprints
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 from rlhf_t2i.utils.stats import frechet_distance

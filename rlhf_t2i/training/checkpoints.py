@@ -5,64 +5,31 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Checkpoints
+from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files, manifest
 
 TRAINED_ROLES = ("learner", "assistant")
-_LONGEST_WINDOW = 1000
 _NAME = re.compile(r"step_(\d+)(?:_round_(\d+))?")
 
 
-@dataclass
-class TrainState:
-    """Where a run stands; with the recipe's seed it determines every random draw to come.
-
-    Attributes:
-        step: Generator updates done.
-        round: Assistant updates done in the current cycle (or warm-up).
-        rounds: Assistant updates done in all.
-        reports: What the rounds of the current cycle measured, for the next line of metrics.
-        bad_steps: Updates of generator or assistant skipped in all, their gradients not being finite.
-        bad_in_a_row: Those of each network since its last good update.
-        rewards: The reward term of the last steps, oldest first: what checkpoints are compared by.
-    """
-
-    step: int = 0
-    round: int = 0
-    rounds: int = 0
-    reports: list[dict[str, float]] = field(default_factory=list)
-    bad_steps: int = 0
-    bad_in_a_row: dict[str, int] = field(default_factory=dict)
-    rewards: list[float] = field(default_factory=list)
-
-    def remember(self, reward: float | None, window: int) -> None:
-        """Take in a step's reward; one that is not finite, or none, leaves the window as it is."""
-        if reward is not None and math.isfinite(reward):
-            self.rewards = [*self.rewards, reward][-min(window, _LONGEST_WINDOW) :]
-
-    def reward(self) -> float | None:
-        """The mean over the window; None before the first reward."""
-        return math.fsum(self.rewards) / len(self.rewards) if self.rewards else None
-
-
-def folder_of(out: Path, progress: TrainState) -> Path:
+def folder_of(out: Path, state: TrainState) -> Path:
     """``checkpoints/step_000123``, with the round appended in the middle of a cycle."""
-    suffix = f"_round_{progress.round:03d}" if progress.round else ""
-    return out / "checkpoints" / f"step_{progress.step:06d}{suffix}"
+    suffix = f"_round_{state.round:03d}" if state.round else ""
+    return out / "checkpoints" / f"step_{state.step:06d}{suffix}"
 
 
-def save(cluster: Cluster, out: Path, progress: TrainState, policy: Checkpoints) -> Path:
+def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) -> Path:
     """Write a checkpoint and prune old ones.
 
     Raises:
         RunError: The disk is full or the folder cannot be written; the last whole checkpoint is intact.
     """
-    target = folder_of(out, progress)
+    target = folder_of(out, state)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         files.sync_folder(out)
@@ -71,7 +38,7 @@ def save(cluster: Cluster, out: Path, progress: TrainState, policy: Checkpoints)
             for role in TRAINED_ROLES:
                 (folder / role).mkdir()
                 cluster.call_all(role, "save", str(folder / role))
-            manifest.write(folder, progress=asdict(progress), reward=progress.reward())
+            manifest.write(folder, state=state.to_json(), reward=state.mean_reward())
         _prune(out, target, policy)
     except OSError as error:
         raise files.not_written(Path(error.filename or target.parent), error.strerror) from error
@@ -131,7 +98,7 @@ def find(out: Path) -> tuple[Path | None, TrainState, list[str]]:
     for folder in _newest_first(out):
         damage = _damage(folder)
         if damage is None:
-            return folder, TrainState(**manifest.read(folder)["progress"]), warnings
+            return folder, TrainState.from_json(manifest.read(folder).get("state")), warnings
         warnings.append(f"checkpoint {folder.name} is damaged ({damage}); using an older one")
     if not warnings:
         return None, TrainState(), []
@@ -142,8 +109,8 @@ def _damage(folder: Path) -> str | None:
     found = manifest.damage(folder)
     if found is None:
         try:
-            TrainState(**manifest.read(folder)["progress"])
-        except (KeyError, TypeError):
+            TrainState.from_json(manifest.read(folder).get("state"))
+        except ValueError:
             return f"{manifest.NAME} cannot be read"
     return found
 

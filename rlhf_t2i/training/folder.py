@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation.reading import read_json
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.jsonl import read_json
 
 _PACKAGES = ("rlhf-t2i", "torch", "deepspeed", "ray", "diffusers", "transformers")
 

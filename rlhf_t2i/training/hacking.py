@@ -19,10 +19,9 @@ import numpy as np
 
 from rlhf_t2i.evaluation.compare import KEPT
 from rlhf_t2i.evaluation.measure import Drawn
-from rlhf_t2i.evaluation.reading import events
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.utils import files, stats
+from rlhf_t2i.utils import files, jsonl, stats
 
 RISEN, FALLEN = 3.0, 4.0
 """Standard errors by which the reward must have risen and the signal fallen. With 16 prompts, the reward climbing and
@@ -115,7 +114,7 @@ class Watch:
         self._detector = HackingDetector()
         if not self._path.is_file():
             return
-        kept = [Measurement(**row) for row in events(self._path) if row["step"] <= last_step]
+        kept = [Measurement(**row) for row in jsonl.rows(self._path) if row["step"] <= last_step]
         files.write_text(self._path, "".join(map(_line, kept)))
         for m in kept:
             self._detector.take(

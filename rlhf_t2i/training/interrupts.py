@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.training.display import Display
+from rlhf_t2i.training.callbacks import TrainCallback
 
 
 class Stopped(Exception):
@@ -35,8 +35,8 @@ class Signals:
         again: Whether another one came after it.
     """
 
-    def __init__(self, display: Display) -> None:
-        self._display = display
+    def __init__(self, callback: TrainCallback) -> None:
+        self._callback = callback
         self.asked: int | None = None
         self.again = False
         self._held = False
@@ -66,4 +66,6 @@ class Signals:
         self.asked = number
         if not self._held:
             raise KeyboardInterrupt  # no library takes it for an error of its own
-        self._display.note(f"{signal.Signals(number).name}: finishing what is at work, then writing a checkpoint")
+        self._callback.on_message(
+            f"{signal.Signals(number).name}: finishing what is at work, then writing a checkpoint"
+        )

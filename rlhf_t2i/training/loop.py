@@ -16,12 +16,12 @@ from rlhf_t2i.families import export
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints
 from rlhf_t2i.training.bf16 import Bf16Monitor
-from rlhf_t2i.training.checkpoints import TrainState
-from rlhf_t2i.training.display import Display
+from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.hacking import Watch
 from rlhf_t2i.training.interrupts import Signals, Stopped
 from rlhf_t2i.training.metrics import MetricsFile, reward_term, step_metrics
+from rlhf_t2i.training.state import TrainState
 
 TRAINED = {"generator": "learner", "assistant": "assistant"}
 """Trained networks, and the roles that train them."""
@@ -35,16 +35,16 @@ class Trainer:
         recipe: The recipe.
         out: The run's folder.
         cluster: The roles.
-        display: Who is told.
-        progress: Where the run stands.
-        signals: Who may ask it to stop.
+        callback: Receives the progress.
+        state: Position of the run; updated in place.
+        signals: Signals that ask the run to stop.
     """
 
     recipe: Recipe
     out: RunFolder
     cluster: Cluster
-    display: Display
-    progress: TrainState
+    callback: TrainCallback
+    state: TrainState
     signals: Signals
 
     def __post_init__(self) -> None:
@@ -62,22 +62,22 @@ class Trainer:
         self._saved: tuple[int, int, Path] | None = None
 
     def run(self) -> None:
-        """Train to the end, from wherever ``progress`` stands.
+        """Train to the end, from wherever ``state`` stands.
 
         Raises:
             Stopped: A signal arrived; a checkpoint was written.
         """
-        self._metrics.drop_after(self.progress)
-        self._events.drop_after(self.progress)
-        self._watch.resume(self.progress.step if self.progress != TrainState() else -1)
+        self._metrics.drop_after(self.state)
+        self._events.drop_after(self.state)
+        self._watch.resume(self.state.step if self.state != TrainState() else -1)
         try:
             with self.signals.held():
-                if self.progress == TrainState():
+                if self.state == TrainState():
                     self._measure("before")
                 self._loop()
                 self._save()
                 self._measure("after")
-            self.display.phase("writing the model")
+            self.callback.on_phase("writing the model")
             weights = self.cluster.call_all("learner", "weights", self._weights)[0]
             export.write_pipeline(self.recipe, weights, self.out.model)
         except ProcessLost as lost:
@@ -89,7 +89,7 @@ class Trainer:
 
     def _loop(self) -> None:
         """Algorithm 1: K assistant rounds on fresh samples, then one generator update on fresh prompts."""
-        recipe, state = self.recipe, self.progress
+        recipe, state = self.recipe, self.state
         began = time.perf_counter()
         while state.step < recipe.steps:
             rounds = recipe.algorithm.assistant_steps + (recipe.algorithm.assistant_warmup if state.step == 0 else 0)
@@ -101,9 +101,11 @@ class Trainer:
             self._stop_if_asked()
 
     def _assistant_round(self) -> None:
-        state, size = self.progress, self.recipe.optimization.batch_size
+        state, size = self.state, self.recipe.optimization.batch_size
         if state.step == 0 and state.round % 10 == 0 and self.recipe.algorithm.assistant_warmup:
-            self.display.phase(f"assistant warm-up, round {state.round} of {self.recipe.algorithm.assistant_warmup}")
+            self.callback.on_phase(
+                f"assistant warm-up, round {state.round} of {self.recipe.algorithm.assistant_warmup}"
+            )
         batch = self._assistant_prompts.batch(state.rounds * size, size)
         reports = self.cluster.call_all("assistant", "train", state.rounds, batch)
         self._judge("assistant", reports)
@@ -114,7 +116,7 @@ class Trainer:
         state.rounds += 1
 
     def _generator_step(self, began: float) -> None:
-        state, size = self.progress, self.recipe.optimization.batch_size
+        state, size = self.state, self.recipe.optimization.batch_size
         batch = self._generator_prompts.batch(state.step * size, size)
         generator_began = time.perf_counter()
         reports = self.cluster.call_all("learner", "step", state.step, batch)
@@ -128,9 +130,9 @@ class Trainer:
             seconds["checkpoint"], self._saving = self._saving, None
         metrics = step_metrics(self.recipe, state, reports, assistant_reports, seconds, self.cluster.readings())
         warnings = self._look(metrics)
-        state.remember(reward_term(self.recipe, metrics), self.recipe.checkpoints.every)
+        state.add_reward(reward_term(self.recipe, metrics), self.recipe.checkpoints.every)
         self._metrics.write(metrics)
-        self.display.step(state, metrics)
+        self.callback.on_step(state, metrics)
         for text in warnings:
             self._warn(text, state.step)
         if state.step % self.recipe.logging.samples_every == 0:
@@ -140,10 +142,10 @@ class Trainer:
 
     def _save(self) -> Path:
         """Write a checkpoint, if there is none of this moment; the next step's metrics say how long that took."""
-        step, round_ = self.progress.step, self.progress.round
+        step, round_ = self.state.step, self.state.round
         if self._saved is None or self._saved[:2] != (step, round_):
             began = time.perf_counter()
-            saved = checkpoints.save(self.cluster, self.out.path, self.progress, self.recipe.checkpoints)
+            saved = checkpoints.save(self.cluster, self.out.path, self.state, self.recipe.checkpoints)
             self._saving, self._saved = time.perf_counter() - began, (step, round_, saved)
         return self._saved[2]
 
@@ -155,7 +157,7 @@ class Trainer:
         Raises:
             RunError: More of the network's in a row than ``optimization.max_bad_steps``.
         """
-        state, limit = self.progress, self.recipe.optimization.max_bad_steps
+        state, limit = self.state, self.recipe.optimization.max_bad_steps
         if math.isfinite(reports[0]["grad_norm"]):
             state.bad_in_a_row.pop(network, None)
             return
@@ -174,12 +176,12 @@ class Trainer:
     def _warn(self, text: str, step: int, round_: int = 0) -> None:
         """Tell the user, and keep it for the report; with how many steps, and rounds of the next one, were done."""
         named = step + 1 if round_ else step
-        self.display.note(f"step {named}: {text}")
+        self.callback.on_message(f"step {named}: {text}")
         self._events.write({"step": named, "after": [step, round_], "text": text})
 
     def _look(self, metrics: dict[str, Any]) -> list[str]:
         """Every ``logging.watch_every`` steps: add what is watched to the metrics; returns the warnings it gives."""
-        every, step = self.recipe.logging.watch_every, self.progress.step
+        every, step = self.recipe.logging.watch_every, self.state.step
         if not every or step % every:
             return []
         began = time.perf_counter()
@@ -219,18 +221,20 @@ class Trainer:
     def _preview(self) -> None:
         self._load_ema()
         count = self.recipe.logging.sample_count
-        path = self.out.samples / f"step_{self.progress.step:06d}.png"
+        path = self.out.samples / f"step_{self.state.step:06d}.png"
         measure.preview(self.cluster, self._held_out.batch(0, count), self._weights, path)
 
     def _measure(self, when: str) -> None:
         """Score the evaluation's prompts, the same with the same noise before and after."""
-        self.display.phase(f"measuring {when} training")
+        self.callback.on_phase(f"measuring {when} training")
         if when == "before" and not self.recipe.data.held_out:
-            self.display.note("data.held_out is not set: previews and the table before/after use training prompts")
+            self.callback.on_message(
+                "data.held_out is not set: previews and the table before/after use training prompts"
+            )
         self._load_ema()
         self._preview()
         drawn = measure.evaluate(
-            self.recipe, self.cluster, self._evaluated(), self._weights, self.progress.step,
+            self.recipe, self.cluster, self._evaluated(), self._weights, self.state.step,
             self.out.evaluation, when, self._measured,
         )  # fmt: skip
         if when == "before" and self.recipe.logging.watch_every:
@@ -238,7 +242,7 @@ class Trainer:
 
     def _measured(self, text: str) -> None:
         """A part of an evaluation is done; all of it can take as long as hundreds of steps."""
-        self.display.phase(text)
+        self.callback.on_phase(text)
         self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 
 from rlhf_t2i.engines.base import learning_rate
-from rlhf_t2i.evaluation.reading import events
 from rlhf_t2i.families import flops
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
-from rlhf_t2i.training.checkpoints import TrainState
-from rlhf_t2i.utils import files
+from rlhf_t2i.training.state import TrainState
+from rlhf_t2i.utils import files, jsonl
 
 _BUCKETS = ((0, 249), (250, 499), (500, 749), (750, 999))
 
 
 def step_metrics(
     recipe: Recipe,
-    progress: TrainState,
+    state: TrainState,
     learner: Sequence[dict[str, Any]],
     assistant: Sequence[dict[str, float]],
     seconds: dict[str, float],
@@ -32,7 +31,7 @@ def step_metrics(
 
     Args:
         recipe: The recipe.
-        progress: After the step.
+        state: After the step.
         learner: Every rank's report: per-sample measurements and the gradient norm.
         assistant: The reports of the assistant's rounds since the last step.
         seconds: Wall time of the step and its phases.
@@ -43,7 +42,7 @@ def step_metrics(
         for name in learner[0]["samples"]
     }
     timesteps = samples.pop("timestep")
-    metrics: dict[str, Any] = {"step": progress.step, "images": progress.step * recipe.optimization.batch_size}
+    metrics: dict[str, Any] = {"step": state.step, "images": state.step * recipe.optimization.batch_size}
     for name, values in samples.items():
         metrics[name] = float(values.mean())
         if name.startswith("reward/"):
@@ -56,10 +55,10 @@ def step_metrics(
         metrics["assistant_loss"] = float(np.mean([r["loss"] for r in assistant]))
         metrics["param_grad_norm/assistant"] = assistant[-1]["grad_norm"]
     metrics["param_grad_norm/generator"] = learner[0]["grad_norm"]
-    metrics["bad_steps"] = progress.bad_steps
+    metrics["bad_steps"] = state.bad_steps
     optimization = recipe.optimization
-    metrics["lr/generator"] = learning_rate(optimization.generator, progress.step - 1)
-    metrics["lr/assistant"] = learning_rate(optimization.assistant, max(progress.rounds - 1, 0))
+    metrics["lr/generator"] = learning_rate(optimization.generator, state.step - 1)
+    metrics["lr/assistant"] = learning_rate(optimization.assistant, max(state.rounds - 1, 0))
     metrics["timing"] = {**seconds, **_timing(seconds["step"], readings)}
     rates = [reading["matmul_rate"] for reading in readings.values()]
     if all(rates):
@@ -97,12 +96,12 @@ class MetricsFile:
 
             self._writers = open_writers(list(writers), out)
 
-    def drop_after(self, progress: TrainState) -> None:
+    def drop_after(self, state: TrainState) -> None:
         """Forget lines of updates that a resumed run will do again (and one half-written by a kill)."""
         if not self._path.is_file():
             return
-        done = [progress.step, progress.round]
-        kept = [row for row in events(self._path) if row.get("after", [row["step"], 0]) <= done]
+        done = [state.step, state.round]
+        kept = [row for row in jsonl.rows(self._path) if row.get("after", [row["step"], 0]) <= done]
         files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:

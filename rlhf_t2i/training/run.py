@@ -14,11 +14,11 @@ from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools import report
 from rlhf_t2i.training import checkpoints
-from rlhf_t2i.training.checkpoints import TrainState
-from rlhf_t2i.training.display import Display, Silent
+from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import Signals, Stopped
 from rlhf_t2i.training.loop import Trainer
+from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
 
 
@@ -29,7 +29,7 @@ def run(
     resume: bool = False,
     allow_recipe_change: bool = False,
     address: str | None = None,
-    display: Display | None = None,
+    callback: TrainCallback | None = None,
     command: str = "",
 ) -> None:
     """Align a generator as a recipe says.
@@ -40,7 +40,7 @@ def run(
         resume: Continue from the newest whole checkpoint in ``out``.
         allow_recipe_change: Resume although the recipe's meaning has changed.
         address: An existing Ray cluster to join.
-        display: Who is told how it goes.
+        callback: Receives the progress.
         command: The command line, for the record.
 
     Raises:
@@ -48,13 +48,13 @@ def run(
         RunError: Something failed while running.
         Stopped: A signal arrived; while the run trained a checkpoint was written.
     """
-    display, folder = display or Silent(), RunFolder(out)
-    signals = Signals(display)
+    callback, folder = callback or TrainCallback(), RunFolder(out)
+    signals = Signals(callback)
     try:
         with signals:
             recipe = _checked(recipe, folder.revisions() if resume else None)
             with files.exclusive(folder.path, "run"):
-                _Run(recipe, folder, address, display, signals).go(resume, allow_recipe_change, command)
+                _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)
     except OSError as error:
         if error.errno not in files.DISK:
             raise
@@ -91,37 +91,37 @@ class _Run:
     recipe: Recipe
     folder: RunFolder
     address: str | None
-    display: Display
+    callback: TrainCallback
     signals: Signals
 
     def go(self, resume: bool, allow_recipe_change: bool, command: str) -> None:
         """Start the roles, train, and write the report."""
         if resume:
             changed = self.folder.compare_recipe(self.recipe, allow_recipe_change)
-            saved, progress = self._newest()
+            saved, state = self._newest()
             if changed:
-                self.display.note(f"the recipe has changed: {', '.join(changed)}")
+                self.callback.on_message(f"the recipe has changed: {', '.join(changed)}")
         else:
-            saved, progress = None, TrainState()
+            saved, state = None, TrainState()
             self.folder.create(self.recipe)
         try:
-            self.display.phase("starting the roles")
+            self.callback.on_phase("starting the roles")
             cluster = self._start()
         except BaseException:
             if not resume:
                 self.folder.discard()
             raise
         with self.folder.record(self.recipe, command):
-            self._train_with_restarts(cluster, saved, progress)
-        self.display.phase("writing the report")
+            self._train_with_restarts(cluster, saved, state)
+        self.callback.on_phase("writing the report")
         report.write_report(self.folder.path)
 
     def _start(self) -> Cluster:
         from rlhf_t2i.cluster.start import start
 
-        return start(self.recipe, self.folder, self.address)
+        return start(self.recipe, self.folder.failures, self.address)
 
-    def _train_with_restarts(self, cluster: Cluster, saved: Path | None, progress: TrainState) -> None:
+    def _train_with_restarts(self, cluster: Cluster, saved: Path | None, state: TrainState) -> None:
         """Train; whenever a process that trains is lost, go on from the newest checkpoint on a fresh cluster.
 
         Raises:
@@ -132,40 +132,40 @@ class _Run:
         while True:
             try:
                 running = running or self._start()  # a process lost meanwhile is one more restart
-                self._train(running, saved, progress)
+                self._train(running, saved, state)
                 return
             except ProcessLost as lost:
                 if restarts == limit:
                     raise RunError(f"{lost}; restored {restarts} times already (placement.max_restarts)") from lost
                 restarts += 1
-                saved, progress = self._newest()
-                self.display.note(
+                saved, state = self._newest()
+                self.callback.on_message(
                     f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
                     f"(restart {restarts} of {limit})"
                 )
                 running = None
 
-    def _train(self, cluster: Cluster, saved: Path | None, progress: TrainState) -> None:
+    def _train(self, cluster: Cluster, saved: Path | None, state: TrainState) -> None:
         """Train on a fresh cluster, from a checkpoint or the beginning; the cluster is closed whatever happens."""
         try:
             if saved is not None:
                 for sentence in checkpoints.restore(cluster, saved):
-                    self.display.note(sentence)
+                    self.callback.on_message(sentence)
                 cluster.sync_generator()
-                self.display.note(f"resuming from {saved.name}")
-            self.folder.update_recipe(self.recipe, progress.step)  # only now: what cannot be restored changes nothing
-            Trainer(self.recipe, self.folder, cluster, self.display, progress, self.signals).run()
+                self.callback.on_message(f"resuming from {saved.name}")
+            self.folder.update_recipe(self.recipe, state.step)  # only now: what cannot be restored changes nothing
+            Trainer(self.recipe, self.folder, cluster, self.callback, state, self.signals).run()
         finally:
             cluster.close()
 
     def _newest(self) -> tuple[Path | None, TrainState]:
         """The newest whole checkpoint, and where the run stood there."""
-        saved, progress, warnings = checkpoints.find(self.folder.path)
+        saved, state, warnings = checkpoints.find(self.folder.path)
         for warning in warnings:
-            self.display.note(warning)
+            self.callback.on_message(warning)
         if saved is None:
-            self.display.note("no checkpoint was written yet: starting from the beginning")
-        return saved, progress
+            self.callback.on_message("no checkpoint was written yet: starting from the beginning")
+        return saved, state
 
 
-__all__ = ["Display", "RunError", "Silent", "Stopped", "Trainer", "UsageError", "run"]
+__all__ = ["RunError", "Stopped", "Trainer", "UsageError", "run"]

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlhf_t2i.families import flops, published
 from rlhf_t2i.families.flops import Forward
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training.checkpoints import TrainState
 from rlhf_t2i.training.metrics import step_metrics
+from rlhf_t2i.training.state import TrainState
 from tests import tiny
 
 # TFLOP of a forward at 1024 px.
@@ -83,7 +83,7 @@ def test_backward_is_a_multiple_of_the_forward(train: bool, factor: int) -> None
     with torch.device("meta"):
         x, t = torch.empty(1, 4, 64, 64, requires_grad=not train), torch.empty(1, dtype=torch.long)
         embeds = torch.empty(1, 77, 768)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(callback=False) as counter:
         network(x, t, encoder_hidden_states=embeds, return_dict=False)[0].sum().backward()
     assert counter.get_total_flops() == pytest.approx(factor * flops.unet(config, 64), rel=0.1 if not train else 0.03)
 

@@ -19,7 +19,8 @@ import psutil
 
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.training import run
-from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.state import TrainState
 
 GROUPS = "{all: {threads: 1, roles: [learner, generator, assistant, reference, reward]}}"
 BAD_REWARD = """
@@ -31,23 +32,23 @@ class Bad(Reward):
 """
 
 
-class Watcher(run.Silent):
+class Watcher(TrainCallback):
     """Tells which processes and ports the run has, and does something after its first step."""
 
     def __init__(self, after_step: Callable[[], None] = lambda: None) -> None:
         self._after_step, self._told = after_step, False
 
-    def phase(self, text: str) -> None:
+    def on_phase(self, text: str) -> None:
         if self._told or not text.startswith("measuring"):
             return
         self._told = True
         say(started=[[p.pid, p.name(), listening(p)] for p in psutil.Process().children(recursive=True)])
 
-    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
-        if progress.step == 1:
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        if state.step == 1:
             self._after_step()
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         if text.startswith("SIGINT"):  # the first Ctrl-C has been taken; only now: two at once would count as one
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -86,7 +87,7 @@ def main(recipe: Path, out: Path) -> None:
             changes.append(f"algorithm.rewards=[{{name: '{plugin}:Bad', label: bad}}]")
         ended, told = "done", ""
         try:
-            run.run(reading.load(recipe, changes), out / how.replace(" ", "_"), display=Watcher(after_step))
+            run.run(reading.load(recipe, changes), out / how.replace(" ", "_"), callback=Watcher(after_step))
         except (run.RunError, run.Stopped, KeyboardInterrupt) as error:
             ended, told = type(error).__name__, str(error)
         say(ended=ended, told=told)

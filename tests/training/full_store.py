@@ -18,20 +18,21 @@ import ray
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.training import run
-from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.state import TrainState
 
 STORE = 80 * 2**20  # Ray takes no less than 75 MiB
 GROUPS = "{train: {roles: [learner], threads: 1}, rest: {roles: [generator, assistant, reward, reference], threads: 1}}"
 
 
-class Filler(run.Silent):
+class Filler(TrainCallback):
     """Fills the store after the second step, and from then on takes what room there is, until :meth:`stop`."""
 
     def __init__(self) -> None:
         self._thread, self._ended = threading.Thread(target=self._fill), threading.Event()
 
-    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
-        if progress.step == 2:
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        if state.step == 2:
             self._thread.start()
 
     def stop(self) -> None:
@@ -57,7 +58,7 @@ def main(recipe: Path, out: Path) -> None:
     changes = [f"placement={{mode: ray, step_timeout_s: 60, groups: {GROUPS}}}", "steps=200", "checkpoints.every=1"]
     filler = Filler()
     try:
-        run.run(reading.load(recipe, changes), out, display=filler)
+        run.run(reading.load(recipe, changes), out, callback=filler)
     except RunError as error:
         print(f"ended: {error}", flush=True)
     filler.stop()

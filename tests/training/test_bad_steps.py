@@ -15,6 +15,7 @@ from rlhf_t2i.errors import RunError
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.training import checkpoints, run
+from rlhf_t2i.training.callbacks import TrainCallback
 from tests.training.test_run import StopAt, metrics
 
 MakeRecipe = Callable[..., Recipe]
@@ -48,17 +49,17 @@ def poisoned(tmp_path: Path, make_recipe: MakeRecipe) -> Callable[..., Recipe]:
     return build
 
 
-class Notes(run.Silent):
+class Notes(TrainCallback):
     def __init__(self) -> None:
         self.heard = list[str]()
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self.heard.append(text)
 
 
 def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_path: Path) -> None:
     out, notes = tmp_path / "out", Notes()
-    run.run(poisoned(2, 2), out, display=notes)
+    run.run(poisoned(2, 2), out, callback=notes)
     assert [row["bad_steps"] for row in metrics(out)] == [0, 1, 1]
     assert [row["param_grad_norm/generator"] is None for row in metrics(out)] == [False, True, False]
     assert "NaN" not in (out / "metrics.jsonl").read_text("utf-8")
@@ -106,7 +107,7 @@ def test_warnings_of_an_unfinished_cycle_are_kept_once(
     monkeypatch.setattr(AssistantRole, "train", bad_in_the_first_round)
     recipe, out = make_recipe(steps=2, algorithm__assistant_steps=2), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(run.Stopped):
-        run.run(recipe, out, display=StopAt(patch, *stop))
+        run.run(recipe, out, callback=StopAt(patch, *stop))
     run.run(recipe, out, resume=True)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]
     assert [event["step"] for event in events] == [1, 2]

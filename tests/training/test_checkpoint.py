@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
-from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
 
 
@@ -150,10 +150,10 @@ def test_a_copy_under_another_name_is_neither_read_nor_pruned(tmp_path: Path) ->
 
 def test_the_window_is_the_last_steps(tmp_path: Path) -> None:
     progress = TrainState()
-    assert progress.reward() is None
+    assert progress.mean_reward() is None
     for reward in (100.0, 1.0, float("inf"), None, 2.0):
-        progress.remember(reward, window=2)
-    assert progress.reward() == 1.5
+        progress.add_reward(reward, window=2)
+    assert progress.mean_reward() == 1.5
 
 
 def test_a_run_keeps_its_best_through_a_resume_and_measures_saving(

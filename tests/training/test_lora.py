@@ -43,9 +43,9 @@ def test_resume_is_bit_identical_and_the_export_is_plain(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run.run(recipe, whole)
     with monkeypatch.context() as patch:
-        display = StopAt(patch, 2, 0)
+        callback = StopAt(patch, 2, 0)
         with pytest.raises(run.Stopped):
-            run.run(recipe, broken, display=display)
+            run.run(recipe, broken, callback=callback)
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)

@@ -17,7 +17,8 @@ from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import run
-from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.state import TrainState
 from tests.training.test_run import StopAt, metrics, model_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -28,7 +29,7 @@ GROUPS = (
 )
 
 
-class Killer(run.Silent):
+class Killer(TrainCallback):
     """Sends SIGKILL to the first process of a group after a step, once for each entry of ``plan``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, plan: dict[int, str]) -> None:
@@ -42,13 +43,13 @@ class Killer(run.Silent):
 
         monkeypatch.setattr(starting, "start", start)
 
-    def step(self, progress: TrainState, metrics: dict[str, Any]) -> None:
-        group = self.plan.pop(progress.step, None)
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        group = self.plan.pop(state.step, None)
         if group is not None:
             actor = self.cluster._actors[group][0]
             os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -60,7 +61,7 @@ def test_a_run_survives_the_loss_of_every_role_bit_for_bit(
     )
     run.run(recipe, tmp_path / "whole")
     killer = Killer(monkeypatch, {1: "draw", 2: "score", 3: "train", 5: "model"})
-    run.run(recipe, tmp_path / "killed", display=killer)
+    run.run(recipe, tmp_path / "killed", callback=killer)
     assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     restarts = [note for note in killer.notes if "restart" in note]
@@ -74,7 +75,7 @@ def test_a_run_that_keeps_losing_processes_ends(
     groups = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
     recipe = make_recipe(placement="{mode: ray, max_restarts: 0, groups: " + groups + "}", checkpoints__every=1)
     with pytest.raises(RunError, match=r"a process of the .* died.*placement\.max_restarts"):
-        run.run(recipe, tmp_path / "out", display=Killer(monkeypatch, {2: "all"}))
+        run.run(recipe, tmp_path / "out", callback=Killer(monkeypatch, {2: "all"}))
     saved = list((tmp_path / "out/checkpoints").iterdir())
     assert [folder.name for folder in saved] == ["step_000001"]
     run.run(recipe, tmp_path / "out", resume=True)
@@ -102,7 +103,7 @@ def test_a_process_lost_while_starting_again_is_one_more_restart(
 
     monkeypatch.setattr(starting, "start", start)
     killer = Killer(monkeypatch, {})
-    run.run(recipe, tmp_path / "killed", display=killer)
+    run.run(recipe, tmp_path / "killed", callback=killer)
     restarts = [note for note in killer.notes if "restart" in note]
     assert ["learner" in restarts[0], "'all'" in restarts[1], len(restarts)] == [True, True, 2]
     assert all("step_000001" in note for note in restarts)
@@ -131,9 +132,9 @@ def test_resume_over_ray_is_bit_identical(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run.run(recipe, whole)
     with monkeypatch.context() as patch:
-        display = StopAt(patch, 1, 1)  # in the middle of a cycle
+        callback = StopAt(patch, 1, 1)  # in the middle of a cycle
         with pytest.raises(run.Stopped):
-            run.run(recipe, broken, display=display)
+            run.run(recipe, broken, callback=callback)
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)

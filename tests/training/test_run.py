@@ -20,7 +20,8 @@ from rlhf_t2i.families import export
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
-from rlhf_t2i.training.checkpoints import TrainState
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import manifest
 
 MakeRecipe = Callable[..., Recipe]
@@ -53,14 +54,14 @@ def test_leaves_the_documented_files(make_recipe: MakeRecipe, tmp_path: Path) ->
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
 
 
-class StopAt(run.Silent):
+class StopAt(TrainCallback):
     """Sends SIGTERM to this process once ``rounds`` assistant rounds and ``step`` steps are done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, rounds: int) -> None:
         original = run.Trainer._stop_if_asked
 
         def stop(trainer: run.Trainer) -> None:
-            if (trainer.progress.step, trainer.progress.round) == (step, rounds):
+            if (trainer.state.step, trainer.state.round) == (step, rounds):
                 signal.raise_signal(signal.SIGTERM)
             original(trainer)
 
@@ -80,9 +81,9 @@ def test_resume_is_bit_identical(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run.run(recipe, whole)
     with monkeypatch.context() as patch:
-        display = StopAt(patch, *stop)
+        callback = StopAt(patch, *stop)
         with pytest.raises(run.Stopped) as stopped:
-            run.run(recipe, broken, display=display)
+            run.run(recipe, broken, callback=callback)
     assert stopped.value.exit_code == 143
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)

@@ -15,19 +15,20 @@ from rlhf_t2i.cluster import connect
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints, run
+from rlhf_t2i.training.callbacks import TrainCallback
 from tests.training.test_run import metrics, model_bytes
 
 MakeRecipe = Callable[..., Recipe]
 
 
-class At(run.Silent):
+class At(TrainCallback):
     """Does something once when a phase begins."""
 
     def __init__(self, phase: str, act: Callable[[], Any]) -> None:
         self._phase, self._act = phase, act
         self.acted = False
 
-    def phase(self, text: str) -> None:
+    def on_phase(self, text: str) -> None:
         if not self.acted and text.startswith(self._phase):
             self.acted = True
             self._act()
@@ -48,10 +49,10 @@ def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: P
         "writing the report": "step_000001",
     }
     for phase, newest in phases.items():
-        out, display = tmp_path / phase, At(phase, terminate)
+        out, callback = tmp_path / phase, At(phase, terminate)
         told = "continue with --resume" if newest else "nothing was written"
         with pytest.raises(run.Stopped, match=f"stopped by SIGTERM; .*{told}") as stopped:
-            run.run(recipe, out, display=display)
+            run.run(recipe, out, callback=callback)
         assert stopped.value.exit_code == 143
         assert signal.getsignal(signal.SIGTERM) is handler
         if newest is None:
@@ -73,7 +74,7 @@ def test_a_second_signal_ends_a_run_at_once(make_recipe: MakeRecipe, tmp_path: P
         terminate()
 
     with pytest.raises(KeyboardInterrupt):
-        run.run(make_recipe(), tmp_path / "out", display=At("measuring after", twice))
+        run.run(make_recipe(), tmp_path / "out", callback=At("measuring after", twice))
     assert checkpoints.find(tmp_path / "out")[1].step == 3
 
 
@@ -85,9 +86,9 @@ def test_a_folder_holds_one_run_at_a_time(make_recipe: MakeRecipe, tmp_path: Pat
             with pytest.raises(UsageError, match="another run works in this folder"):
                 run.run(recipe, out, resume=resume)
 
-    display = At("measuring after", again)
-    run.run(recipe, out, display=display)
-    assert display.acted
+    callback = At("measuring after", again)
+    run.run(recipe, out, callback=callback)
+    assert callback.acted
     run.run(recipe, out, resume=True)  # the lock ended with the run
 
 

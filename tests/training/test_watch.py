@@ -15,6 +15,7 @@ from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
 from rlhf_t2i.recipe.schema import Optimization, Recipe
 from rlhf_t2i.training import run
 from rlhf_t2i.training.bf16 import Bf16Monitor
+from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.hacking import HackingDetector, Measurement
 from tests.training.ranks import run_ranks
 
@@ -109,7 +110,7 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
         steps=4,
     )
     notes = Notes()
-    run.run(recipe, out, display=notes)
+    run.run(recipe, out, callback=notes)
     told = [note for note in notes.heard if "reward hacking is likely" in note]
     assert len(told) == 1
     assert "step 2: " in told[0]
@@ -125,16 +126,16 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
     assert [json.loads(line)["step"] for line in measured] == [0, 1, 2, 3, 4]
     assert [len(json.loads(line)["reward"]) for line in measured] == [8] * 5
     again = Notes()
-    run.run(recipe.model_copy(update={"steps": 5}), out, resume=True, display=again)
+    run.run(recipe.model_copy(update={"steps": 5}), out, resume=True, callback=again)
     assert not [note for note in again.heard if "reward hacking" in note]
     assert (out / "evaluation/watch.jsonl").read_text("utf-8").splitlines()[:5] == measured
 
 
-class Notes(run.Silent):
+class Notes(TrainCallback):
     def __init__(self) -> None:
         self.heard = list[str]()
 
-    def note(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self.heard.append(text)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.evaluation.reading import metrics, read_json
 from rlhf_t2i.tools.ablation.execute import Task
 from rlhf_t2i.tools.ablation.tables import Table
 from rlhf_t2i.tools.report import plots
@@ -15,7 +14,8 @@ from rlhf_t2i.tools.report.page import render
 from rlhf_t2i.tools.report.pictures import data_uri
 from rlhf_t2i.tools.report.plots import Plot
 from rlhf_t2i.tools.report.training_plots import slug
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, jsonl
+from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH, duration, number
 
 PROMPTS_SHOWN, PAIRS_SHOWN, EXTREMES = 6, 8, 6
@@ -90,7 +90,9 @@ def _point(table: Table, row: str, x: str, y: str) -> tuple[float, float, float,
 
 def _curves(table: Table) -> list[Plot]:
     """Training rewards and the distance to the reference over images seen, the mean over seeds."""
-    by_row = {row.label: [metrics(t.run / "metrics.jsonl") for t in table.tasks if t.row is row] for row in table.rows}
+    by_row = {
+        row.label: [jsonl.by_step(t.run / "metrics.jsonl") for t in table.tasks if t.row is row] for row in table.rows
+    }
     by_row = {label: [run for run in runs if run] for label, runs in by_row.items()}
     keys = sorted({k for runs in by_row.values() for run in runs for k in run[0] if k.startswith("reward/")})
     found = []

@@ -12,12 +12,12 @@ from typing import Any
 
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import journal
-from rlhf_t2i.evaluation.reading import metrics, read_json
 from rlhf_t2i.tools.ablation import execute, page, schema
 from rlhf_t2i.tools.ablation.execute import EVALUATE, TRAIN, Executor, Task
 from rlhf_t2i.tools.ablation.schema import Ablation, Row
 from rlhf_t2i.tools.ablation.tables import Table
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, jsonl
+from rlhf_t2i.utils.jsonl import read_json
 
 FORCE_RATIO = 0.3
 """The reward's share of the regularizer's force at x0 that the paper's alpha_r = 100 stands for (docs/ablation.md)."""
@@ -102,7 +102,7 @@ def calibrate(ablation: Ablation, out: Path, more: Sequence[str], train: Sequenc
     done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"the calibration run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return scale_unit(metrics(run / "metrics.jsonl"))
+    return scale_unit(jsonl.by_step(run / "metrics.jsonl"))
 
 
 def _with_unit(

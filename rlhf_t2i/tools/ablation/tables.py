@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from rlhf_t2i.evaluation import journal
-from rlhf_t2i.evaluation.reading import read_json
 from rlhf_t2i.tools.ablation.analysis import Bootstrap, EqualReward, Estimate, Finding, RowData, equal_reward, judge
 from rlhf_t2i.tools.ablation.execute import Task
 from rlhf_t2i.tools.ablation.schema import Ablation
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
 
 

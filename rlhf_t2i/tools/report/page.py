@@ -9,11 +9,12 @@ from typing import Any
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation.compare import Row, compare, verdicts
-from rlhf_t2i.evaluation.reading import Evaluated, evaluated, events, flat, metrics, read_json
+from rlhf_t2i.evaluation.reading import Evaluated, evaluated
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.tools.report import training_plots
 from rlhf_t2i.tools.report.pictures import data_uri
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, jsonl
+from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH, duration, number, signed
 
 PROMPTS_SHOWN, IMAGES_A_PROMPT, EXTREMES, SHEETS = 12, 4, 6, 4
@@ -28,7 +29,7 @@ def write_report(out: Path) -> Path:
     before = evaluated(out / "evaluation" / "before.json")
     after = evaluated(out / "evaluation" / "after.json")
     rows, problem = _rows(before, after)
-    steps = flat(metrics(out / "metrics.jsonl"))
+    steps = jsonl.flatten(jsonl.by_step(out / "metrics.jsonl"))
     run, recipe_text, recipe = read_json(out / "run.json"), *_recipe(out / "recipe.yaml")
     context = {
         "title": out.resolve().name,
@@ -37,7 +38,7 @@ def write_report(out: Path) -> Path:
         "rows": rows,
         "verdicts": verdicts(rows),
         "problem": problem,
-        "events": [event for event in events(out / "events.jsonl") if event.get("text")],
+        "events": [event for event in jsonl.rows(out / "events.jsonl") if event.get("text")],
         "units": {row.key: row.unit for row in rows},
         "pairs": _pairs(out, before, after) if not problem else [],
         "extremes": _extremes(out, before, after, rows) if not problem else None,

@@ -1,0 +1,56 @@
+"""Read JSON and JSON-lines files that a run leaves; missing or damaged parts are skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """All lines of a file that are JSON objects with an integer ``step``, in file order.
+
+    A line cut short by a kill is skipped. Returns [] when the file does not exist.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
+def by_step(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file sorted by step; of a step that was repeated after a resume only the last row."""
+    latest = {row["step"]: row for row in rows(path)}
+    return [latest[step] for step in sorted(latest)]
+
+
+def flatten(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Nested objects as slash-separated keys: ``{"timing": {"step": 1}}`` becomes ``{"timing/step": 1}``."""
+    return [_flatten(row, "") for row in rows]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} when the file is missing or damaged."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _flatten(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out |= _flatten(value, f"{prefix}{key}/")
+        else:
+            out[prefix + key] = value
+    return out
