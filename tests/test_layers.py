@@ -1,0 +1,27 @@
+"""The folders of the package are layers: a lower one never imports a higher one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_lower_layers_never_import_higher_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("importlinter", reason="the dev extra")
+    from importlinter.cli import lint_imports
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    assert lint_imports(no_cache=True) == 0, capsys.readouterr().out
+
+
+def test_every_folder_says_what_belongs_in_it() -> None:
+    folders = sorted(file.parent for file in (ROOT / "rlhf_t2i").rglob("__init__.py"))
+    assert len(folders) > 10
+    silent = [str(folder) for folder in folders if not (folder / "__init__.py").read_text("utf-8").startswith('"""')]
+    assert silent == []
