@@ -18,8 +18,8 @@ from rlhf_t2i.algorithm.losses import assistant_loss, guidance_omega
 from rlhf_t2i.families.frozen import FrozenConv2d, freeze
 from rlhf_t2i.families.loading import ModelStore
 from rlhf_t2i.families.networks import DTYPES, one_step, predict
+from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.recipe.schema import ROLES, Recipe
-from rlhf_t2i.roles.reward import checkpoint_layers
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 _TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}

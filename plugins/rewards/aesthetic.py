@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from rlhf_t2i_plugins.rewards.checkpoints import find_file, load_exactly, read_state
-from rlhf_t2i_plugins.rewards.clip_model import load_clip
+from rlhf_t2i_plugins.rewards.clip_model import clip_footprint, load_clip
 from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 from torch import Tensor
 
@@ -50,6 +50,11 @@ class Aesthetic(plugins.Reward):
             raise UsageError(f"{path} reads {first.shape[-1]} features but {self.options.model} gives {width}")
         self.head = RegressionHead(width)
         load_exactly(self.head, state, path)
+
+    @classmethod
+    def footprint(cls, options: AestheticOptions) -> plugins.Footprint | None:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        return clip_footprint(options.model, RegressionHead)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Rating of images [B, 3, H, W] in [0, 1]; prompts are not read."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
@@ -34,9 +35,10 @@ def find_file(source: ModelRef, names: Sequence[str]) -> Path:
     return found
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path, device: str = "cpu") -> State:
     """The tensors of a ``.safetensors`` file, or of a ``torch.save`` file read with ``weights_only=True``.
 
+    On the device ``meta`` a ``torch.save`` file gives shapes alone.
     A training checkpoint's ``state_dict`` entry is taken; DistributedDataParallel's ``module.`` prefix is removed.
 
     Raises:
@@ -48,7 +50,7 @@ def read_state(path: Path) -> State:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise UsageError(f"{path} cannot be read as weights: {first_line(error)}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
@@ -186,6 +188,24 @@ def load_open_clip(path: Path, quick_gelu: bool = False) -> Any:
         count = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(count).unsqueeze(0)
     return model.eval().requires_grad_(False)
+
+
+def open_clip_footprint(path: Path, quick_gelu: bool = False) -> plugins.Footprint:
+    """The footprint of an open_clip checkpoint file, by the shapes of its weights.
+
+    Raises:
+        UsageError: The file is damaged.
+    """
+    from rlhf_t2i_plugins.rewards.clip_model import ImageTower
+
+    config = open_clip_config(read_state(path, "meta"), quick_gelu)
+
+    def build() -> nn.Module:
+        from transformers import CLIPModel
+
+        return ImageTower(CLIPModel(config))
+
+    return plugins.Footprint(str(path), build)
 
 
 def _check_names(model: Any, state: State, path: Path) -> None:

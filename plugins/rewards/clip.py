@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from rlhf_t2i_plugins.rewards.checkpoints import load_open_clip
-from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, load_clip, load_tokenizer, unit_rows
+from rlhf_t2i_plugins.rewards.checkpoints import load_open_clip, open_clip_footprint
+from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, clip_footprint, load_clip, load_tokenizer, unit_rows
 from torch import Tensor, nn
 
 from rlhf_t2i import plugins
@@ -89,6 +89,18 @@ class CLIPReward(plugins.Reward):
         """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         tag = (options.open_clip or "", options.pretrained or "")
         return [*super().hub_models(options), _PUBLISHED.get(tag, "")]
+
+    @classmethod
+    def footprint(cls, options: CLIPOptions) -> plugins.Footprint | None:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        name, pretrained = options.open_clip, options.pretrained
+        if name is None or pretrained is None:
+            return clip_footprint(options.model)
+        checkpoint = files.expanded(pretrained)
+        if checkpoint.is_file():
+            return open_clip_footprint(checkpoint.resolve(), name.endswith("-quickgelu"))
+        published = _PUBLISHED.get((name, pretrained))
+        return clip_footprint(published) if published else None
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,51 @@ class ClipScorer(nn.Module):
     def logit_scale(self) -> Tensor:
         """The learned inverse temperature (about 100 in published models)."""
         return self.model.logit_scale.exp()
+
+
+class ImageTower(nn.Module):
+    """What a CLIP reward runs on images, for its footprint: preprocessing, image tower and head.
+
+    Args:
+        model: A CLIPModel without weights.
+        head: From features to a number; none when None.
+    """
+
+    def __init__(self, model: Any, head: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__()
+        size = model.config.vision_config.image_size
+        self.scorer = ClipScorer(model, None, Preprocess.square(size))
+        self.head = nn.Identity() if head is None else head(model.config.projection_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features, or the head's numbers, of images [B, 3, H, W] in [0, 1]."""
+        return self.head(self.scorer.image_features(images))
+
+
+def clip_footprint(model: str, head: Callable[[int], nn.Module] | None = None) -> plugins.Footprint | None:
+    """The footprint of a CLIPModel by its config.json; None where the hub does not give it.
+
+    Args:
+        model: Hub id or local folder.
+        head: As in :class:`ImageTower`.
+
+    Raises:
+        UsageError: A local folder without a readable config.json.
+    """
+    source = sources.parse(model)
+    try:
+        config = sources.read_json(source, "config.json")
+    except UsageError:
+        if source.is_local:
+            raise
+        return None
+
+    def build() -> nn.Module:
+        from transformers import CLIPConfig, CLIPModel
+
+        return ImageTower(CLIPModel(CLIPConfig(**config)), head)
+
+    return plugins.Footprint(f"{source.location}@{source.revision}", build)
 
 
 def unit_rows(features: Tensor) -> Tensor:

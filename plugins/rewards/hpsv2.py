@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from rlhf_t2i_plugins.rewards.checkpoints import find_file, load_open_clip
-from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, has_tokenizer, load_tokenizer
+from rlhf_t2i_plugins.rewards.checkpoints import find_file, load_open_clip, open_clip_footprint
+from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, clip_footprint, has_tokenizer, load_tokenizer
 from torch import Tensor
 
 from rlhf_t2i import plugins
@@ -56,6 +56,14 @@ class HPSv2(plugins.Reward):
         """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         own = options.tokenizer or has_tokenizer(sources.parse(options.model))
         return [*super().hub_models(options), *([] if own else [_TOKENIZER])]
+
+    @classmethod
+    def footprint(cls, options: HPSv2Options) -> plugins.Footprint | None:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        source = sources.parse(options.model)
+        if source.is_local:
+            return open_clip_footprint(find_file(source, [_FILES[options.version]]))
+        return clip_footprint(_TOKENIZER)  # the published checkpoints are ViT-H/14s
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""

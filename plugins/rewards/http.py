@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
@@ -51,6 +51,14 @@ class HTTPOptions(plugins.Options):
         return value
 
 
+class _Elsewhere(nn.Module):
+    """The model runs on the server."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Nothing is computed here."""
+        return images.mean((1, 2, 3))
+
+
 class HTTPReward(plugins.Reward):
     """Whatever the server measures. Images are rounded to 8 bits, as PNG needs."""
 
@@ -71,6 +79,11 @@ class HTTPReward(plugins.Reward):
                     f"reward 'http': the environment variable {options.token_env} holds a character that no header "
                     "takes: a line break at its end?"
                 )
+
+    @classmethod
+    def footprint(cls, options: HTTPOptions) -> plugins.Footprint | None:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        return plugins.Footprint(options.url, _Elsewhere)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The server's scores [B] for images [B, 3, H, W] in [0, 1].

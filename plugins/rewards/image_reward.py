@@ -16,7 +16,7 @@ from pydantic import Field
 from rlhf_t2i_plugins.rewards.checkpoints import State, find_file, load_exactly, read_state
 from rlhf_t2i_plugins.rewards.clip_model import has_tokenizer, load_tokenizer
 from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
@@ -98,6 +98,11 @@ class ImageReward(plugins.Reward):
         own = options.tokenizer or has_tokenizer(sources.parse(options.model))
         return [*super().hub_models(options), *([] if own else [_TOKENIZER])]
 
+    @classmethod
+    def footprint(cls, options: ImageRewardOptions) -> plugins.Footprint | None:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        return plugins.Footprint(options.model, _Layers)
+
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Token ids and mask [B, 2, 35]: the text encoder itself looks at the image, so only these can be cached."""
         tokens = self.tokenizer(
@@ -120,6 +125,42 @@ class ImageReward(plugins.Reward):
             is_decoder=False,
         )
         return (self.head(output.last_hidden_state[:, 0]) - MEAN) / STD
+
+
+_SHAPES = (
+    {
+        "embeddings.patch_embedding.weight": (1024, 3, 16, 16),
+        "embeddings.position_embedding": (1, 197, 1024),
+        "encoder.layers.0.mlp.fc1.weight": (4096, 1024),
+        "encoder.layers.23.layer_norm1.weight": (1024,),
+    },
+    {
+        "embeddings.word_embeddings.weight": (30524, 768),
+        "encoder.layer.0.intermediate.dense.weight": (3072, 768),
+        "encoder.layer.11.output.dense.bias": (768,),
+        "embeddings.position_embeddings.weight": (512, 768),
+    },
+)
+"""The weights of the published checkpoint from which :func:`build_blip` reads sizes."""
+
+
+class _Layers(nn.Module):
+    """ImageReward at its published size without weights, for its footprint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        states = [{name: torch.empty(shape) for name, shape in shapes.items()} for shapes in _SHAPES]
+        self.vision, self.text = build_blip(*states, med={})
+        self.head = RegressionHead(self.text.config.hidden_size)
+        self.preprocess = Preprocess.square(self.vision.config.image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """A number for each of the images [B, 3, H, W] in [0, 1]."""
+        pixels = self.preprocess(images).to(self.head.layers[0].weight.dtype)
+        patches = self.vision(pixel_values=pixels).last_hidden_state
+        ids = torch.zeros(len(images), _MAX_TOKENS, dtype=torch.long, device=images.device)
+        output = self.text(input_ids=ids, encoder_hidden_states=patches, is_decoder=False)
+        return self.head(output.last_hidden_state[:, 0])
 
 
 def rename_vision(state: State) -> State:

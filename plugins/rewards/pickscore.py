@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from rlhf_t2i_plugins.rewards.clip_model import has_processor, load_clip
+from rlhf_t2i_plugins.rewards.clip_model import clip_footprint, has_processor, load_clip
 from torch import Tensor
 
 from rlhf_t2i import plugins
@@ -47,6 +47,11 @@ class PickScore(plugins.Reward):
         """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         own = options.processor or has_processor(sources.parse(options.model))
         return [*super().hub_models(options), *([] if own else [_PROCESSOR])]
+
+    @classmethod
+    def footprint(cls, options: PickScoreOptions) -> plugins.Footprint | None:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        return clip_footprint(options.model)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text vectors [B, D]."""

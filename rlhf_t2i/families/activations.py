@@ -165,7 +165,7 @@ def clip_image(config: dict[str, Any], dtype: torch.dtype) -> Peak:
 
 def _frozen_peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> Peak:
     """Without and with checkpointing as rewards do it."""
-    from rlhf_t2i.roles.reward import checkpoint_layers
+    from rlhf_t2i.families.recomputing import checkpoint_layers
 
     plain, forward = peak(network, call), peak(network, call, gradient=False)
     checkpoint_layers(network)

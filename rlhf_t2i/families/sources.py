@@ -112,12 +112,12 @@ def pipeline_index(source: ModelRef) -> dict[str, Any]:
 
 
 def read_json(source: ModelRef, file: str) -> dict[str, Any]:
-    """A JSON file of a model, local or from the hub.
+    """A JSON file of a model: of a local folder, from the hub's cache, as shipped in ``configs/``, or from the hub.
 
     Raises:
         UsageError: Missing or damaged.
     """
-    path = Path(source.location) / file if source.is_local else Path(hub_file(source, file))
+    path = Path(source.location) / file if source.is_local else _hub_json(source, file)
     if not path.is_file():
         raise UsageError(f"{source.location} has no {file}: it is not the folder of a diffusers model")
     try:
@@ -127,6 +127,17 @@ def read_json(source: ModelRef, file: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UsageError(f"{path} is damaged: not a JSON object")
     return data
+
+
+def _hub_json(source: ModelRef, file: str) -> Path:
+    """``rlhf-t2i plan`` needs no network for the published configurations that are shipped here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source.location, file, revision=source.revision)
+    shipped = Path(__file__).parent / "configs" / source.location.replace("/", "--") / file
+    if isinstance(cached, str):
+        return Path(cached)
+    return shipped if source.revision is None and shipped.is_file() else Path(hub_file(source, file))
 
 
 def hub_file(source: ModelRef, file: str) -> str:

@@ -8,9 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_t2i.plugins.base import Divergence, LatentContext, LatentReward, Options, Reward, shared, sharing
+    from rlhf_t2i.plugins.base import (
+        Divergence,
+        Footprint,
+        LatentContext,
+        LatentReward,
+        Options,
+        Reward,
+        shared,
+        sharing,
+    )
 
-__all__ = ["Divergence", "LatentContext", "LatentReward", "Options", "Reward", "shared", "sharing"]
+__all__ = ["Divergence", "Footprint", "LatentContext", "LatentReward", "Options", "Reward", "shared", "sharing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,6 +22,20 @@ class Options(BaseModel):
     """Base of every plugin's options: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a reward's model costs, for ``rlhf-t2i plan``: its layers without weights.
+
+    Attributes:
+        weights: Names the weights; rewards of one process with the same ones share them.
+        build: Builds, on torch's default device, a module that is called with images [B, 3, H, W] in [0, 1] and gives a
+            tensor with a gradient in them. ``plan`` runs it on the meta device, where nothing is computed.
+    """
+
+    weights: str
+    build: Callable[[], nn.Module]
 
 
 class Reward(nn.Module):
@@ -60,6 +75,11 @@ class Reward(nn.Module):
     def hub_models(cls, options: Any) -> list[str]:
         """Hub ids that it may load, whose revisions a run pins; by default its options that read like one."""
         return [value for _, value in options if isinstance(value, str)]
+
+    @classmethod
+    def footprint(cls, options: Any) -> Footprint | None:
+        """Its layers without weights, for ``rlhf-t2i plan``; None: unknown, and the plan says so."""
+        return None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images for their prompts.

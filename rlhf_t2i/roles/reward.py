@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
 
@@ -322,20 +322,3 @@ class RewardRole:
 def freeze(reward: Reward, device: torch.device, dtype: torch.dtype) -> Reward:
     """Eval mode, no trainable parameters, on the device in the dtype: what every reward runs as."""
     return reward.eval().requires_grad_(False).to(device, dtype)
-
-
-def checkpoint_layers(module: nn.Module) -> None:
-    """Recompute the innermost layers of every ``nn.ModuleList`` in the backward pass; works for any architecture.
-
-    Innermost, since the graph of one block of a VAE at 1024 px is most of the decoder's.
-    """
-    for child in module.children():
-        if not isinstance(child, nn.ModuleList):
-            checkpoint_layers(child)
-            continue
-        for layer in child:
-            if any(isinstance(part, nn.ModuleList) for part in layer.modules()):
-                checkpoint_layers(layer)
-            # Two rewards may share a model: its layers are wrapped once. A frozen upsampler keeps nothing.
-            elif not isinstance(layer.forward, partial) and type(layer).__name__ != "Upsample2D":
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

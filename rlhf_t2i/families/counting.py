@@ -1,0 +1,161 @@
+"""FLOPs, parameters and activation memory of any network, counted on the meta device: shapes flow, nothing is computed.
+
+What convolutions and attention borrow while they run is their libraries' choice and is not counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlhf_t2i.families.frozen import freeze
+from rlhf_t2i.families.recomputing import checkpoint_layers
+
+Mode = Literal["forward", "input", "train"]
+"""``forward``: no gradient. ``input``: frozen, with the gradient in its input. ``train``: with that of its weights."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to be counted; counts of one ``key`` are made once per process.
+
+    Attributes:
+        key: Identifies everything below.
+        build: Makes the network on the meta device, in its dtype.
+        call: Runs it on one sample: ``call(network) -> (input, output)``; the input wants a gradient.
+        recompute: Switches activation checkpointing on, as the role that runs the network does.
+    """
+
+    key: tuple[object, ...]
+    build: Callable[[], nn.Module]
+    call: Callable[[nn.Module], tuple[Tensor, Tensor]]
+    recompute: Callable[[nn.Module], None] = checkpoint_layers
+
+    _known: ClassVar[dict[tuple[object, ...], Any]] = {}
+
+    def _once(self, what: tuple[object, ...], count: Callable[[], Any]) -> Any:
+        if (self.key, what) not in self._known:
+            self._known[self.key, what] = count()
+        return self._known[self.key, what]
+
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers in each trained parameter: of a network with adapters, in the adapters."""
+        return self._once(("sizes",), lambda: tuple(p.numel() for p in self.build().parameters() if p.requires_grad))
+
+    def parameters(self) -> int:
+        """Numbers in all parameters."""
+        return self._once(("parameters",), lambda: sum(p.numel() for p in self.build().parameters()))
+
+    def flops(self) -> int:
+        """FLOPs of one sample's forward; a multiply-add counts two."""
+
+        def counted() -> int:
+            network = self.build()
+            return flops(lambda: self.call(network))
+
+        return self._once(("flops",), counted)
+
+    def activations(self, mode: Mode, recomputed: bool = False) -> int:
+        """Peak bytes of one sample's activations, without parameters and their gradients.
+
+        Args:
+            mode: What is run. A network that is not trained has the frozen convolutions of the roles.
+            recomputed: Whether layers are recomputed in the backward pass.
+        """
+
+        def counted() -> int:
+            network = self.build()
+            if mode != "train":
+                freeze(network).to(memory_format=torch.channels_last)
+            if recomputed:
+                self.recompute(network)
+            return peak(network, lambda: self.call(network), gradient=mode != "forward")
+
+        return self._once((mode, recomputed), counted)
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """FLOPs of a call without gradient: matrix products, convolutions and attention."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]], gradient: bool = True) -> int:
+    """Peak bytes alive in a forward and the backward to its input, on meta tensors or real ones.
+
+    Args:
+        network: Its parameters and buffers are left out, and so are gradients of parameters.
+        call: Makes the input and gives (input, output).
+        gradient: Whether there is a backward; else nothing is kept for one.
+    """
+    with flash_attention(), _Alive(network) as alive, torch.set_grad_enabled(gradient):
+        leaf, output = call()
+        if gradient:
+            torch.autograd.grad(output, leaf, torch.empty_like(output))
+        del leaf, output
+    return alive.highest
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that operators make, while they live."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.highest = self._now = 0
+        # By address, which is a storage's own while it lives.
+        self._known = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._known:
+                storage = made.untyped_storage()
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.highest = max(self.highest, self._now)
+        return result
+
+    def _gone(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self._now -= size
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps what flash attention keeps: query, key, value, output and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """On the meta device torch takes the path that keeps the whole attention matrix; GPUs and CPUs do not."""
+    original = functional.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return _Flash.apply(query, key, value)
+
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
