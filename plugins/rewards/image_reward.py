@@ -149,8 +149,8 @@ class _Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        states = [{name: torch.empty(shape) for name, shape in shapes.items()} for shapes in _SHAPES]
-        self.vision, self.text = build_blip(*states, med={})
+        vision, text = ({name: torch.empty(shape) for name, shape in shapes.items()} for shapes in _SHAPES)
+        self.vision, self.text = build_blip(vision, text, {})
         self.head = RegressionHead(self.text.config.hidden_size)
         self.preprocess = Preprocess.square(self.vision.config.image_size)
 
