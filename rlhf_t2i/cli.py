@@ -11,7 +11,8 @@ import typer
 from rlhf_t2i.commands import ablate, evaluate, plan, rewards
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import RunError, Stopped, UsageError
+from rlhf_t2i.utils.streams import survive_lost_readers
 
 app = typer.Typer(
     name="rlhf-t2i",
@@ -43,21 +44,23 @@ def _version(
 
 
 def main() -> None:
-    """Run the CLI: 0 done, 1 failed while running, 2 bad recipe or usage, 130/143 stopped by a signal."""
+    """Run the CLI: exit code 0 done, 1 failed while running, 2 bad recipe or usage, 128 + N stopped by signal N."""
+    survive_lost_readers()
     try:
         app(standalone_mode=True)
     except UsageError as error:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.exit_code, at_once=stopped.repeated)
     except KeyboardInterrupt:
-        _fail("stopped", 130)
+        _fail("stopped", 130, at_once=True)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int, at_once: bool = False) -> None:
     print(f"rlhf-t2i: {message}", file=sys.stderr, flush=True)
-    # Ray and torch threads must not hold the process once the sentence is out.
-    if code == 130:
+    if at_once:  # threads of Ray and torch must not delay the exit
         os._exit(code)
     sys.exit(code)
 

@@ -1,4 +1,10 @@
-"""The errors a user meets; the CLI maps them to exit codes. And other libraries' errors in one line."""
+"""Errors with a message for the user; the CLI maps them to exit codes. And other libraries' errors in one line."""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -11,6 +17,32 @@ class RunError(Exception):
 
 class ProcessLost(RunError):
     """A process that holds training state died: the run can go on from its newest checkpoint."""
+
+
+class Stopped(Exception):
+    """A signal ended the run; what it had done stays; exit code 128 + signal.
+
+    Args:
+        number: The signal.
+        saved: The checkpoint written because of it.
+        begun: Whether there is a run to resume.
+        repeated: A second signal came: exit without waiting for anything.
+    """
+
+    def __init__(self, number: int, saved: Path | None = None, begun: bool = True, repeated: bool = False) -> None:
+        checkpoint = f"; checkpoint {saved}" if saved else ""
+        advice = "continue with --resume" if begun else "nothing was written"
+        super().__init__(f"stopped by {signal.Signals(number).name}{checkpoint}; {advice}")
+        self.exit_code = 128 + number
+        self.repeated = repeated
+
+
+def exit_in_plugin(error: BaseException) -> RunError:
+    """The error for code that tried to end the process: ``sys.exit``, or an exception that is not an Exception."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "a plugin"
+    what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {type(error).__name__}"
+    return RunError(f"{place} {what} during the run; raise an Exception instead")
 
 
 def first_line(error: BaseException) -> str:

@@ -42,18 +42,20 @@ def run_command(
         raise UsageError(f"--out {folder} cannot be used: {error.strerror}") from None
     if taken and not resume:
         raise UsageError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
+    from rlhf_t2i.tools import report
     from rlhf_t2i.training import run
+    from rlhf_t2i.training.interrupts import SignalHandler
+    from rlhf_t2i.utils import files
 
     command = " ".join(["rlhf-t2i", *sys.argv[1:]])
-    with ProgressBar(loaded.steps) as progress:
-        try:
-            run.run(
-                loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
-                callback=progress, command=command,
-            )  # fmt: skip
-        except run.Stopped as stopped:
-            progress.on_message(str(stopped))
-            raise typer.Exit(stopped.exit_code) from None
+    with ProgressBar(loaded.steps) as progress, SignalHandler(progress):
+        result = run.run(
+            loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
+            callback=progress, command=command,
+        )  # fmt: skip
+        progress.on_phase("writing the report")
+        with files.disk_errors(result.out):
+            report.write_report(result.out)
     _summary(folder, "Held-out" if loaded.data.held_out else "Training")
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files
@@ -28,7 +28,10 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        try:
+            self.path = path.resolve()
+        except (OSError, RuntimeError) as error:  # a loop of links
+            raise UsageError(f"--out {path} cannot be used: {first_line(error)}") from None
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"

@@ -1,71 +1,69 @@
-"""SIGTERM and Ctrl-C: the first one waits for a checkpoint while a run trains; else, and the second one, at once."""
+"""Signals: during training the first one waits for a checkpoint; otherwise, and the second one, exits immediately."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from rlhf_t2i.errors import Stopped
 from rlhf_t2i.training.callbacks import TrainCallback
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-class Stopped(Exception):
-    """A signal ended the run; what it had done stays.
+
+class SignalHandler:
+    """Handles Ctrl-C, SIGTERM and SIGHUP while the context is open.
+
+    Outside the main thread, where Python allows no handlers, it does nothing. SIGHUP stays ignored under ``nohup``.
 
     Args:
-        number: The signal.
-        saved: The checkpoint written for it, if one was.
-        begun: Whether there is a run to continue.
-    """
-
-    def __init__(self, number: int, saved: Path | None = None, begun: bool = True) -> None:
-        wrote = f"; checkpoint {saved}" if saved else ""
-        told = "continue with --resume" if begun else "nothing was written"
-        super().__init__(f"stopped by {signal.Signals(number).name}{wrote}; {told}")
-        self.exit_code = 128 + number
-
-
-class Signals:
-    """Handlers of both signals, for as long as the context is open.
+        callback: Receives the message that a signal arrived.
+        begun: Whether there is a run to resume.
 
     Attributes:
-        asked: The first signal that came.
-        again: Whether another one came after it.
+        requested: The first signal; None before it.
+
+    Raises:
+        Stopped: On exit, if a signal ended the block.
     """
 
-    def __init__(self, callback: TrainCallback) -> None:
-        self._callback = callback
-        self.asked: int | None = None
-        self.again = False
-        self._held = False
+    def __init__(self, callback: TrainCallback, begun: Callable[[], bool] = lambda: True) -> None:
+        self._callback, self._begun = callback, begun
+        self.requested: int | None = None
+        self._repeated = self._deferred = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
-        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> SignalHandler:
+        if threading.current_thread() is threading.main_thread():
+            handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if isinstance(error, KeyboardInterrupt) and self.requested is not None:
+            raise Stopped(self.requested, begun=self._begun(), repeated=self._repeated) from None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """While the block runs the first signal is only noted: the block looks at :attr:`asked` where it may end."""
-        self._held = True
+    def deferred(self) -> Iterator[None]:
+        """In the block the first signal only sets :attr:`requested`; the block checks it where it can end."""
+        self._deferred = True
         try:
             yield
         finally:
-            self._held = False
+            self._deferred = False
 
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
-            self.again = True
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            self._repeated = True
             raise KeyboardInterrupt
-        self.asked = number
-        if not self._held:
-            raise KeyboardInterrupt  # no library takes it for an error of its own
-        self._callback.on_message(
-            f"{signal.Signals(number).name}: finishing what is at work, then writing a checkpoint"
-        )
+        self.requested = number
+        if not self._deferred:
+            raise KeyboardInterrupt  # unlike an Exception, no library takes it for an error of its own
+        name = signal.Signals(number).name
+        self._callback.on_message(f"{name}: the current step completes, then a checkpoint is written")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import ProcessLost, RunError
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.evaluation import measure
 from rlhf_t2i.families import export
 from rlhf_t2i.recipe.schema import Recipe
@@ -19,7 +19,7 @@ from rlhf_t2i.training.bf16 import Bf16Monitor
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.hacking import Watch
-from rlhf_t2i.training.interrupts import Signals, Stopped
+from rlhf_t2i.training.interrupts import SignalHandler
 from rlhf_t2i.training.metrics import MetricsFile, reward_term, step_metrics
 from rlhf_t2i.training.state import TrainState
 
@@ -45,7 +45,7 @@ class Trainer:
     cluster: Cluster
     callback: TrainCallback
     state: TrainState
-    signals: Signals
+    signals: SignalHandler
 
     def __post_init__(self) -> None:
         data, seed = self.recipe.data, self.recipe.seed
@@ -71,7 +71,7 @@ class Trainer:
         self._events.drop_after(self.state)
         self._watch.resume(self.state.step if self.state != TrainState() else -1)
         try:
-            with self.signals.held():
+            with self.signals.deferred():
                 if self.state == TrainState():
                     self._measure("before")
                 self._loop()
@@ -81,7 +81,7 @@ class Trainer:
             weights = self.cluster.call_all("learner", "weights", self._weights)[0]
             export.write_pipeline(self.recipe, weights, self.out.model)
         except ProcessLost as lost:
-            if self.signals.asked is not None:  # who asked to stop shall not wait for a restart
+            if self.signals.requested is not None:  # who asked to stop shall not wait for a restart
                 raise RunError(f"{lost}, while stopping; continue with --resume") from lost
             raise
         finally:
@@ -246,5 +246,5 @@ class Trainer:
         self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self.signals.asked is not None:
-            raise Stopped(self.signals.asked, self._save())
+        if self.signals.requested is not None:
+            raise Stopped(self.signals.requested, self._save())

@@ -1,6 +1,6 @@
-"""A run from its recipe to its report: what is checked first, and how it goes on when processes are lost.
+"""A run from its recipe to its exported model: checks, start of the roles, restarts when processes are lost.
 
-The training itself is in :mod:`rlhf_t2i.training.loop`.
+The training itself is in :mod:`rlhf_t2i.training.loop`; the report is written by the caller (:mod:`rlhf_t2i.tools`).
 """
 
 from __future__ import annotations
@@ -10,16 +10,33 @@ from pathlib import Path
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import ProcessLost, RunError, UsageError
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools import report
 from rlhf_t2i.training import checkpoints
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
-from rlhf_t2i.training.interrupts import Signals, Stopped
+from rlhf_t2i.training.interrupts import SignalHandler
 from rlhf_t2i.training.loop import Trainer
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Result of a finished run.
+
+    Attributes:
+        out: The run's folder, absolute.
+        state: The state after the last step.
+    """
+
+    out: Path
+    state: TrainState
+
+    @property
+    def model(self) -> Path:
+        """The exported diffusers pipeline."""
+        return self.out / "model"
 
 
 def run(
@@ -31,42 +48,38 @@ def run(
     address: str | None = None,
     callback: TrainCallback | None = None,
     command: str = "",
-) -> None:
+) -> RunResult:
     """Align a generator as a recipe says.
 
     Args:
-        recipe: What to do.
-        out: The run's folder; created, and refused when it holds another run.
+        recipe: The recipe.
+        out: The run's folder; created. It must not hold another run.
         resume: Continue from the newest whole checkpoint in ``out``.
         allow_recipe_change: Resume although the recipe's meaning has changed.
         address: An existing Ray cluster to join.
         callback: Receives the progress.
-        command: The command line, for the record.
+        command: The command line, for ``run.json``.
 
     Raises:
         UsageError: The recipe or a file is wrong; nothing was started.
         RunError: Something failed while running.
-        Stopped: A signal arrived; while the run trained a checkpoint was written.
+        Stopped: A signal arrived; if the run was training, a checkpoint was written.
     """
     callback, folder = callback or TrainCallback(), RunFolder(out)
-    signals = Signals(callback)
     try:
-        with signals:
+        with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
             recipe = _checked(recipe, folder.revisions() if resume else None)
             with files.exclusive(folder.path, "run"):
-                _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)
-    except OSError as error:
-        if error.errno not in files.DISK:
-            raise
-        raise files.not_written(Path(error.filename or folder.path), error.strerror) from error
-    except KeyboardInterrupt:
-        if signals.asked is None or signals.again:
-            raise
-        raise Stopped(signals.asked, begun=folder.recipe.exists()) from None
+                state = _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # SystemExit of a plugin, which would end the command with exit code 0
+        raise exit_in_plugin(error) from error
+    return RunResult(folder.path, state)
 
 
 def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
-    """The recipe with its hub models pinned, once its plugins, prompts and model folders were found sound."""
+    """The recipe with its hub models pinned, after its plugins, prompts and model folders were checked."""
     import torch
 
     from rlhf_t2i.families import snapshot
@@ -92,10 +105,10 @@ class _Run:
     folder: RunFolder
     address: str | None
     callback: TrainCallback
-    signals: Signals
+    signals: SignalHandler
 
-    def go(self, resume: bool, allow_recipe_change: bool, command: str) -> None:
-        """Start the roles, train, and write the report."""
+    def go(self, resume: bool, allow_recipe_change: bool, command: str) -> TrainState:
+        """Start the roles and train; returns the final state."""
         if resume:
             changed = self.folder.compare_recipe(self.recipe, allow_recipe_change)
             saved, state = self._newest()
@@ -112,28 +125,26 @@ class _Run:
                 self.folder.discard()
             raise
         with self.folder.record(self.recipe, command):
-            self._train_with_restarts(cluster, saved, state)
-        self.callback.on_phase("writing the report")
-        report.write_report(self.folder.path)
+            return self._train_with_restarts(cluster, saved, state)
 
     def _start(self) -> Cluster:
         from rlhf_t2i.cluster.start import start
 
         return start(self.recipe, self.folder.failures, self.address)
 
-    def _train_with_restarts(self, cluster: Cluster, saved: Path | None, state: TrainState) -> None:
-        """Train; whenever a process that trains is lost, go on from the newest checkpoint on a fresh cluster.
+    def _train_with_restarts(self, cluster: Cluster, saved: Path | None, state: TrainState) -> TrainState:
+        """Train; when a process that trains is lost, continue from the newest checkpoint on a fresh cluster.
 
         Raises:
-            RunError: It was lost more often than ``placement.max_restarts``.
+            RunError: Processes were lost more often than ``placement.max_restarts``.
         """
         limit, restarts = self.recipe.placement.max_restarts, 0
         running: Cluster | None = cluster
         while True:
             try:
-                running = running or self._start()  # a process lost meanwhile is one more restart
+                running = running or self._start()  # a process lost during the start is one more restart
                 self._train(running, saved, state)
-                return
+                return state
             except ProcessLost as lost:
                 if restarts == limit:
                     raise RunError(f"{lost}; restored {restarts} times already (placement.max_restarts)") from lost
@@ -146,20 +157,21 @@ class _Run:
                 running = None
 
     def _train(self, cluster: Cluster, saved: Path | None, state: TrainState) -> None:
-        """Train on a fresh cluster, from a checkpoint or the beginning; the cluster is closed whatever happens."""
+        """Train on a fresh cluster, from a checkpoint or the beginning; always closes the cluster."""
         try:
             if saved is not None:
-                for sentence in checkpoints.restore(cluster, saved):
-                    self.callback.on_message(sentence)
+                for message in checkpoints.restore(cluster, saved):
+                    self.callback.on_message(message)
                 cluster.sync_generator()
                 self.callback.on_message(f"resuming from {saved.name}")
-            self.folder.update_recipe(self.recipe, state.step)  # only now: what cannot be restored changes nothing
+            # Only now: a checkpoint that fails to load leaves the recorded recipe as it was.
+            self.folder.update_recipe(self.recipe, state.step)
             Trainer(self.recipe, self.folder, cluster, self.callback, state, self.signals).run()
         finally:
             cluster.close()
 
     def _newest(self) -> tuple[Path | None, TrainState]:
-        """The newest whole checkpoint, and where the run stood there."""
+        """The newest whole checkpoint, and the state stored in it."""
         saved, state, warnings = checkpoints.find(self.folder.path)
         for warning in warnings:
             self.callback.on_message(warning)
@@ -168,4 +180,4 @@ class _Run:
         return saved, state
 
 
-__all__ = ["RunError", "Stopped", "Trainer", "UsageError", "run"]
+__all__ = ["RunError", "RunResult", "Trainer", "UsageError", "run"]

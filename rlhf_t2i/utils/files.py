@@ -19,8 +19,8 @@ from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 _ASIDE, _OLD = ".writing-", ".writing-old-"
 _FULL = 2**16  # free bytes of a disk that counts as full
 LOCK = ".lock"
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-"""Errors of the system that speak of the disk, not of the program."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors of the system that are the disk's, not the program's."""
 
 
 def expanded(path: str) -> Path:
@@ -108,8 +108,26 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or failing disk into an error message.
+
+    Args:
+        path: What is written in the block, for errors that name no file.
+
+    Raises:
+        RunError: A file could not be written, and why.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise not_written(Path(error.filename or path), error.strerror) from error
+
+
 def not_written(path: Path, why: str | None) -> RunError:
-    """The sentence about a file or folder that could not be written."""
+    """The error for a file or folder that could not be written."""
     return RunError(f"{path} could not be written: {why}; what was written before is intact")
 
 

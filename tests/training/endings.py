@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from rlhf_t2i.errors import RunError, Stopped
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -88,7 +89,7 @@ def main(recipe: Path, out: Path) -> None:
         ended, told = "done", ""
         try:
             run.run(reading.load(recipe, changes), out / how.replace(" ", "_"), callback=Watcher(after_step))
-        except (run.RunError, run.Stopped, KeyboardInterrupt) as error:
+        except (RunError, Stopped) as error:
             ended, told = type(error).__name__, str(error)
         say(ended=ended, told=told)
         sys.stdin.readline()

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_t2i.errors import RunError
+from rlhf_t2i.errors import RunError, Stopped
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.tools import report
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.callbacks import TrainCallback
 from tests.training.test_run import StopAt, metrics
@@ -65,6 +66,7 @@ def test_one_bad_step_is_skipped_and_named(poisoned: Callable[..., Recipe], tmp_
     assert "NaN" not in (out / "metrics.jsonl").read_text("utf-8")
     assert [n for n in notes.heard if "the generator's gradient is not finite (prompt '" in n and "skipped" in n]
     assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text("utf-8").splitlines()] == [2]
+    report.write_report(out)
     assert "Step 2: the generator&#39;s gradient is not finite" in (out / "report.html").read_text("utf-8")
     folders = [out / f"checkpoints/step_{step:06d}/learner" for step in (1, 2, 3)]
     states = [torch.load(folder / "local.pt", weights_only=True) for folder in folders]
@@ -106,7 +108,7 @@ def test_warnings_of_an_unfinished_cycle_are_kept_once(
 
     monkeypatch.setattr(AssistantRole, "train", bad_in_the_first_round)
     recipe, out = make_recipe(steps=2, algorithm__assistant_steps=2), tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(run.Stopped):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         run.run(recipe, out, callback=StopAt(patch, *stop))
     run.run(recipe, out, resume=True)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]

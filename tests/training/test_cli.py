@@ -96,7 +96,7 @@ def long_run(recipe_file: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_writes_a_checkpoint(
     long_run: subprocess.Popen[str], recipe_file: Path, number: signal.Signals, code: int
 ) -> None:
@@ -113,3 +113,33 @@ def test_a_signal_writes_a_checkpoint(
     from rlhf_t2i.training import checkpoints
 
     assert checkpoints.find(out)[1].step >= 1
+
+
+def test_a_signal_during_the_report_keeps_its_exit_code(recipe_file: Path) -> None:
+    out = recipe_file.parent / "out"
+    code = (
+        "import signal, sys; from rlhf_t2i import cli; from rlhf_t2i.tools import report\n"
+        "report.write_report = lambda out: signal.raise_signal(signal.SIGTERM)\n"
+        f"sys.argv = ['x', 'run', {str(recipe_file)!r}, '--out', {str(out)!r}, '--set', 'steps=1']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "stopped by SIGTERM; continue with --resume" in done.stderr.replace("\n", " ")
+    assert (out / "model/model_index.json").is_file()
+
+
+@pytest.mark.parametrize("reader", ["gone", "full", "closed"])
+def test_a_lost_reader_does_not_end_a_run(recipe_file: Path, reader: str) -> None:
+    """``run | true``, ``run > /dev/full`` and ``run >&-``: the exit code is that of the run."""
+    out = recipe_file.parent / "out"
+    command = [sys.executable, "-m", "rlhf_t2i.cli", "run", str(recipe_file), "--out", str(out), "--set", "steps=1"]
+    if reader == "closed":
+        done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], timeout=240, check=False)
+    else:
+        read, write = os.pipe() if reader == "gone" else (os.open(os.devnull, 0), os.open("/dev/full", os.O_WRONLY))
+        os.close(read)
+        done = subprocess.run(command, stdout=write, stderr=write, timeout=240, check=False)
+        os.close(write)
+    assert done.returncode == 0
+    assert (out / "report.html").is_file()

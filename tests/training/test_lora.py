@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.recipe.schema import Optimization, Recipe
 from rlhf_t2i.training import run
 from tests.training.test_distributed import PROMPTS, flat, ray_recipe, relative, start_ray, train
@@ -44,7 +44,7 @@ def test_resume_is_bit_identical_and_the_export_is_plain(
     run.run(recipe, whole)
     with monkeypatch.context() as patch:
         callback = StopAt(patch, 2, 0)
-        with pytest.raises(run.Stopped):
+        with pytest.raises(Stopped):
             run.run(recipe, broken, callback=callback)
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)

@@ -14,7 +14,7 @@ import torch
 
 from rlhf_t2i.cluster import start as starting
 from rlhf_t2i.cluster.ray_cluster import RayCluster
-from rlhf_t2i.errors import ProcessLost, RunError
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -133,7 +133,7 @@ def test_resume_over_ray_is_bit_identical(
     run.run(recipe, whole)
     with monkeypatch.context() as patch:
         callback = StopAt(patch, 1, 1)  # in the middle of a cycle
-        with pytest.raises(run.Stopped):
+        with pytest.raises(Stopped):
             run.run(recipe, broken, callback=callback)
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlhf_t2i.cluster.local import LocalCluster
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.families import export
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
@@ -39,8 +39,9 @@ def model_bytes(out: Path) -> bytes:
 
 def test_leaves_the_documented_files(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run.run(make_recipe(), out)
-    for name in ("recipe.yaml", "run.json", "report.html", "samples/step_000000.png", "samples/step_000003.png"):
+    result = run.run(make_recipe(), out)
+    assert (result.out, result.model, result.state.step) == (out, out / "model", 3)
+    for name in ("recipe.yaml", "run.json", "samples/step_000000.png", "samples/step_000003.png"):
         assert (out / name).stat().st_size > 0, name
     rows = metrics(out)
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -82,7 +83,7 @@ def test_resume_is_bit_identical(
     run.run(recipe, whole)
     with monkeypatch.context() as patch:
         callback = StopAt(patch, *stop)
-        with pytest.raises(run.Stopped) as stopped:
+        with pytest.raises(Stopped) as stopped:
             run.run(recipe, broken, callback=callback)
     assert stopped.value.exit_code == 143
     run.run(recipe, broken, resume=True)

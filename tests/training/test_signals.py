@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import ray
 
 from rlhf_t2i.cluster import connect
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -46,12 +47,11 @@ def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: P
         "measuring before training: 4 of 8": "step_000000",
         "measuring after training: 4 of 8": "step_000001",
         "writing the model": "step_000001",
-        "writing the report": "step_000001",
     }
     for phase, newest in phases.items():
         out, callback = tmp_path / phase, At(phase, terminate)
         told = "continue with --resume" if newest else "nothing was written"
-        with pytest.raises(run.Stopped, match=f"stopped by SIGTERM; .*{told}") as stopped:
+        with pytest.raises(Stopped, match=f"stopped by SIGTERM; .*{told}") as stopped:
             run.run(recipe, out, callback=callback)
         assert stopped.value.exit_code == 143
         assert signal.getsignal(signal.SIGTERM) is handler
@@ -64,7 +64,7 @@ def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: P
             run.run(recipe, out, resume=True)
         assert model_bytes(out) == model_bytes(tmp_path / "whole"), phase
         assert metrics(out) == metrics(tmp_path / "whole"), phase
-        for name in ("evaluation/before.json", "evaluation/after.json", "report.html"):
+        for name in ("evaluation/before.json", "evaluation/after.json"):
             assert (out / name).is_file(), (phase, name)
 
 
@@ -73,9 +73,48 @@ def test_a_second_signal_ends_a_run_at_once(make_recipe: MakeRecipe, tmp_path: P
         terminate()
         terminate()
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped) as stopped:
         run.run(make_recipe(), tmp_path / "out", callback=At("measuring after", twice))
+    assert (stopped.value.exit_code, stopped.value.repeated) == (143, True)
     assert checkpoints.find(tmp_path / "out")[1].step == 3
+
+
+EXITS = """
+from rlhf_t2i.plugins import Reward
+
+class Exits(Reward):
+    def score(self, images, prompts):
+        raise {what}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("SystemExit(0)", r"exits\.py:6 called sys\.exit\(0\)"), ("GeneratorExit", "raised GeneratorExit")],
+)
+def test_a_plugin_cannot_end_a_run_as_if_it_had_succeeded(
+    make_recipe: MakeRecipe, tmp_path: Path, what: str, says: str
+) -> None:
+    plugin = tmp_path / "exits.py"
+    plugin.write_text(EXITS.format(what=what), "utf-8")
+    with pytest.raises(RunError, match=f"{says} during the run"):
+        run.run(make_recipe(algorithm__rewards=f"[{{name: '{plugin}:Exits', label: exits}}]"), tmp_path / "out")
+
+
+def test_signals_are_left_alone_under_nohup_and_outside_the_main_thread(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hang_up = At("measuring after", lambda: signal.raise_signal(signal.SIGHUP))
+        with ThreadPoolExecutor() as pool:
+            pool.submit(run.run, make_recipe(steps=1), tmp_path / "thread", callback=hang_up).result()
+        assert hang_up.acted
+        hang_up = At("measuring after", lambda: signal.raise_signal(signal.SIGHUP))
+        run.run(make_recipe(steps=1), tmp_path / "main", callback=hang_up)
+        assert hang_up.acted
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_folder_holds_one_run_at_a_time(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
 from rlhf_t2i.recipe.schema import Optimization, Recipe
+from rlhf_t2i.tools import report
 from rlhf_t2i.training import run
 from rlhf_t2i.training.bf16 import Bf16Monitor
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -120,6 +121,7 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
     assert all(row["timing"]["watch"] > 0 for row in rows)
     events = [json.loads(line) for line in (out / "events.jsonl").read_text("utf-8").splitlines()]
     assert [event["step"] for event in events] == [2]
+    report.write_report(out)
     assert "reward hacking is likely" in (out / "report.html").read_text("utf-8")
     # A resumed run measures the same prompts and noise, and knows what was said.
     measured = (out / "evaluation/watch.jsonl").read_text("utf-8").splitlines()

@@ -1,0 +1,57 @@
+"""Standard output and error that survive the loss of their reader (``| head``, a closed terminal, a full disk)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+
+def survive_lost_readers() -> None:
+    """Make failed writes to standard output and error silent for the rest of the process.
+
+    Nothing that a command prints is worth a training run. After the first failure the descriptor leads to the null
+    device, so that other libraries' writes and Python's last flush succeed too.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed (`>&-`): otherwise the next file opened would receive what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = _Surviving.wrap(sys.stdout), _Surviving.wrap(sys.stderr)
+
+
+class _Surviving:
+    """A text stream whose writes cannot fail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @classmethod
+    def wrap(cls, stream: Any) -> Any:
+        return stream if stream is None or isinstance(stream, cls) else cls(stream)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._discard()
+            return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._discard()
+
+    def _discard(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
