@@ -30,7 +30,7 @@ from rlhf_t2i.families import flops
 from rlhf_t2i.families.networks import DTYPES
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.roles.denoiser import Deferred
+from rlhf_t2i.roles.local_calls import Deferred
 from rlhf_t2i.roles.worker import WorkerSpec
 from rlhf_t2i.tools import planning
 from rlhf_t2i.tools.planning import Rates, calibration
@@ -53,27 +53,22 @@ class Stub:
     def __init__(self, recipe: Recipe) -> None:
         self._labels = [choice.key for choice in recipe.algorithm.rewards]
 
-    def submit_forward(self, _ticket: str, x_t: torch.Tensor, *_: Any) -> Deferred:
-        """A prediction."""
-        return Deferred(lambda: torch.zeros_like(x_t))
-
-    def submit_vjp(self, _ticket: str, x_t: torch.Tensor, *_: Any) -> Deferred:
-        """A product."""
-        return Deferred(lambda: torch.zeros_like(x_t))
-
-    def submit_value_and_grad(self, x0: torch.Tensor, _prompts: Any) -> Deferred:
-        """Rewards."""
-        return Deferred(lambda: {label: (torch.zeros(len(x0)), torch.zeros_like(x0)) for label in self._labels})
+    def submit(self, method: Callable[..., Any], *args: Any) -> Deferred[Any]:
+        """Start a call of a denoiser or of rewards."""
+        if method.__name__ == "value_and_grad":
+            x0 = args[0]
+            return Deferred(lambda: {label: (torch.zeros(len(x0)), torch.zeros_like(x0)) for label in self._labels})
+        return Deferred(lambda: torch.zeros_like(args[1]))
 
 
-class DrawsNoise:
-    """Stands for the generator in the assistant's update."""
+class NoiseGenerator:
+    """Stands for the generator in the assistant's update: noise serves as well as its samples."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
 
-    def submit_sample(self, _prompts: Any, keys: Any, _weights: str) -> Deferred:
-        """Noise instead of pictures: the network does not mind."""
+    def submit(self, _method: Callable[..., Any], _prompts: Any, keys: Any, _weights: str) -> Deferred[Any]:
+        """Start a call."""
         return Deferred(lambda: rng.normal(self._shape, keys))
 
 
@@ -99,7 +94,7 @@ def work(worker: MeasuredWorker, recipe: Recipe, role: str, does: str) -> Callab
     engine = built._engine if role == "assistant" else built.engine
     engine.step = lambda _rate: float(bool(engine.module.zero_grad(set_to_none=True)))  # the update is not timed
     if role == "assistant":
-        built.connect(DrawsNoise(store.latent_shape))
+        built.connect(NoiseGenerator(store.latent_shape))
         return lambda: built.train(0, prompts)
     stub = Stub(recipe)
     built.connect(stub, stub, [stub])

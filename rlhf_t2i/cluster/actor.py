@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
+
+if TYPE_CHECKING:
+    from rlhf_t2i.cluster.clients import RemoteClient
 
 
 class WorkerActor:
@@ -47,16 +51,17 @@ class WorkerActor:
 
     def build(self, master: tuple[str, int] | None) -> str:
         """Load the roles; with ``master``, join the group's process group first. Returns the device's name."""
+        from rlhf_t2i.cluster.isolated import start_isolated
         from rlhf_t2i.roles.worker import Worker
 
         if master is not None:
             _join(self._spec.rank, self._spec.world, master)
-        self._worker = Worker(self._spec)
+        self._worker = Worker(self._spec, start_isolated)
         return str(self._worker.device)
 
-    def connect(self, clients: dict[str, Any]) -> None:
-        """Tell the trained roles where the others are; their answers belong on this process's device."""
-        for client in [c for value in clients.values() for c in (value if isinstance(value, list) else [value])]:
+    def connect(self, clients: dict[str, list[RemoteClient]]) -> None:
+        """Tell the trained roles where the others are; answers are moved to this process's device."""
+        for client in chain(*clients.values()):
             client.device = self._worker.device
         self._worker.connect(clients)
 
@@ -81,9 +86,9 @@ class WorkerActor:
     @ray.method(concurrency_group="watch")
     def status(self) -> str:
         """What this process does, and since when; answered in a thread of its own, whatever the others do."""
-        from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
+        from rlhf_t2i.roles.stopwatch import stopwatch
 
-        waiting = ", waiting for another process" if stopwatch.current() == WAIT else ""
+        waiting = ", waiting for another process" if stopwatch.waiting() else ""
         return f"{self._call} for {time.monotonic() - self._since:.0f} s{waiting}"
 
     def readings(self) -> dict[str, Any]:

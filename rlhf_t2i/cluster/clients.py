@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, cast
 
 import ray
 import torch
 from torch import Tensor
 
-from rlhf_t2i.algorithm import rng
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
+from rlhf_t2i.roles import dispatch
+from rlhf_t2i.roles.dispatch import Batched, Future, Method, P, T
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
+from rlhf_t2i.utils.device import move
 
 STEP_TIMEOUT_KEY = "placement.step_timeout_s"
+_CPU = torch.device("cpu")
 _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.OutOfMemoryError,  # Ray ends the largest process of a machine before the system does
@@ -42,23 +44,23 @@ def partners(caller: int, callers: int, servers: int) -> list[int]:
 
 
 @contextmanager
-def translate_ray_errors(role: str, timeout_s: float | None = None, limit: str = STEP_TIMEOUT_KEY) -> Iterator[None]:
+def translate_ray_errors(role: str, limit: Limit | None = None) -> Iterator[None]:
     """Turn what Ray raises while it sends to a role, or waits for it, into this project's own errors.
 
     Args:
-        role: Who is called.
-        timeout_s: How long it may take.
-        limit: The key of the recipe that says so.
+        role: The role that is called.
+        limit: How long it may take.
 
     Raises:
         ProcessLost: The role's process died and Ray may not restart it, or its answer was lost with its node.
-        NoAnswer: The role took longer than ``timeout_s``.
+        NoAnswer: The role took longer than ``limit``.
         RunError: The role failed, or Ray's store and its disk are full.
     """
     try:
         yield
     except ray.exceptions.GetTimeoutError:
-        raise NoAnswer(f"the {role} did not answer within {timeout_s:g} s ({limit})") from None
+        assert limit is not None
+        raise NoAnswer(f"the {role} did not answer within {limit.seconds:g} s ({limit.key})") from None
     except ray.exceptions.RayTaskError as error:
         cause: BaseException = error
         while isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
@@ -83,126 +85,87 @@ def _store_full(role: str, error: BaseException) -> RunError:
     )
 
 
-def get(references: Any, timeout_s: float | None, role: str, limit: str = STEP_TIMEOUT_KEY) -> Any:
+@dataclass(frozen=True)
+class Limit:
+    """How long an answer may take (None: no limit), and the key of the recipe that says so."""
+
+    seconds: float | None = None
+    key: str = STEP_TIMEOUT_KEY
+
+
+def get(references: Any, limit: Limit, role: str) -> Any:
     """``ray.get`` that raises this project's own errors, see :func:`translate_ray_errors`."""
-    with translate_ray_errors(role, timeout_s, limit):
-        return ray.get(references, timeout=timeout_s)
+    with translate_ray_errors(role, limit):
+        return ray.get(references, timeout=limit.seconds)
 
 
 @dataclass
-class RemoteFuture:
+class RemoteFuture(Generic[T]):
     """An answer on its way from one or several servers."""
 
+    client: RemoteClient
     references: list[Any]
-    join: Callable[[list[Any]], Any]
-    timeout_s: float | None
-    role: str
-    limit: str
+    limit: Limit
+    join: Callable[[list[Any]], T]
 
-    def result(self) -> Any:
+    def result(self) -> T:
         """Wait for all parts and join them."""
-        with stopwatch.span(WAIT):
-            return self.join(get(self.references, self.timeout_s, self.role, self.limit))
+        with stopwatch.span(WAIT), self.client.guard(self.client.role):
+            answers = get(self.references, self.limit, self.client.role)
+        return self.join(answers)
 
 
 @dataclass
-class RemoteCalls:
+class RemoteClient:
     """The client of a role that lives in other processes.
 
     Attributes:
         role: The role's name there.
         servers: The actors this caller talks to.
-        timeout_s: How long one answer may take; None waits for ever.
-        limit: The key of the recipe that says so.
+        limit: For one answer.
+        reward_limit: For one answer of a method that calls reward plugins.
         device: Where answers are moved.
+        guard: Opened around every wait with the role's name; turns errors into others.
     """
 
     role: str
     servers: list[Any]
-    timeout_s: float | None = None
-    limit: str = STEP_TIMEOUT_KEY
+    limit: Limit = Limit()
+    reward_limit: Limit = Limit()
     device: torch.device | None = None
+    guard: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
-    def submit_forward(
-        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, graph: bool
-    ) -> Any:
-        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
-        parts = [(request_id, x_t[s], t[s], list(prompts[s]), branch, graph) for s in self._slices(len(x_t))]
-        return self._start(
-            "forward", parts, lambda answers: self._join(answers, len(x_t), 1 if branch == "both" else 0)
-        )
-
-    def submit_vjp(
-        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: str, cotangent: Tensor
-    ) -> Any:
-        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
-        # ``both`` is stacked [2, B, ...]: its batch is the second dimension.
-        parts = [
-            (request_id, x_t[s], t[s], list(prompts[s]), branch, cotangent[:, s] if branch == "both" else cotangent[s])
-            for s in self._slices(len(x_t))
-        ]
-        return self._start("vjp", parts, lambda answers: self._join(answers, len(x_t)))
-
-    def submit_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Any:
-        """See :class:`rlhf_t2i.roles.generator.GeneratorClient`."""
-        parts = [(list(prompts[s]), list(keys[s]), weights) for s in self._slices(len(prompts))]
-        return self._start("sample", parts, lambda answers: self._join(answers, len(prompts)))
-
-    def submit_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Any:
-        """See :class:`rlhf_t2i.roles.learner.RewardClient`."""
-        parts = self._image_parts(latents, prompts)
-        return self._start("value_and_grad", parts, lambda answers: self._join_gradients(answers, len(latents)))
-
-    def submit_scores(self, latents: Tensor, prompts: Sequence[str]) -> Any:
-        """Every reward's value."""
-        parts = self._image_parts(latents, prompts)
-        return self._start("score", parts, lambda answers: self._join_scores(answers, len(latents)))
-
-    def submit_decode(self, latents: Tensor) -> Any:
-        """Images in [0, 1]."""
-        parts = [(latents[s],) for s in self._slices(len(latents))]
-        return self._start("decode", parts, lambda answers: self._join(answers, len(latents)))
-
-    def _image_parts(self, latents: Tensor, prompts: Sequence[str]) -> list[tuple[Any, ...]]:
-        return [(latents[s], list(prompts[s])) for s in self._slices(len(latents))]
-
-    def _slices(self, batch: int) -> list[slice]:
-        """One contiguous share a server, the first ones larger by one where it does not divide.
-
-        With fewer samples than servers the last sample is repeated and its extra answers dropped: under ZeRO-3 a call
-        is collective, and a server left out would leave the others waiting for ever.
-        """
-        count = len(self.servers)
-        if batch < count:
-            return [slice(min(i, batch - 1), min(i, batch - 1) + 1) for i in range(count)]
-        share, rest = divmod(batch, count)
-        return [slice(a, b) for a, b in pairwise(i * share + min(i, rest) for i in range(count + 1))]
-
-    def _start(self, method: str, parts: list[tuple[Any, ...]], join: Callable[[list[Any]], Any]) -> RemoteFuture:
+    def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Split the batch over the servers; see :class:`rlhf_t2i.roles.dispatch.Client`."""
+        parts, batch = dispatch.split(method, len(self.servers), *args, **kwargs)
         references = []
-        for server, part in zip(self.servers, parts, strict=True):
-            cpu = tuple(a.detach().cpu() if isinstance(a, Tensor) else a for a in part)
-            stopwatch.bytes_sent += sum(a.numel() * a.element_size() for a in cpu if isinstance(a, Tensor))
-            with translate_ray_errors(self.role):
-                references.append(server.call.remote(self.role, method, *cpu))
-        return RemoteFuture(references, join, self.timeout_s, self.role, self.limit)
+        with translate_ray_errors(self.role):
+            for server, part in zip(self.servers, parts, strict=False):
+                cpu = move(part, _CPU)
+                stopwatch.bytes_sent += _bytes(cpu)
+                references.append(server.call.remote(self.role, method.__name__, *cpu))
+        limit = self.reward_limit if Batched.of(method).timeout == "reward" else self.limit
+        return RemoteFuture(self, references, limit, lambda answers: self._join(answers, batch))
 
-    def _join(self, answers: list[Tensor], batch: int, dim: int = 0) -> Tensor:
+    def submit_all(self, method: str, *args: Any) -> Future[list[Any]]:
+        """Call a method with the same arguments on every server; answers in their order."""
+        with translate_ray_errors(self.role):
+            references = [server.call.remote(self.role, method, *args) for server in self.servers]
+        return RemoteFuture(self, references, self.limit, list)
+
+    def _join(self, answers: list[T], batch: int) -> T:
         """The servers' answers as one batch, on the caller's device."""
-        joined = torch.cat(answers, dim).narrow(dim, 0, batch)
-        stopwatch.bytes_sent += joined.numel() * joined.element_size()
-        return joined if self.device is None else joined.to(self.device)
+        joined = dispatch.join(answers, batch)
+        stopwatch.bytes_sent += _bytes(joined)
+        return joined if self.device is None else cast(T, move(joined, self.device))
 
-    def _join_scores(self, answers: list[dict[str, Tensor]], batch: int) -> dict[str, Tensor]:
-        return {label: self._join([answer[label] for answer in answers], batch) for label in answers[0]}
 
-    def _join_gradients(
-        self, answers: list[dict[str, tuple[Tensor, Tensor]]], batch: int
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        return {
-            label: (
-                self._join([answer[label][0] for answer in answers], batch),
-                self._join([answer[label][1] for answer in answers], batch),
-            )
-            for label in answers[0]
-        }
+def _bytes(value: Any) -> int:
+    """Of all tensors in a value."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(_bytes(item) for item in value)

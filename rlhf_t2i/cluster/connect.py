@@ -80,6 +80,19 @@ def join(address: str) -> None:
         ) from None
 
 
+def cluster_resources(address: str) -> dict[str, float]:
+    """Number of CPUs and GPUs of a running Ray cluster, ``{"CPU": 3.0, "GPU": 0.0}``.
+
+    Raises:
+        UsageError: No cluster answers at the address, or it refuses this process.
+    """
+    join(address)
+    try:
+        return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
+    finally:
+        ray.shutdown()
+
+
 def _place(address: str) -> str:
     """HOST:PORT of a cluster's head, where something listens; Ray itself would try for a minute and more.
 

@@ -1,6 +1,6 @@
 """A reward whose packages clash with the core's: its own process in its own environment, reached through Ray.
 
-In the reward group's process stands :class:`IsolatedReward`, which looks like any other reward. Its actor runs with
+The reward group's process holds an :class:`IsolatedReward`, which looks like any other reward. Its actor runs with
 ``runtime_env={"py_executable": ...}`` in an overlay that holds the reward's package versions (``Reward.pip``). Between
 them go only bytes, shapes and strings: pickled arrays or exceptions would need the same versions on both sides.
 """
@@ -21,23 +21,13 @@ from rlhf_t2i.families import sources
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.plugins.environments import overlay_python
+from rlhf_t2i.recipe.schema import RewardChoice
 from rlhf_t2i.utils.device import default_device
 
 
-def build_reward(
-    name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, timeout_s: float = 600.0
-) -> Reward:
-    """``registry.reward``, in an environment of its own where the class asks for one (``Reward.pip``).
-
-    Raises:
-        UsageError: It asks for one, but this process is not part of a Ray cluster (``placement: local``).
-    """
-    cls: Any = registry.load_class(registry.REWARDS, name)
-    if not cls.pip:
-        return registry.reward(name, **options)
-    if not ray.is_initialized():
-        raise UsageError(f"reward {name!r} needs an environment of its own ({', '.join(cls.pip)}): use placement ray")
-    return IsolatedReward(name, options, dtype, timeout_s)
+def start_isolated(choice: RewardChoice, dtype: torch.dtype) -> IsolatedReward:
+    """Start a recipe's reward in an environment of its own; see :class:`IsolatedReward`."""
+    return IsolatedReward(choice.name, choice.options, dtype, choice.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -103,7 +93,7 @@ class IsolatedActor:
 
 
 class IsolatedReward(Reward):
-    """Stands in for a reward that runs elsewhere; its score is differentiable.
+    """A reward that runs in another process; its score is differentiable.
 
     Args:
         name: The reward's name or ``path/to/file.py:Class``.

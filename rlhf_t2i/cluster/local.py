@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from rlhf_t2i.algorithm import rng
+from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.recipe.schema import ROLES, Recipe
+from rlhf_t2i.roles.dispatch import Client, Future, Method, P, T
+from rlhf_t2i.roles.local_calls import Deferred
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 
-class LocalCluster:
+@dataclass
+class _WorkerClient:
+    """The controller's client: answers come back on the CPU, as over Ray."""
+
+    worker: Worker
+    role: str
+
+    def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """See :class:`rlhf_t2i.roles.dispatch.Client`."""
+        return Deferred(partial(self.worker.call, self.role, method.__name__, *args, **kwargs))
+
+
+class LocalCluster(Cluster):
     """One worker that holds all roles."""
 
     def __init__(self, recipe: Recipe, failures: Path | None = None) -> None:
         self._worker = Worker(WorkerSpec(recipe, "local", ROLES, failures=failures))
         self._worker.connect({})
 
+    def clients(self, role: str) -> Sequence[Client]:
+        """The worker."""
+        return [_WorkerClient(self._worker, role)]
+
     def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
         """Call a method on every rank of a role; here, one."""
         return [self._worker.call(role, method, *args)]
-
-    def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
-        """Latents [B, C, h, w] from the generator."""
-        return self._worker.call("generator", "sample", prompts, keys, weights)
-
-    def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every reward's value [B]."""
-        return self._worker.call("reward", "score", latents, prompts)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1]."""
-        return self._worker.call("reward", "decode", latents)
 
     def sync_generator(self) -> None:
         """Nothing to send: the generator is the learner's own network."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,17 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
-from torch import Tensor
 
-from rlhf_t2i.algorithm import rng
 from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
-from rlhf_t2i.cluster.clients import STEP_TIMEOUT_KEY, NoAnswer, RemoteCalls, get, partners, translate_ray_errors
+from rlhf_t2i.cluster.base import Cluster
+from rlhf_t2i.cluster.clients import Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, start_local_ray
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
-_START_TIMEOUT_S = 600.0
+_START_LIMIT = Limit(600.0, "a limit of ours")
 _PLACE_TIMEOUT_S = 120.0  # of what is free already: nothing has to start
 _STATUS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 15.0
@@ -33,7 +32,7 @@ _CALL_RETRIES = 3  # of a call whose process died: one that dies of the call its
 _WEIGHT_STORE = "rlhf_t2i weight_store {}"  # of a placement group
 
 
-class RayCluster:
+class RayCluster(Cluster):
     """The roles of a run as Ray actors.
 
     Args:
@@ -122,13 +121,13 @@ class RayCluster:
         masters = {
             group: self._actors[group][0].rendezvous.remote() for group, specs in self._specs.items() if specs[0].trains
         }
-        addresses = dict(zip(masters, get(list(masters.values()), _START_TIMEOUT_S, "first process"), strict=True))
+        addresses = dict(zip(masters, get(list(masters.values()), _START_LIMIT, "first process"), strict=True))
         building = {
             group: [actor.build.remote(addresses.get(group)) for actor in actors]
             for group, actors in self._actors.items()
         }
         for group, references in building.items():
-            get(references, _START_TIMEOUT_S, f"group {group!r}")
+            get(references, _START_LIMIT, f"group {group!r}")
 
     def _introduce(self) -> None:
         """Give every trained role its clients."""
@@ -137,54 +136,61 @@ class RayCluster:
             if not specs[0].trains:
                 continue
             for spec, actor in zip(specs, self._actors[group], strict=True):
-                waiting.append(actor.connect.remote(self._clients(group, spec.rank, spec.world)))
-        get(waiting, _START_TIMEOUT_S, "connecting processes")
+                waiting.append(actor.connect.remote(self._clients_of(group, spec.rank, spec.world)))
+        get(waiting, _START_LIMIT, "connecting processes")
 
-    def _clients(self, group: str, rank: int, world: int) -> dict[str, Any]:
+    def _clients_of(self, group: str, rank: int, world: int) -> dict[str, list[RemoteClient]]:
         """The remote clients of one process: every role that does not live in its own group."""
 
-        def client(role: str, other: str, *limits: Any) -> RemoteCalls:
+        def client(role: str, other: str, reward_limit: Limit | None = None) -> RemoteClient:
             servers = self._actors[other]
-            return RemoteCalls(role, [servers[i] for i in partners(rank, world, len(servers))], *limits)
+            mine = [servers[i] for i in partners(rank, world, len(servers))]
+            return RemoteClient(role, mine, reward_limit=reward_limit or Limit())
 
-        clients: dict[str, Any] = {
-            role: client(role, self._roles[role][0])
+        clients = {
+            role: [client(role, self._roles[role][0])]
             for role in ("generator", "assistant", "reference")
             if self._roles[role][0] != group
         }
-        clients["rewards"] = [
-            client("reward", other, *limits)
-            for other, limits in self._reward_groups(trained=True).items()
-            if other != group
-        ]
-        return clients
+        rewards = [(g, limit) for g, limit in self._reward_groups(trained=True).items() if g != group]
+        return clients | {"reward": [client("reward", other, limit) for other, limit in rewards]}
 
-    def _reward_groups(self, trained: bool) -> dict[str, tuple[float, str]]:
-        """Groups that host rewards, the longest time-out of theirs, and whose it is; without rewards they decode."""
+    def _reward_groups(self, trained: bool = False) -> dict[str, Limit]:
+        """Groups with rewards (``trained``: with rewards that train), the longest of their timeouts, and its key.
+
+        The role ``reward`` without any reward still decodes.
+        """
         keys = {r.key for r in self._recipe.algorithm.rewards}
-        found: dict[str, tuple[float, str]] = {}
+        found: dict[str, Limit] = {}
         for group, specs in self._specs.items():
             hosted = hosted_rewards(self._recipe, specs[0].roles)
             wanted = [r for r in hosted if r.key in keys or not trained]
             if wanted or (not trained and "reward" in specs[0].roles):
-                limits = [(r.timeout_s, f"timeout_s of {r.key}") for r in wanted]
-                found[group] = max(limits, default=(self._step_timeout_s, STEP_TIMEOUT_KEY))
+                limits = [Limit(r.timeout_s, f"timeout_s of {r.key}") for r in wanted]
+                found[group] = max(limits, key=lambda limit: limit.seconds or 0, default=self._limit)
         return found
 
+    def clients(self, role: str) -> list[RemoteClient]:
+        """One for all processes of a role; for ``reward`` one per group of rewards."""
+        groups = self._reward_groups() if role == "reward" else {self._roles[role][0]: self._limit}
+        return [
+            RemoteClient(role, self._actors[group], self._limit, reward_limit, guard=self._classify_errors)
+            for group, reward_limit in groups.items()
+        ]
+
     def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
-        """Call a method on every rank of a role at once."""
+        """Call a method with the same arguments on every rank of a role."""
         # Large arguments (weights) are stored once for all ranks.
         with translate_ray_errors(role):
             stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
-        actors = self._actors[self._roles[role][0]]
         if self._weight_store is not None and (role, method) == ("generator", "load"):
             self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
-        return self._wait([actor.call.remote(role, method, *stored) for actor in actors], role)
+        return self.clients(role)[0].submit_all(method, *stored).result()
 
     def _wait(self, references: list[Any], role: str) -> list[Any]:
         """The answers, with the errors of :meth:`_classify_errors`."""
         with self._classify_errors(role):
-            return list(get(references, self._step_timeout_s, role))
+            return list(get(references, self._limit, role))
 
     @contextmanager
     def _classify_errors(self, role: str) -> Iterator[None]:
@@ -235,33 +241,9 @@ class RayCluster:
                 told.append(f"{name}: dead")
         return "; ".join(told)
 
-    def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
-        """Latents from the generator, spread over its replicas."""
-        servers = self._actors[self._roles["generator"][0]]
-        with self._classify_errors("generator"):
-            return (
-                RemoteCalls("generator", servers, self._step_timeout_s).submit_sample(prompts, keys, weights).result()
-            )
-
     @property
-    def _step_timeout_s(self) -> float:
-        return self._recipe.placement.step_timeout_s
-
-    def rewards(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every reward's value [B]."""
-        groups = self._reward_groups(trained=False)
-        with self._classify_errors("reward"):
-            pending = [
-                RemoteCalls("reward", self._actors[group], *limits).submit_scores(latents, prompts)
-                for group, limits in groups.items()
-            ]
-            return {label: values for p in pending for label, values in p.result().items()}
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1]."""
-        group = next(iter(self._reward_groups(trained=False)))
-        with self._classify_errors("reward"):
-            return RemoteCalls("reward", self._actors[group], self._step_timeout_s).submit_decode(latents).result()
+    def _limit(self) -> Limit:
+        return Limit(self._recipe.placement.step_timeout_s)
 
     def sync_generator(self) -> None:
         """Send the learner's weights to a generator that lives elsewhere."""

@@ -50,7 +50,11 @@ def plan_command(
     fit = _fit(loaded, plan, device_memory or (profile.memory if profile else None))
     rates = _rates(loaded, plan, device, profile)
     seconds = _seconds(loaded, rates)
-    cluster = None if address is None else cluster_resources(address)
+    cluster = None
+    if address is not None:
+        from rlhf_t2i.cluster.connect import cluster_resources
+
+        cluster = cluster_resources(address)
     if json_:
         import json
 
@@ -130,23 +134,6 @@ def show_seconds(device: str, rates: Rates | None, seconds: StepTime | None) -> 
         f"{seconds.step:.3g} seconds a step; rates: UNets {rates.unet / 1e12:.3g} TFLOP/s, decoder "
         f"{rates.decoder / 1e12:.3g}"
     )
-
-
-def cluster_resources(address: str) -> dict[str, float]:
-    """What a running Ray cluster has in all, by kind.
-
-    Raises:
-        UsageError: No cluster answers at the address, or it refuses this process.
-    """
-    import ray
-
-    from rlhf_t2i.cluster.connect import join
-
-    join(address)
-    try:
-        return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-    finally:
-        ray.shutdown()
 
 
 def _compare(plan: Plan, cluster: dict[str, float]) -> None:

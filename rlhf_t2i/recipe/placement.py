@@ -80,6 +80,11 @@ def check_placement(recipe: Recipe) -> dict[str, tuple[str, int]]:
     return {role: (placed[role], devices[placed[role]]) for role in wanted}
 
 
+def callers_per_server(recipe: Recipe, servers: int) -> int:
+    """Ranks of the learner that call each of so many processes of another role."""
+    return max(1, check_placement(recipe)["learner"][1] // servers)
+
+
 def _placed(recipe: Recipe, labels: list[str]) -> dict[str, str]:
     """Role -> group name as written, each role known and placed at most once."""
     known = [*ROLES, *(f"{_REWARD}:{label}" for label in labels)]

@@ -13,22 +13,23 @@ from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.families.networks import predict
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
-from rlhf_t2i.roles.generator import GeneratorClient
+from rlhf_t2i.roles.dispatch import Client
+from rlhf_t2i.roles.generator import GeneratorRole
 
 
 class AssistantRole(DenoiserServer):
     """psi: trained by denoising score matching on the generator's samples (algorithm.md 2.1)."""
 
     def __init__(self, context: RankContext) -> None:
-        super().__init__(self._x0)
+        super().__init__(self._x0, context.callers)
         self._context, self._store = context, context.store
         self._settings = context.recipe.optimization.assistant
         self._engine = context.engine("assistant", context.store.assistant_unet(), self._settings)
         self._conditioner, self._schedule = context.store.conditioner, context.store.schedule
-        self._generator: GeneratorClient | None = None
+        self._generator: Client | None = None
 
-    def connect(self, generator: GeneratorClient) -> None:
-        """Learn where samples come from."""
+    def connect(self, generator: Client) -> None:
+        """Set where samples come from."""
         self._generator = generator
 
     def train(self, round_index: int, prompts: Sequence[str]) -> dict[str, float]:
@@ -48,7 +49,7 @@ class AssistantRole(DenoiserServer):
         for micro in self._context.micro_batches():
             chosen = [prompts[i] for i in micro]
             keys = [(seed, "assistant", round_index, i) for i in micro]
-            x0 = self._generator.submit_sample(chosen, [(*k, "z") for k in keys], "raw").result()
+            x0 = self._generator.submit(GeneratorRole.sample, chosen, [(*k, "z") for k in keys], "raw").result()
             x0 = x0.to(self._context.device)
             t = rng.timesteps(first, last, [(*k, "t") for k in keys]).to(x0.device)
             noise = rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]).to(x0.device)

@@ -14,7 +14,7 @@ from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.families import adapters
 from rlhf_t2i.families.loading import ModelStore
 from rlhf_t2i.families.networks import DTYPES
-from rlhf_t2i.recipe.placement import batch_geometry
+from rlhf_t2i.recipe.placement import batch_geometry, callers_per_server
 from rlhf_t2i.recipe.schema import Optimizer, Recipe
 
 
@@ -42,6 +42,11 @@ class RankContext:
         settings = self.recipe.optimization
         self.store = ModelStore(self.recipe.models, self.device, settings.precision, compiled=settings.compile)
         self.dtype = DTYPES[settings.precision]
+
+    @property
+    def callers(self) -> int:
+        """Ranks of the learner that call one process of this group."""
+        return callers_per_server(self.recipe, self.world)
 
     def geometry(self) -> tuple[int, int]:
         """(micro-batch, accumulation) of a trained role in this group."""

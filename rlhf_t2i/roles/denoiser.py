@@ -10,46 +10,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rlhf_t2i.roles.dispatch import Client, Future, batched
+from rlhf_t2i.roles.local_calls import gather
+
 Branch = Literal["conditional", "guided", "both"]
-"""``conditional``: with the prompt. ``guided``: classifier-free guidance. ``both``: [2, B, ...], with and without the
+"""``conditional``: with the prompt. ``guided``: classifier-free guidance. ``both``: [B, 2, ...], with and without the
 prompt; only the first carries a gradient."""
-
-
-class Future(Protocol):
-    """The result of a call that may still be running elsewhere."""
-
-    def result(self) -> Any:
-        """Wait for it."""
-
-
-@dataclass
-class Deferred:
-    """A local call, made when its result is asked for: remote calls started before it run meanwhile."""
-
-    call: Callable[[], Any]
-
-    def result(self) -> Any:
-        """Make the call."""
-        return self.call()
-
-
-class DenoiserClient(Protocol):
-    """Where a denoiser is called from: plain (the same process) or remote (an actor group)."""
-
-    def submit_forward(
-        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch, keep_graph: bool
-    ) -> Future:
-        """Begin a prediction."""
-
-    def submit_vjp(
-        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch, cotangent: Tensor
-    ) -> Future:
-        """Begin a vector-Jacobian product."""
 
 
 class DenoiserServer:
@@ -57,13 +28,14 @@ class DenoiserServer:
 
     Args:
         predict: ``(x_t, t, prompts, branch) -> x0-prediction``, differentiable in x_t.
-        kept: How many graphs are kept; one micro-batch a caller needs one.
+        callers: Processes that call this one. Each has one request at a time, so this many graphs are kept.
     """
 
-    def __init__(self, predict: Callable[[Tensor, Tensor, Sequence[str], Branch], Tensor], kept: int = 4) -> None:
-        self._predict, self._kept = predict, kept
+    def __init__(self, predict: Callable[[Tensor, Tensor, Sequence[str], Branch], Tensor], callers: int = 1) -> None:
+        self._predict, self._callers = predict, callers
         self._graphs: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
+    @batched("x_t", "t", "prompts", collective=True)
     def forward(
         self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch, keep_graph: bool
     ) -> Tensor:
@@ -74,6 +46,7 @@ class DenoiserServer:
         output = self._remember(request_id, x_t, t, prompts, branch)[1]
         return output.detach()
 
+    @batched("x_t", "t", "prompts", "cotangent", collective=True)
     def vjp(
         self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch, cotangent: Tensor
     ) -> Tensor:
@@ -93,23 +66,33 @@ class DenoiserServer:
         with torch.enable_grad():
             output = self._predict(leaf, t, prompts, branch)
         self._graphs[request_id] = (leaf, output)
-        while len(self._graphs) > self._kept:
+        while len(self._graphs) > self._callers:
             self._graphs.popitem(last=False)
         return leaf, output
 
 
 @dataclass(frozen=True)
 class DenoiserCall:
-    """One denoiser of a step and the branch asked of it."""
+    """One denoiser of a step and the branch that it predicts."""
 
-    client: DenoiserClient
+    client: Client
     branch: Branch
+
+    def forward(
+        self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], *, keep_graph: bool
+    ) -> Future[Tensor]:
+        """Start :meth:`DenoiserServer.forward`."""
+        return self.client.submit(DenoiserServer.forward, request_id, x_t, t, prompts, self.branch, keep_graph)
+
+    def vjp(self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], cotangent: Tensor) -> Future[Tensor]:
+        """Start :meth:`DenoiserServer.vjp`."""
+        return self.client.submit(DenoiserServer.vjp, request_id, x_t, t, prompts, self.branch, cotangent)
 
 
 def denoise(
     calls: Sequence[DenoiserCall], request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], with_graph: bool
 ) -> tuple[Tensor, ...]:
-    """Ask all denoisers of a step at once; their forwards, and then their products, run side by side.
+    """Call all denoisers of a step; their forwards, and then their products, run side by side.
 
     Args:
         calls: Which denoisers.
@@ -120,12 +103,11 @@ def denoise(
         with_graph: Whether gradients will flow back to x_t.
 
     Returns:
-        One x0-prediction a call.
+        One x0-prediction per call.
     """
     if not with_graph:
         with torch.no_grad():
-            pending = [c.client.submit_forward(request_id, x_t, t, prompts, c.branch, False) for c in calls]
-            return tuple(p.result() for p in pending)
+            return tuple(gather([c.forward(request_id, x_t, t, prompts, keep_graph=False) for c in calls]))
     return _Denoise.apply(x_t, t, tuple(calls), request_id, tuple(prompts))
 
 
@@ -137,19 +119,16 @@ class _Denoise(torch.autograd.Function):
         ctx.save_for_backward(x_t, t)
         ctx.request = (calls, request_id, prompts)
         plain = x_t.detach()
-        pending = [c.client.submit_forward(request_id, plain, t, prompts, c.branch, True) for c in calls]
-        return tuple(p.result() for p in pending)
+        return tuple(gather([c.forward(request_id, plain, t, prompts, keep_graph=True) for c in calls]))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         x_t, t = ctx.saved_tensors
         calls, request_id, prompts = ctx.request
         plain = x_t.detach()
-        pending = [
-            c.client.submit_vjp(request_id, plain, t, prompts, c.branch, g.detach())
-            for c, g in zip(calls, cotangents, strict=True)
-        ]
-        gradient = pending[0].result()
-        for other in pending[1:]:
-            gradient = gradient + other.result()
+        gradient, *others = gather(
+            [c.vjp(request_id, plain, t, prompts, g.detach()) for c, g in zip(calls, cotangents, strict=True)]
+        )
+        for other in others:
+            gradient = gradient + other
         return gradient, None, None, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.families.networks import one_step
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoiser import Future
-
-
-class GeneratorClient(Protocol):
-    """Where the generator is sampled from."""
-
-    def submit_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Future:
-        """Begin sampling."""
+from rlhf_t2i.roles.dispatch import batched
 
 
 class GeneratorRole:
@@ -46,6 +39,7 @@ class GeneratorRole:
         assert isinstance(network, nn.Module)
         network.load_state_dict(state)
 
+    @batched("prompts", "keys", collective=True)
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str = "raw") -> Tensor:
         """Latents [B, C, h, w] in float32, sample i a function of weights, prompt and ``keys[i]`` alone."""

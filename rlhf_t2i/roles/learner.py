@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,18 +17,12 @@ from rlhf_t2i.families.networks import one_step
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import LatentReward
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoiser import DenoiserCall, DenoiserClient, Future, denoise
+from rlhf_t2i.roles.denoiser import DenoiserCall, denoise
+from rlhf_t2i.roles.dispatch import Client
 from rlhf_t2i.roles.reward import RewardRole
 
 Samples = dict[str, list[float]]
 """Per-sample measurements of a step; the controller averages them over all ranks."""
-
-
-class RewardClient(Protocol):
-    """Where rewards are evaluated: some or all of the recipe's."""
-
-    def submit_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Future:
-        """Begin a call; its result is ``{label: (values [B], d value / d latents [B, C, h, w])}``."""
 
 
 class LearnerRole:
@@ -46,9 +39,9 @@ class LearnerRole:
         self._divergence = registry.divergence(choice.name, **choice.options)
         self._scales = {reward.key: reward.scale for reward in recipe.algorithm.rewards}
         self._latent_rewards = self._build_latent_rewards()
-        self._assistant: DenoiserClient | None = None
-        self._reference: DenoiserClient | None = None
-        self._rewards: Sequence[RewardClient] = ()
+        self._assistant: Client | None = None
+        self._reference: Client | None = None
+        self._rewards: Sequence[Client] = ()
         self._ema: dict[str, Tensor] | None = None
         if recipe.optimization.ema is not None:
             self._ema = self._gather()
@@ -64,8 +57,8 @@ class LearnerRole:
             return None
         return RewardRole(chosen, None, device=self._context.device, failures_dir=self._context.failures)
 
-    def connect(self, assistant: DenoiserClient, reference: DenoiserClient, rewards: Sequence[RewardClient]) -> None:
-        """Learn where the other roles are called."""
+    def connect(self, assistant: Client, reference: Client, rewards: Sequence[Client]) -> None:
+        """Set where the other roles are called."""
         self._assistant, self._reference, self._rewards = assistant, reference, rewards
 
     def step(self, step: int, prompts: Sequence[str]) -> dict[str, Samples | float | list[str]]:
@@ -102,10 +95,10 @@ class LearnerRole:
     ) -> Tensor:
         """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
 
-        Reward calls start first and are collected last, so that they run beside the denoisers where they sit on
+        Reward calls start first and are collected last, so that they run beside the denoisers where these are on
         other devices.
         """
-        rewards = [client.submit_value_and_grad(x0, prompts) for client in self._rewards]
+        rewards = [client.submit(RewardRole.value_and_grad, x0, prompts) for client in self._rewards]
         leaf = x0.clone().requires_grad_(True)
         divergence = self._divergence_gradient(request_id, leaf, prompts, keys, measured)
         values: dict[str, tuple[Tensor, Tensor]] = {}
@@ -141,7 +134,7 @@ class LearnerRole:
         d_assistant, d_reference = denoise(calls, request_id, x_t, t, prompts, self._divergence.needs_vjp)
         unconditional = None
         if outer:
-            d_reference, unconditional = d_reference[0], d_reference[1]
+            d_reference, unconditional = d_reference.unbind(1)
         loss = losses.divergence_loss_from_predictions(
             self._divergence, x0, t, d_assistant, d_reference, self.schedule, algorithm.weighting
         )
@@ -181,7 +174,7 @@ class LearnerRole:
         """The reference's predictions with and without the prompt, without a graph."""
         assert self._reference is not None
         (both,) = denoise([DenoiserCall(self._reference, "both")], request_id, x_t, t, prompts, with_graph=False)
-        return both[0], both[1]
+        return both[:, 0], both[:, 1]
 
     def _update_ema(self, images_seen: int) -> None:
         """SiD's EMA: half-life in images, never more than a fraction of the images seen."""

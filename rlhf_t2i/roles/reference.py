@@ -17,7 +17,7 @@ class ReferenceRole(DenoiserServer):
     """Serves the reference's x0-predictions, plain or with classifier-free guidance (algorithm.md 1.5)."""
 
     def __init__(self, context: RankContext) -> None:
-        super().__init__(self._branches)
+        super().__init__(self._branches, context.callers)
         store = context.store
         self._unet, self._schedule, self._conditioner = store.reference_unet(), store.schedule, store.conditioner
         if context.recipe.optimization.checkpoints("reference"):
@@ -34,13 +34,13 @@ class ReferenceRole(DenoiserServer):
         if branch == "both" and x_t.requires_grad:
             with torch.no_grad():
                 unconditional = self._x0(x_t, t, None)
-            return torch.stack([self._x0(x_t, t, prompts), unconditional])
+            return torch.stack([self._x0(x_t, t, prompts), unconditional], dim=1)
         condition = self._conditioner.unconditional(len(x_t)).concatenate(self._conditioner.encode(prompts))
         twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
         raw = predict(self._unet, twice, t_twice, condition, self._dtype)
         unconditional, conditional = self._schedule.to_x0(raw, twice, t_twice).chunk(2)
         if branch == "both":
-            return torch.stack([conditional, unconditional])
+            return torch.stack([conditional, unconditional], dim=1)
         return guided(conditional, unconditional, self._omega)
 
     def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str] | None) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
+from rlhf_t2i.roles.dispatch import batched
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
 
 ValueAndGrad = tuple[Tensor, Tensor]
@@ -43,6 +44,7 @@ class RewardRole:
         failures_dir: Where a failing sample is saved; nothing is saved when None.
         activation_checkpointing: Recompute the layers of rewards and decoder in the backward pass: less memory, about
             a third more time.
+        trained: Labels of the rewards that train; all when None. The others are only measured.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class RewardRole:
         micro_batch: int | Mapping[str, int | None] | None = None,
         failures_dir: Path | None = None,
         activation_checkpointing: bool = False,
+        trained: Sequence[str] | None = None,
     ) -> None:
+        self._trained = list(rewards if trained is None else trained)
         self.rewards = {label: freeze(reward, device, dtype) for label, reward in rewards.items()}
         self.device, self.dtype, self.failures_dir = device, dtype, failures_dir
         self._vae, self._micro_batch = vae, micro_batch
@@ -63,6 +67,7 @@ class RewardRole:
             for module in [*self.rewards.values(), *([vae] if isinstance(vae, nn.Module) else [])]:
                 checkpoint_layers(module)
 
+    @batched("latents", "prompts", concurrent=True, timeout="reward")
     def value_and_grad(
         self,
         latents: Tensor,
@@ -75,7 +80,7 @@ class RewardRole:
         Args:
             latents: [B, C, h, w].
             prompts: B strings.
-            names: Labels of the rewards to compute; all when None.
+            names: Labels of the rewards to compute; those that train when None.
             context: What a latent reward needs: the reference denoiser and this call's noise.
 
         Returns:
@@ -85,19 +90,21 @@ class RewardRole:
             RewardFailure: An exception, a wrong shape, or a value or gradient that is not finite.
             UsageError: An unknown label, or a reward that has no gradient.
         """
-        return self._run(latents, prompts, names, context, gradient=True)
+        return self._run(latents, prompts, self._trained if names is None else names, context, gradient=True)
 
-    def score_latents(
+    @batched("latents", "prompts", timeout="reward")
+    def score(
         self,
         latents: Tensor,
         prompts: Sequence[str],
         names: Sequence[str] | None = None,
         context: LatentContext | None = None,
     ) -> dict[str, Tensor]:
-        """Each reward's values [B], float32, without gradient; arguments and errors as :meth:`value_and_grad`."""
+        """Values [B] of all rewards, float32, without gradient; arguments and errors as :meth:`value_and_grad`."""
         results = self._run(latents, prompts, names, context, gradient=False)
         return {label: values for label, (values, _) in results.items()}
 
+    @batched("latents")
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32, without gradient."""

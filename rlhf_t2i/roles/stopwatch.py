@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 WAIT = "wait"
-"""The label of time spent waiting for other processes."""
+"""The label of time that a thread spends waiting for other processes or threads."""
 
 
 class Stopwatch:
-    """Nested spans, each charged only for its own time. One thread of a process uses it."""
+    """Nested spans, each charged only for its own time. Every thread has spans of its own."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._open: list[str] = []
-        self._mark = time.perf_counter()
+        self._open: dict[int, list[str]] = {}  # by thread
+        self._mark: dict[int, float] = {}
+        self._lock = threading.Lock()
         self.bytes_sent = 0
 
     @contextmanager
     def span(self, label: str) -> Iterator[None]:
         """Charge what happens inside to ``label``, except for spans opened within."""
-        self._charge()
-        self._open.append(label)
+        thread = threading.get_ident()
+        self._charge(thread)
+        self._open.setdefault(thread, []).append(label)
         try:
             yield
         finally:
-            self._charge()
-            self._open.pop()
+            self._charge(thread)
+            self._open[thread].pop()
 
-    def current(self) -> str | None:
-        """The label of the innermost open span; may be asked from another thread."""
-        return next(iter(self._open[-1:]), None)
+    def waiting(self) -> bool:
+        """Whether all threads with an open span wait; may be asked from another thread."""
+        innermost = {labels[-1] for labels in list(self._open.values()) if labels}
+        return innermost == {WAIT}
 
-    def _charge(self) -> None:
+    def _charge(self, thread: int) -> None:
         now = time.perf_counter()
-        if self._open:
-            self._seconds[self._open[-1]] += now - self._mark
-        self._mark = now
+        labels = self._open.get(thread)
+        if labels:
+            with self._lock:
+                self._seconds[labels[-1]] += now - self._mark[thread]
+        self._mark[thread] = now
 
     def read(self) -> tuple[dict[str, float], int]:
         """Seconds by label and bytes sent since the last reading."""
-        seconds, sent = dict(self._seconds), self.bytes_sent
-        self._seconds.clear()
-        self.bytes_sent = 0
+        with self._lock:
+            seconds, sent = dict(self._seconds), self.bytes_sent
+            self._seconds.clear()
+            self.bytes_sent = 0
         return seconds, sent
 
 

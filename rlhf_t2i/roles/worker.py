@@ -1,33 +1,35 @@
-"""One process of a group: builds its roles, connects them to the others and answers calls. No Ray in here."""
+"""One process of a group: builds its roles, connects them to the others and answers calls."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_t2i import plugins
-from rlhf_t2i.algorithm import rng
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import flops, sources
 from rlhf_t2i.plugins import registry
-from rlhf_t2i.plugins.base import LatentReward
+from rlhf_t2i.plugins.base import LatentReward, Reward
 from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoiser import Deferred, DenoiserServer, Future
+from rlhf_t2i.roles.dispatch import Client
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
+from rlhf_t2i.roles.local_calls import Background, LocalClient
 from rlhf_t2i.roles.reference import ReferenceRole
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.stopwatch import stopwatch
-from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.device import default_device, move
 from rlhf_t2i.utils.quiet import quietly
+
+IsolatedReward = Callable[[RewardChoice, torch.dtype], Reward]
+"""Starts a reward in an environment of its own (``Reward.pip``) and returns its stand-in."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,19 @@ class WorkerSpec:
 
 
 class Worker:
-    """The roles of one process."""
+    """The roles of one process.
+
+    Args:
+        spec: What to build.
+        isolated: Starts rewards with packages of their own; None where that is not possible.
+
+    Raises:
+        UsageError: A reward needs an environment of its own and ``isolated`` is None, or it cannot be built.
+    """
 
     @quietly()
-    def __init__(self, spec: WorkerSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: WorkerSpec, isolated: IsolatedReward | None = None) -> None:
+        self.spec, self._isolated = spec, isolated
         sources.use_revisions(spec.recipe.revisions)
         self.device = default_device()
         self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
@@ -88,11 +98,11 @@ class Worker:
             return GeneratorRole(self._context, None if learner is None else learner.engine.module)
         return AssistantRole(self._context) if role == "assistant" else ReferenceRole(self._context)
 
-    def _build_rewards(self, choices: Sequence[RewardChoice]) -> LocalRewards:
+    def _build_rewards(self, choices: Sequence[RewardChoice]) -> RewardRole:
         with plugins.sharing():
             rewards = {choice.key: self._build_reward(choice) for choice in choices}
         trained = {choice.key for choice in self.spec.recipe.algorithm.rewards}
-        role = RewardRole(
+        return RewardRole(
             rewards,
             self._context.store.decoder,
             device=self._context.device,
@@ -100,44 +110,46 @@ class Worker:
             micro_batch={choice.key: choice.micro_batch for choice in choices},
             failures_dir=self.spec.failures,
             activation_checkpointing=self.spec.recipe.optimization.checkpoints("reward"),
+            trained=[key for key in rewards if key in trained],
         )
-        return LocalRewards(role, [choice.key for choice in choices if choice.key in trained])
 
-    def _build_reward(self, choice: RewardChoice) -> Any:
-        if not registry.load_class(registry.REWARDS, choice.name).pip:
+    def _build_reward(self, choice: RewardChoice) -> Reward:
+        packages = registry.load_class(registry.REWARDS, choice.name).pip
+        if not packages:
             return registry.reward(choice.name, **choice.options)
-        # Only a reward with packages of its own needs Ray, and only here.
-        from rlhf_t2i.cluster.isolated import build_reward
+        if self._isolated is None:
+            raise UsageError(
+                f"reward {choice.name!r} needs an environment of its own ({', '.join(packages)}): use placement: ray"
+            )
+        return self._isolated(choice, self._context.dtype)
 
-        return build_reward(choice.name, choice.options, self._context.dtype, choice.timeout_s)
-
-    def connect(self, clients: Mapping[str, Any]) -> None:
+    def connect(self, remote: Mapping[str, Sequence[Client]]) -> None:
         """Tell the trained roles where the others are.
 
         Args:
-            clients: Remote clients by role (``rewards`` is a list of reward clients); a role of this process is
-                called directly and needs none.
+            remote: Clients of the roles in other processes, by role; rewards may have several. A role of this process
+                is called directly.
         """
+        # With the denoisers elsewhere there is time to compute rewards here while they work.
+        background = Background() if {"assistant", "reference"} & remote.keys() else None
+
+        def clients(role: str) -> list[Client]:
+            own = [LocalClient(role, self.roles[role], background)] if role in self.roles else []
+            return [*remote.get(role, ()), *own]
+
         if "assistant" in self.roles:
-            own = self.roles.get("generator")
-            generator = LocalCalls("generator", own) if own else clients["generator"]
+            (generator,) = clients("generator")
             self.roles["assistant"].connect(generator)
         if "learner" in self.roles:
-            denoisers = []
-            for role in ("assistant", "reference"):
-                own = self.roles.get(role)
-                denoisers.append(LocalCalls(role, own) if own else clients[role])
-            rewards = list(clients.get("rewards", []))
-            if "reward" in self.roles:
-                rewards.append(LocalCalls("reward", self.roles["reward"]))
-            self.roles["learner"].connect(denoisers[0], denoisers[1], rewards)
+            (assistant,), (reference,) = clients("assistant"), clients("reference")
+            self.roles["learner"].connect(assistant, reference, clients("reward"))
 
     def call(self, role: str, method: str, *args: Any) -> Any:
         """Call a role's method; tensors come to this process's device and leave on the CPU."""
-        moved = [_to(argument, self.device) for argument in args]
+        moved = [move(argument, self.device) for argument in args]
         with stopwatch.span(role):
             result = getattr(self.roles[role], method)(*moved)
-        return _to(result, torch.device("cpu"))
+        return move(result, torch.device("cpu"))
 
     def readings(self) -> dict[str, Any]:
         """Seconds by role, bytes sent, and peak memory in bytes since the last reading; the device's matmul rate."""
@@ -151,62 +163,10 @@ class Worker:
         }
 
 
-@dataclass
-class LocalCalls:
-    """The client of a role in the same process: plain calls, made when the result is asked for."""
-
-    role: str
-    target: Any = field(repr=False)
-
-    def _defer(self, method: str, *args: Any) -> Future:
-        def call() -> Any:
-            with stopwatch.span(self.role):
-                return getattr(self.target, method)(*args)
-
-        return Deferred(call)
-
-    def submit_forward(self, *args: Any) -> Future:
-        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
-        assert isinstance(self.target, DenoiserServer)
-        return self._defer("forward", *args)
-
-    def submit_vjp(self, *args: Any) -> Future:
-        """See :class:`rlhf_t2i.roles.denoiser.DenoiserClient`."""
-        return self._defer("vjp", *args)
-
-    def submit_sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Future:
-        """See :class:`rlhf_t2i.roles.generator.GeneratorClient`."""
-        return self._defer("sample", prompts, keys, weights)
-
-    def submit_value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> Future:
-        """See :class:`rlhf_t2i.roles.learner.RewardClient`."""
-        return self._defer("value_and_grad", latents, prompts)
-
-
-@dataclass
-class LocalRewards:
-    """The rewards of one process: those that train for the learner, all of them for measuring."""
-
-    role: RewardRole
-    trained: list[str]
-
-    def value_and_grad(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Values and gradients of the rewards that train."""
-        return self.role.value_and_grad(latents, prompts, self.trained) if self.trained else {}
-
-    def score(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Values of all rewards."""
-        return self.role.score_latents(latents, prompts)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1]."""
-        return self.role.decode(latents)
-
-
 def hosted_rewards(recipe: Recipe, roles: Sequence[str]) -> list[RewardChoice]:
-    """The rewards a group with these roles hosts: those placed by label, and with ``reward`` the unplaced rest.
+    """The rewards of a group with these roles: those placed by label, and with ``reward`` all that are not placed.
 
-    Latent rewards are no one's: they live beside the learner's client of the reference.
+    Latent rewards belong to no group: the learner computes them, beside its client of the reference.
     """
     named = {role.partition(":")[2] for role in roles if role.startswith("reward:")}
     elsewhere = {
@@ -246,17 +206,6 @@ def check_plugins(recipe: Recipe) -> None:
                     f"algorithm.eval_rewards: {reward.name!r} is computed on latents beside the learner: "
                     "it can train, but not be measured here"
                 )
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors inside lists, tuples and dictionaries, moved."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(item, device) for item in value)
-    return value
 
 
 def _peak_memory() -> int:

@@ -125,7 +125,7 @@ class _Checker:
         return RewardRole({"reward": self.reward}, _Identity(), device=self.device, dtype=dtype)
 
     def _score(self, inputs: Tensor, prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._role(dtype).score_latents(inputs, prompts, context=self.context)["reward"].double()
+        return self._role(dtype).score(inputs, prompts, context=self.context)["reward"].double()
 
     def shape(self) -> str:
         for inputs, prompts in ((self.inputs, PROMPTS), (self.wide, PROMPTS), (self.inputs[:1], PROMPTS[:1])):
@@ -195,7 +195,7 @@ class _Checker:
             errors = []
             for step in (1e-3, 1e-4, 1e-5, 1e-6):
                 ahead, behind = (
-                    role.score_latents(inputs + sign * step * direction, PROMPTS, context=self.context)["reward"]
+                    role.score(inputs + sign * step * direction, PROMPTS, context=self.context)["reward"]
                     for sign in (1, -1)
                 )
                 errors.append(float(((ahead - behind) / (2 * step) - expected).abs().max()))
@@ -259,7 +259,7 @@ class _Checker:
 
     def _call(self) -> Callable[[], Any]:
         role = self._role()
-        method = role.value_and_grad if self.reward.differentiable else role.score_latents
+        method = role.value_and_grad if self.reward.differentiable else role.score
         return lambda: method(self.inputs, PROMPTS, context=self.context)
 
     def _what(self) -> str:

@@ -279,14 +279,14 @@ def test_errors_are_usage_errors(file: Path, app: typer.Typer) -> None:
 
 
 def test_a_cluster_that_is_too_small_is_refused(file: Path, app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "cluster_resources", lambda address: {"CPU": 64.0, "GPU": 4.0})
+    monkeypatch.setattr("rlhf_t2i.cluster.connect.cluster_resources", lambda address: {"CPU": 64.0, "GPU": 4.0})
     ran = CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"])
     assert "cluster: 4 GPUs, 64 CPUs" in ran.output
     assert isinstance(ran.exception, UsageError)
     assert "needs 6 GPUs" in str(ran.exception)
     shared = [str(file), "--address", "10.0.0.1:6379", "--set", "placement.share_devices=true"]
     assert CliRunner().invoke(app, shared).exit_code == 0
-    monkeypatch.setattr(command, "cluster_resources", lambda address: {"CPU": 64.0, "GPU": 0.0})
+    monkeypatch.setattr("rlhf_t2i.cluster.connect.cluster_resources", lambda address: {"CPU": 64.0, "GPU": 0.0})
     assert CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"]).exit_code == 0
 
 

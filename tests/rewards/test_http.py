@@ -127,7 +127,7 @@ def test_a_nan_from_the_server_stops_the_run(server: Server) -> None:
     server.answers = [(200, b'{"scores": [1.0, NaN]}', 0.0)]
     role = RewardRole({"remote": reward(server)}, Identity(), device=torch.device("cpu"))
     with pytest.raises(RewardFailure, match=r"'remote' failed on the prompt 'b': its value is not finite"):
-        role.score_latents(IMAGES, ["a", "b"])
+        role.score(IMAGES, ["a", "b"])
 
 
 def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.plugins.environments import overlay_python
+from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from tests.rewards.builders import Identity
@@ -27,9 +29,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REWARD = '''
 import os
 import time
-from rlhf_t2i import plugin
+from rlhf_t2i.plugins import Reward
 
-class Clash(plugin.Reward):
+class Clash(Reward):
     """Works with version 2 of a package; the core's environment has version 1."""
 
     pip = PACKAGES
@@ -99,10 +101,9 @@ def conflict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, li
 
 @pytest.fixture(scope="module")
 def isolated(conflict: tuple[str, list[str]], ray_for_rewards: None) -> Iterator[Reward]:
-    from rlhf_t2i.cluster.isolated import IsolatedReward, build_reward
+    from rlhf_t2i.cluster.isolated import start_isolated
 
-    reward = build_reward(conflict[0], {}, timeout_s=120)
-    assert isinstance(reward, IsolatedReward)
+    reward = start_isolated(RewardChoice(name=conflict[0], timeout_s=120), torch.float32)
     yield reward
     reward.close()
 
@@ -144,16 +145,13 @@ def test_values_and_gradients_come_from_the_other_version(isolated: Reward) -> N
         values, grads = role.value_and_grad(IMAGES, PROMPTS)["r"]
         assert torch.allclose(values, here[0])
         assert torch.allclose(grads, here[1])
-        assert torch.allclose(role.score_latents(IMAGES, PROMPTS)["r"], here[0])
+        assert torch.allclose(role.score(IMAGES, PROMPTS)["r"], here[0])
 
 
-def test_without_ray_it_says_what_to_do(conflict: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_t2i.cluster import isolated
-
-    monkeypatch.setattr(isolated.ray, "is_initialized", lambda: False)
-    with pytest.raises(UsageError, match=r"needs an environment of its own .*: use placement ray"):
-        isolated.build_reward(conflict[0], {})
-    assert type(isolated.build_reward("cfg_implicit", {})).__name__ == "CFGImplicit"
+def test_without_ray_it_says_what_to_do(conflict: tuple[str, list[str]], make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(algorithm__rewards=f"[{{name: '{conflict[0]}'}}]")
+    with pytest.raises(UsageError, match=r"needs an environment of its own .*: use placement: ray"):
+        LocalCluster(recipe)
 
 
 def test_without_its_environment_it_fails(conflict: tuple[str, list[str]]) -> None:

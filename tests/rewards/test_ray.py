@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_t2i.cluster.clients import get
+from rlhf_t2i.cluster.clients import Limit, get
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
@@ -42,11 +42,11 @@ def test_through_ray_the_numbers_are_the_same_and_failures_keep_their_names(
     latents = torch.randn(4, 4, 9, 9, generator=torch.Generator().manual_seed(3))
     here = Holder(folder, None, tmp_path / "failures").value_and_grad(latents, PROMPTS, ["pick"])["pick"]
     actor = ray.remote(Holder).remote(folder, micro_batch, tmp_path / "failures")
-    there = get(actor.value_and_grad.remote(latents, PROMPTS, ["pick"]), 120, "reward")["pick"]
+    there = get(actor.value_and_grad.remote(latents, PROMPTS, ["pick"]), Limit(120), "reward")["pick"]
     for ours, theirs in zip(here, there, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     with pytest.raises(RewardFailure) as caught:
-        get(actor.value_and_grad.remote(latents, BAD, ["picky"]), 120, "reward")
+        get(actor.value_and_grad.remote(latents, BAD, ["picky"]), Limit(120), "reward")
     assert (caught.value.reward, caught.value.prompt) == ("picky", "bad")
     assert Path(str(caught.value.saved)).is_dir()
     ray.kill(actor)

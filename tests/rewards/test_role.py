@@ -108,7 +108,7 @@ def test_several_rewards_share_one_decode(latents: Tensor) -> None:
     role = make_role({"one": faulty.Good(), "two": faulty.Good(), "three": faulty.Measured()}, vae=vae)
     together = role.value_and_grad(latents, PROMPTS, ["one", "two"])
     assert vae.calls == 1
-    role.score_latents(latents, PROMPTS)
+    role.score(latents, PROMPTS)
     assert vae.calls == 2
     alone = make_role({"two": faulty.Good()}).value_and_grad(latents, PROMPTS)
     assert_same({"two": together["two"]}, alone)
@@ -124,10 +124,10 @@ def test_one_model_shared_by_two_rewards_is_loaded_once(clip_folder: str) -> Non
 def test_a_role_in_half_precision_leaves_another_roles_weights_alone(clip_folder: str) -> None:
     with plugins.sharing():
         exact = make_role({"p": registry.reward("pickscore", model=clip_folder)}, vae=builders.Identity())
-    before = exact.score_latents(builders.pictures(2), PROMPTS[:2])
+    before = exact.score(builders.pictures(2), PROMPTS[:2])
     with plugins.sharing():
         make_role({"p": registry.reward("pickscore", model=clip_folder)}, dtype=torch.bfloat16)
-    after = exact.score_latents(builders.pictures(2), PROMPTS[:2])
+    after = exact.score(builders.pictures(2), PROMPTS[:2])
     assert torch.equal(before["p"], after["p"])
 
 
@@ -138,8 +138,8 @@ def test_text_features_are_computed_once_a_prompt(clip_folder: str, monkeypatch:
     monkeypatch.setattr(reward, "encode_text", lambda prompts: (seen.extend(prompts), encode(prompts))[1])
     role = make_role({"pick": reward}, vae=builders.Identity())
     images = builders.pictures(4)
-    role.score_latents(images, ["a", "b", "a", "b"])
-    role.score_latents(images, ["b", "c", "a", "c"])
+    role.score(images, ["a", "b", "a", "b"])
+    role.score(images, ["b", "c", "a", "c"])
     assert sorted(seen) == ["a", "b", "c"]
 
 
@@ -161,7 +161,7 @@ def test_scores_of_latents_are_those_of_their_images(latents: Tensor) -> None:
     assert not images.requires_grad
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
     expected = role.rewards["good"].score(images, PROMPTS)
-    assert torch.allclose(role.score_latents(latents, PROMPTS)["good"], expected, atol=1e-6)
+    assert torch.allclose(role.score(latents, PROMPTS)["good"], expected, atol=1e-6)
 
 
 def test_latent_rewards_get_the_context_and_need_one(latents: Tensor) -> None:
@@ -237,9 +237,9 @@ def test_a_broken_contract_stops_the_step(latents: Tensor, reward: Reward, reaso
 
 def test_measuring_is_checked_too(latents: Tensor) -> None:
     with pytest.raises(RewardFailure, match=r"'bad': its value is not finite"):
-        make_role({"r": faulty.NotFinite()}).score_latents(latents, BAD)
+        make_role({"r": faulty.NotFinite()}).score(latents, BAD)
     with pytest.raises(RewardFailure, match=r"'bad': ValueError"):
-        make_role({"r": faulty.Raises()}).score_latents(latents, BAD)
+        make_role({"r": faulty.Raises()}).score(latents, BAD)
 
 
 def test_latents_that_are_not_finite_are_blamed_on_themselves(latents: Tensor, tmp_path: Path) -> None:
@@ -257,11 +257,11 @@ def test_a_failure_survives_pickling() -> None:
 
 def test_a_reward_without_gradient_and_an_unknown_one_are_refused(latents: Tensor) -> None:
     role = make_role({"measured": faulty.Measured()})
-    assert role.score_latents(latents, PROMPTS)["measured"].shape == (4,)
+    assert role.score(latents, PROMPTS)["measured"].shape == (4,)
     with pytest.raises(UsageError, match=r"'measured' has no gradient"):
         role.value_and_grad(latents, PROMPTS)
     with pytest.raises(UsageError, match=r"no reward 'other' here; there are: measured"):
-        role.score_latents(latents, PROMPTS, ["other"])
+        role.score(latents, PROMPTS, ["other"])
 
 
 def test_everything_is_frozen_and_in_eval_mode(clip_folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import ray
@@ -39,7 +40,7 @@ def test_one_sentence(
 
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(expected) as caught:
-        clients.get([], 5.0, "learner")
+        clients.get([], clients.Limit(5.0), "learner")
     assert type(caught.value) is expected
     assert str(caught.value).startswith(sentence)
     assert "\n" not in str(caught.value)
@@ -51,9 +52,10 @@ def placed(make_recipe: Callable[..., Recipe]) -> RayCluster:
     groups = "{all: {devices: 2, roles: [learner, generator, assistant, reference, reward]}}"
     cluster = object.__new__(RayCluster)
     cluster._recipe = make_recipe(placement="{mode: ray, groups: " + groups + "}", algorithm__rewards__0__timeout_s=7)
+    cluster._weight_store = None
     cluster._roles = geometry.check_placement(cluster._recipe)
     cluster._specs = ray_cluster._specs(cluster._recipe, cluster._roles, None)
-    cluster._actors = {"all": [None, None]}
+    cluster._actors = {"all": [MagicMock(), MagicMock()]}
     return cluster
 
 
@@ -61,7 +63,7 @@ CALLS: dict[str, Callable[[RayCluster], Any]] = {
     "sample": lambda cluster: cluster.sample(["a cat"], [(0,)], "raw"),
     "scores": lambda cluster: cluster.rewards(torch.zeros(1), ["a cat"]),
     "decode": lambda cluster: cluster.decode(torch.zeros(1)),
-    "call": lambda cluster: cluster._wait([], "learner"),
+    "call": lambda cluster: cluster.call_all("learner", "step", 0, ["a cat"]),
 }
 
 
@@ -75,12 +77,7 @@ def test_what_an_evaluation_calls_tells_lost_and_stuck_processes_apart_too(
         failed = raised.pop(0)
         raise EXCEPTIONS.RayTaskError("call", "", failed) if isinstance(failed, RuntimeError) else failed
 
-    def start(self: clients.RemoteCalls, *args: Any) -> clients.RemoteFuture:
-        return clients.RemoteFuture([], lambda answers: answers, self.timeout_s, self.role, self.limit)
-
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(clients.RemoteCalls, "_start", start)
-    monkeypatch.setattr(clients.RemoteCalls, "_slices", lambda self, batch: [])
     monkeypatch.setattr(placed, "_lost", lambda: "all/1", raising=False)
     monkeypatch.setattr(placed, "_describe_processes", lambda: "all/0: idle", raising=False)
     with pytest.raises(ProcessLost, match="process all/1 died while the"):  # heard from a peer, in a collective

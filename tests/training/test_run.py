@@ -262,7 +262,7 @@ def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe
     networks = [
         roles["assistant"]._engine.module,
         roles["reference"]._unet,
-        *roles["reward"].role.rewards.values(),
+        *roles["reward"].rewards.values(),
         cluster._worker._context.store.decoder,
     ]
     for network in networks:
