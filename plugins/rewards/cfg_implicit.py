@@ -35,10 +35,10 @@ class CFGImplicit(plugins.LatentReward):
     unit = "x0 units^2"
     license = "the reference's"
 
-    def __init__(self, options: CFGImplicitOptions | None = None) -> None:
-        super().__init__(options)
-        if self.options.weighting != "unit_x0":
-            self.unit = {"score": "nats", "eps": "nats x g"}[self.options.weighting]
+    @classmethod
+    def unit_of(cls, options: CFGImplicitOptions) -> str:
+        """The unit follows the weighting."""
+        return {"unit_x0": cls.unit, "score": "nats", "eps": "nats x g"}[options.weighting]
 
     def score_latents(self, latents: Tensor, prompts: Sequence[str], context: plugins.LatentContext) -> Tensor:
         """The implicit reward [B] of latents [B, C, h, w] at one timestep each."""

@@ -67,7 +67,7 @@ class CLIPReward(plugins.Reward):
         self.clip = self._load()
         if self.options.unit == "logit":
             scale = float(self.clip.logit_scale())
-            self.unit, self.value_range = "logit", (-scale, scale)
+            self.value_range = (-scale, scale)
 
     def _load(self) -> Any:
         name, pretrained = self.options.open_clip, self.options.pretrained

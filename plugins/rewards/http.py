@@ -69,7 +69,6 @@ class HTTPReward(plugins.Reward):
 
     def __init__(self, options: HTTPOptions) -> None:
         super().__init__(options)
-        self.unit = options.unit
         if options.token_env is not None:
             token = os.environ.get(options.token_env)
             if not token:

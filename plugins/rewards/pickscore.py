@@ -40,7 +40,7 @@ class PickScore(plugins.Reward):
         self.clip = load_clip(self.options.model, self.options.processor, _PROCESSOR)
         if self.options.unit == "logit":
             scale = float(self.clip.logit_scale())
-            self.unit, self.value_range = "logit", (-scale, scale)
+            self.value_range = (-scale, scale)
 
     @classmethod
     def hub_models(cls, options: PickScoreOptions) -> list[str]:

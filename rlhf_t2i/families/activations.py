@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from rlhf_t2i.families.frozen import freeze
 from rlhf_t2i.families.networks import DTYPES
+from rlhf_t2i.plugins.base import Footprint
 
 
 @dataclass(frozen=True)
@@ -149,16 +150,18 @@ def decoder(config: dict[str, Any], size: int, dtype: torch.dtype) -> Peak:
     return _frozen_peak(network, call)
 
 
-def clip_image(config: dict[str, Any], dtype: torch.dtype) -> Peak:
-    """A CLIP image tower on one image, for the gradient in the pixels."""
-    network = nn.Module.to(_on_meta(config), dtype).requires_grad_(False)
-    size = config["vision_config"].get("image_size", 224)
+def of_reward(footprint: Footprint | None, precision: str, size: int) -> Peak:
+    """A reward's network on one image of ``size`` pixels, for the gradient in it; zeros if it is not known."""
+    if footprint is None:
+        return Peak(0, 0)
+    dtype = DTYPES[precision]
+    with torch.device("meta"):
+        network = nn.Module.to(footprint.build(), dtype).requires_grad_(False)
 
     def call() -> tuple[Tensor, Tensor]:
         with torch.device("meta"):
-            pixels = torch.empty(1, 3, size, size, dtype=dtype, requires_grad=True)
-        found = network.get_image_features(pixel_values=pixels)
-        return pixels, found if isinstance(found, Tensor) else found.pooler_output
+            images = torch.empty(1, 3, size, size, dtype=dtype, requires_grad=True)
+        return images, network(images)
 
     return _frozen_peak(network, call)
 
@@ -209,13 +212,6 @@ def of_recipe(
     return found
 
 
-def of_reward(config: Any, precision: str) -> Peak:
-    """One image through a reward's image tower; nothing where it cannot be built."""
-    if not config or (config.get("architectures") or [""])[0] != "CLIPModel":
-        return Peak(0, 0)
-    return _clip_at(json.dumps(config, sort_keys=True), precision)
-
-
 @cache
 def _unet_at(config: str, size: int, precision: str, train: bool) -> Peak:
     from rlhf_t2i.families import published
@@ -233,8 +229,3 @@ def _unet_at(config: str, size: int, precision: str, train: bool) -> Peak:
 @cache
 def _decoder_at(config: str, size: int, precision: str) -> Peak:
     return decoder(json.loads(config), size, DTYPES[precision])
-
-
-@cache
-def _clip_at(config: str, precision: str) -> Peak:
-    return clip_image(json.loads(config), DTYPES[precision])

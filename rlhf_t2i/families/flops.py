@@ -21,6 +21,8 @@ from functools import cache
 from typing import Any
 
 from rlhf_t2i.algorithm.losses import guidance_omega
+from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins.base import Footprint
 from rlhf_t2i.recipe.schema import Guidance, Optimizer, Recipe
 
 TRAINED, PULLED, PREDICTED = 3, 2, 1
@@ -81,7 +83,7 @@ def of_networks(recipe: Recipe, networks: Any) -> StepFlops:
     forward = Forward(
         unet=unet(networks.unet, size) if networks.unet else 0,
         decoder=decoder(networks.vae, size) if networks.vae and trained else 0,
-        rewards={label: image_tower(networks.rewards[label][1]) for label in trained},
+        rewards={label: image_tower(networks.rewards[label], recipe.models.resolution) for label in trained},
     )
     return of_step(recipe, forward)
 
@@ -93,18 +95,18 @@ def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
         return PULLED if optimizer.lora else TRAINED
 
     algorithm = recipe.algorithm
-    gradient = PREDICTED if algorithm.divergence.name == "kl" else PULLED
+    resolved = traits.resolve(recipe)
+    gradient = PULLED if resolved.divergence.needs_vjp else PREDICTED
     cfg = algorithm.cfg
     reference = guided_branches(cfg) * gradient
     if cfg.mode == "outer" and cfg.guidance_scale > 0:
         reference += PREDICTED  # the branch without the prompt carries no gradient
-    implicit = len(algorithm.rewards) - len(image_rewards(recipe))
     generator = {
         "learner": trained(recipe.optimization.generator) * forward.unet,
         "assistant": gradient * forward.unet,
-        "reference": (reference + 2 * PREDICTED * implicit) * forward.unet,
+        "reference": (reference + 2 * PREDICTED * resolved.reference_calls) * forward.unet,
     }
-    images = image_rewards(recipe)
+    images = [reward.key for reward in resolved.trained_on_images]
     if images:
         # One decode serves all rewards; each pulls its own gradient back through the decoder.
         generator["decoder"] = (PREDICTED + len(images) * (PULLED - PREDICTED)) * forward.decoder
@@ -116,11 +118,6 @@ def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
 def guided_branches(cfg: Guidance) -> int:
     """Branches of the reference that carry a gradient in a generator step."""
     return 1 if cfg.mode == "outer" or guidance_omega(cfg.guidance_scale, cfg.convention) == 1.0 else 2
-
-
-def image_rewards(recipe: Recipe) -> list[str]:
-    """Labels of the rewards that train on decoded images; the implicit one asks the reference about latents."""
-    return [choice.key for choice in recipe.algorithm.rewards if choice.name != "cfg_implicit"]
 
 
 def utilization(flops: float, seconds: float, rates: Sequence[float | None]) -> float | None:
@@ -207,22 +204,12 @@ def _decoder(text: str, size: int) -> int:
         return count(lambda: network.decode(latents, return_dict=False))
 
 
-def image_tower(config: dict[str, Any] | None) -> int:
-    """A CLIP image tower's forward on one image; 0 for another reward, whose work is not known here."""
-    if not config or (config.get("architectures") or [""])[0] != "CLIPModel":
-        return 0
-    return _image_tower(json.dumps(config, sort_keys=True))
-
-
-@cache
-def _image_tower(text: str) -> int:
+def image_tower(footprint: Footprint | None, size: int = 224) -> int:
+    """The forward of a reward's network on one image of ``size`` pixels; 0 where the network is not known."""
     import torch
 
-    from rlhf_t2i.families.published import build_on_meta
-
-    config = json.loads(text)
-    network = build_on_meta(config)
-    size = config["vision_config"].get("image_size", 224)
+    if footprint is None:
+        return 0
     with torch.device("meta"):
-        pixels = torch.empty(1, 3, size, size)
-        return count(lambda: network.get_image_features(pixel_values=pixels))
+        network, images = footprint.build(), torch.empty(1, 3, size, size)
+        return count(lambda: network(images))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
-from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 
 
@@ -36,9 +36,8 @@ def pin(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> Recipe:
 def _models(recipe: Recipe) -> Iterator[str]:
     models = recipe.models
     yield from filter(None, (models.reference, models.generator, models.assistant, models.vae))
-    for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards):
-        cls = registry.load_class(registry.REWARDS, choice.name)
-        yield from cls.hub_models(registry.parse_options(cls, "reward", choice.name, choice.options))
+    for reward in traits.resolve(recipe).rewards:
+        yield from reward.hub_models()
 
 
 def _movable(text: str) -> sources.ModelRef | None:

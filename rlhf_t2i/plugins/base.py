@@ -53,7 +53,7 @@ class Reward(nn.Module):
     differentiable: bool = True
     """False: the reward can measure (``eval_rewards:``) but not train (``rewards:``)."""
     unit: str = ""
-    """What a value of 1 means, for tables and plots; e.g. ``cosine``. An option may change it on the instance."""
+    """What a value of 1 means, for tables and plots; e.g. ``cosine``. See :meth:`unit_of`."""
     value_range: tuple[float, float] = (float("-inf"), float("inf"))
     """The smallest and largest possible value."""
     higher_is_better: ClassVar[bool] = True
@@ -69,12 +69,18 @@ class Reward(nn.Module):
     def __init__(self, options: Any = None) -> None:
         super().__init__()
         self.options = options if options is not None else self.Options()
+        self.unit = self.unit_of(self.options)
         self._text_cache: dict[str, Tensor] = {}
 
     @classmethod
     def hub_models(cls, options: Any) -> list[str]:
         """Hub ids that it may load, whose revisions a run pins; by default its options that read like one."""
         return [value for _, value in options if isinstance(value, str)]
+
+    @classmethod
+    def unit_of(cls, options: Any) -> str:
+        """The unit of a reward with these options; by default its option ``unit``, else :attr:`unit`."""
+        return getattr(options, "unit", "") or cls.unit
 
     @classmethod
     def footprint(cls, options: Any) -> Footprint | None:
@@ -139,6 +145,9 @@ class LatentContext(Protocol):
 
 class LatentReward(Reward):
     """A reward on latents that may call the reference denoiser (an implicit reward)."""
+
+    reference_calls: ClassVar[int] = 1
+    """Calls of :meth:`LatentContext.reference` per :meth:`score_latents`; each makes two predictions."""
 
     def score_latents(self, latents: Tensor, prompts: Sequence[str], context: LatentContext) -> Tensor:
         """Score latents [B, C, h, w]; the gradient of the returned [B] tensor is the reward's gradient."""

@@ -38,16 +38,16 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from rlhf_t2i import plugin
+from rlhf_t2i import plugins
 
 
-class $options(plugin.Options):
+class $options(plugins.Options):
     """What a recipe may set under `options:`; anything else is refused by name."""
 
     target: float = Field(0.5, ge=0, le=1, description="the mean brightness that is best")
 
 
-class $cls(plugin.Reward):
+class $cls(plugins.Reward):
     """How close an image's mean brightness is to a target. Replace this with your own idea."""
 
     Options = $options

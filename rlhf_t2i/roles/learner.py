@@ -14,8 +14,7 @@ from rlhf_t2i.engines import pickles
 from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.families.networks import one_step
-from rlhf_t2i.plugins import registry
-from rlhf_t2i.plugins.base import LatentReward
+from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import DenoiserCall, denoise
 from rlhf_t2i.roles.dispatch import Client
@@ -50,8 +49,7 @@ class LearnerRole:
         """Rewards that need the reference denoiser live here, beside its client."""
         chosen = {}
         for choice in self._recipe.algorithm.rewards:
-            cls = registry.load_class(registry.REWARDS, choice.name)
-            if issubclass(cls, LatentReward):
+            if traits.resolve(self._recipe).reward(choice.key).on_latents:
                 chosen[choice.key] = registry.reward(choice.name, **choice.options)
         if not chosen:
             return None

@@ -13,8 +13,8 @@ import torch
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import flops, sources
-from rlhf_t2i.plugins import registry
-from rlhf_t2i.plugins.base import LatentReward, Reward
+from rlhf_t2i.plugins import registry, traits
+from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.context import RankContext
@@ -114,7 +114,7 @@ class Worker:
         )
 
     def _build_reward(self, choice: RewardChoice) -> Reward:
-        packages = registry.load_class(registry.REWARDS, choice.name).pip
+        packages = traits.resolve(self.spec.recipe).reward(choice.key).packages
         if not packages:
             return registry.reward(choice.name, **choice.options)
         if self._isolated is None:
@@ -178,34 +178,8 @@ def hosted_rewards(recipe: Recipe, roles: Sequence[str]) -> list[RewardChoice]:
     chosen = []
     for choice in [*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards]:
         if choice.key in named or ("reward" in roles and choice.key not in elsewhere):
-            cls = registry.load_class(registry.REWARDS, choice.name)
-            if not issubclass(cls, LatentReward):
-                chosen.append(choice)
-    return chosen
-
-
-def check_plugins(recipe: Recipe) -> None:
-    """Refuse, before anything starts, plugins that cannot be imported, wrong options and untrainable rewards.
-
-    Raises:
-        UsageError: One sentence naming the plugin and the key.
-    """
-    choice = recipe.algorithm.divergence
-    cls: Any = registry.load_class(registry.DIVERGENCES, choice.name)
-    registry.parse_options(cls, "divergence", choice.name, choice.options)
-    for kind, rewards in (("rewards", recipe.algorithm.rewards), ("eval_rewards", recipe.algorithm.eval_rewards)):
-        for reward in rewards:
-            cls = registry.load_class(registry.REWARDS, reward.name)
-            registry.parse_options(cls, "reward", reward.name, reward.options)
-            if kind == "rewards" and not cls.differentiable:
-                raise UsageError(
-                    f"algorithm.rewards: {reward.name!r} has no gradient, so it cannot train: move it to eval_rewards"
-                )
-            if kind == "eval_rewards" and issubclass(cls, LatentReward):
-                raise UsageError(
-                    f"algorithm.eval_rewards: {reward.name!r} is computed on latents beside the learner: "
-                    "it can train, but not be measured here"
-                )
+            chosen.append(choice)
+    return [choice for choice in chosen if not traits.resolve(recipe).reward(choice.key).on_latents]
 
 
 def _peak_memory() -> int:

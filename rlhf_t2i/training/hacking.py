@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_t2i.evaluation.compare import KEPT
 from rlhf_t2i.evaluation.measure import Drawn
-from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, jsonl, stats
 
@@ -106,7 +106,7 @@ class Watch:
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        self._path, self._algorithm = path, recipe.algorithm
+        self._path, self._algorithm, self._traits = path, recipe.algorithm, traits.resolve(recipe)
         self._detector = HackingDetector()
 
     def resume(self, last_step: int) -> None:
@@ -140,16 +140,12 @@ class Watch:
         if not trained:
             return None
         signals = {
-            choice.key: (units[choice.key] * _direction(choice.name)).tolist()
-            for choice in self._algorithm.eval_rewards
-            if choice.key in units
+            reward.key: (units[reward.key] * (1 if reward.higher_is_better else -1)).tolist()
+            for reward in self._traits.rewards
+            if reward.key in units and not reward.trains
         }
         reward = np.sum(trained, axis=0).tolist()
         return Measurement(step, reward, signals | {DIVERSITY: drawn.diversity()})
-
-
-def _direction(name: str) -> int:
-    return 1 if registry.load_class(registry.REWARDS, name).higher_is_better else -1
 
 
 def _line(measurement: Measurement) -> str:

@@ -85,9 +85,9 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     from rlhf_t2i.families import snapshot
     from rlhf_t2i.families.loading import ModelStore
     from rlhf_t2i.families.pins import pin
-    from rlhf_t2i.roles.worker import check_plugins
+    from rlhf_t2i.plugins import traits
 
-    check_plugins(recipe)
+    traits.resolve(recipe)
     recipe = pin(recipe, revisions)
     for file in (recipe.data.prompts, recipe.data.held_out):
         if file:

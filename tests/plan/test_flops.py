@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_t2i.families import flops, published
 from rlhf_t2i.families.flops import Forward
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training.metrics import step_metrics
 from rlhf_t2i.training.state import TrainState
@@ -31,7 +32,8 @@ def test_sdxl_forwards_at_1024_pixels() -> None:
     assert fresh == flops.unet(published.SDXL_UNET, 128)  # the kept count
     assert fresh / 1e12 == pytest.approx(UNET, abs=0.005)
     assert flops.decoder(published.VAE, 128) / 1e12 == pytest.approx(DECODER, abs=0.005)
-    assert flops.image_tower(published.CLIP_H) / 1e12 == pytest.approx(TOWER, abs=0.005)
+    (tower,) = traits.resolve(recipe()).rewards
+    assert flops.image_tower(tower.footprint) / 1e12 == pytest.approx(TOWER, abs=0.005)
 
 
 def test_steps_at_sdxl_size() -> None:
@@ -83,7 +85,7 @@ def test_backward_is_a_multiple_of_the_forward(train: bool, factor: int) -> None
     with torch.device("meta"):
         x, t = torch.empty(1, 4, 64, 64, requires_grad=not train), torch.empty(1, dtype=torch.long)
         embeds = torch.empty(1, 77, 768)
-    with FlopCounterMode(callback=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         network(x, t, encoder_hidden_states=embeds, return_dict=False)[0].sum().backward()
     assert counter.get_total_flops() == pytest.approx(factor * flops.unet(config, 64), rel=0.1 if not train else 0.03)
 

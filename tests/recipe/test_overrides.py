@@ -102,8 +102,9 @@ def test_a_refusal_is_quick_and_imports_no_torch(recipe: Path) -> None:
     recipe.write_text(BASE.replace("\nsteps:", "\nstepz:"))
     code = (
         "import sys\n"
-        "from rlhf_t2i import recipe_io, geometry, errors\n"
-        "try: geometry.check_placement(reading.load(sys.argv[1]))\n"
+        "from rlhf_t2i import errors\n"
+        "from rlhf_t2i.recipe import placement, reading\n"
+        "try: placement.check_placement(reading.load(sys.argv[1]))\n"
         "except errors.UsageError as e: print(e)\n"
         "print(sorted({'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'} & set(sys.modules)))\n"
     )

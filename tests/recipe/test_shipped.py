@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.placement import check_placement
-from rlhf_t2i.roles.worker import check_plugins
 from rlhf_t2i.tools import planning
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -42,7 +42,7 @@ def placements(path: Path) -> dict[int, list[str]]:
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     recipe = reading.load(path)
     check_placement(recipe)
-    check_plugins(recipe)
+    traits.resolve(recipe)
     for overrides in placements(path).values():
         check_placement(reading.load(path, overrides))
 

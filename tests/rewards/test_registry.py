@@ -54,7 +54,7 @@ def test_every_shipped_reward_says_what_it_is() -> None:
         cls = registry.load_class(registry.REWARDS, name)
         assert cls.unit, name
         assert cls.license, name
-        assert "icence" in (cls.__doc__ or "") or name == "cfg_implicit", name
+        assert "icense" in (cls.__doc__ or "") or name == "cfg_implicit", name
         assert all(field.description for field in cls.Options.model_fields.values()), name
 
 
@@ -175,7 +175,7 @@ def imported(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module in ("rlhf_t2i", "rlhf_t2i.families"):
+        elif isinstance(node, ast.ImportFrom) and node.module in ("rlhf_t2i", "rlhf_t2i.families", "rlhf_t2i.utils"):
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module or "")

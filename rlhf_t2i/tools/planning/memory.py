@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import zero
 from rlhf_t2i.tools.planning.networks import Networks, adapter_sizes, parameter_sizes
@@ -177,7 +178,7 @@ def of_group(
         return 0 if item is None else (item.checkpointed if settings.checkpoints(role) else item.plain)
 
     plans = []
-    needs_vjp = recipe.algorithm.divergence.name != "kl"
+    needs_vjp = traits.resolve(recipe).divergence.needs_vjp
     for role in roles:
         if role in TRAINED:
             # The assistant trains on micro-batches of its own, and serves the learner's.
@@ -215,10 +216,10 @@ def _rewards(
     if not hosted:
         return []
     from rlhf_t2i.families import activations
-    from rlhf_t2i.families.flops import image_rewards
 
     algorithm, width = recipe.algorithm, zero.BYTES[recipe.optimization.precision]
-    trained = [c for c in algorithm.rewards if c.key in hosted and c.key in image_rewards(recipe)]
+    on_images = {reward.key for reward in traits.resolve(recipe).trained_on_images}
+    trained = [choice for choice in algorithm.rewards if choice.key in hosted and choice.key in on_images]
     measured = [choice for choice in (*algorithm.rewards, *algorithm.eval_rewards) if choice.key in hosted]
     learned = min([images, *(choice.micro_batch for choice in trained if choice.micro_batch)]) if trained else 0
     drawn = -(-recipe.evaluation.batch_size // devices)
@@ -233,11 +234,12 @@ def _rewards(
     plans = [plan("reward: VAE", zero.BYTES[recipe.models.vae_precision] * (vae or 0), vae, decoder, learned)]
     seen: set[str] = set()
     for label in hosted:
-        where, config, counted = networks.rewards[label]
-        fresh = where not in seen
-        seen.add(where)
-        saved = activations.of_reward(config, recipe.optimization.precision)
+        footprint = networks.rewards[label]
+        source = footprint.weights if footprint else label
+        fresh = source not in seen
+        seen.add(source)
+        saved = activations.of_reward(footprint, recipe.optimization.precision, recipe.models.resolution)
         trains = label in [choice.key for choice in trained]
-        role, held = f"reward:{label}", counted if fresh else 0
+        role, held = f"reward:{label}", parts[f"reward:{label}"] if fresh else 0
         plans.append(plan(role, width * (held or 0), held, saved, learned if trains else 0))
     return plans

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import published, sources
 from rlhf_t2i.families.published import Config
+from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins.base import Footprint
 from rlhf_t2i.recipe.schema import Lora, Recipe
 from rlhf_t2i.tools.planning.zero import Sizes, sizes_of
 
@@ -25,10 +25,7 @@ class Networks:
         self.text = [c for c in (self._config("text_encoder"), self._config("text_encoder_2", optional=True)) if c]
         self.vae = self._vae(recipe)
         self.latents = self._latents(recipe.models.resolution)
-        self.rewards = {
-            choice.key: self._reward(choice.key, choice.name, choice.options)
-            for choice in (*recipe.algorithm.rewards, *recipe.algorithm.eval_rewards)
-        }
+        self.rewards = self._rewards(recipe)
 
     def _config(self, part: str, optional: bool = False) -> Config | None:
         file = f"{part}/config.json"
@@ -67,25 +64,22 @@ class Networks:
             raise UsageError(f"models.resolution: {resolution} is not a multiple of the VAE's {factor}")
         return channels, resolution // factor, resolution // factor
 
-    def _reward(self, label: str, name: str, options: Mapping[str, Any]) -> tuple[str, Config | None, int | None]:
-        """(where its weights are, configuration, parameters) of a reward's model."""
-        model = options.get("model")
-        if not isinstance(model, str):
-            known = name in ("pickscore", "hpsv2")
-            config = published.CLIP_H if known else None
-            if not known:
-                self.notes.append(f"reward {label!r}: its model's configuration is not at hand, so it is not counted")
-            return f"default of {name}", config, published.count_parameters(config) if config else None
-        source = sources.parse(model)
-        if source.location == "yuvalkirstain/PickScore_v1":
-            return source.location, published.CLIP_H, published.count_parameters(published.CLIP_H)
-        config = self._read(source, "config.json", optional=True)
-        counted = count_parameters(config) if config else None
-        if counted is None and source.is_local:
-            counted = count_files(Path(source.location))
-        if counted is None:
-            self.notes.append(f"reward {label!r}: {model} has no configuration this project can count")
-        return source.location, config, counted
+    def _rewards(self, recipe: Recipe) -> dict[str, Footprint | None]:
+        found = {reward.key: reward.footprint for reward in traits.resolve(recipe).rewards}
+        for label, footprint in found.items():
+            if footprint is None:
+                self.notes.append(f"reward {label!r}: its network is not known here, so it is not counted")
+        return found
+
+
+def count_footprint(footprint: Footprint | None) -> int | None:
+    """Parameters of a reward's network; None where it is not known."""
+    if footprint is None:
+        return None
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in footprint.build().parameters())
 
 
 def count_parameters(config: Config | None) -> int | None:
@@ -130,21 +124,3 @@ def _counted(config: str) -> int | None:
         return published.count_parameters(json.loads(config))
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def count_files(folder: Path) -> int | None:
-    """Parameters in a folder's safetensors, from their headers."""
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - not a dict
-                    size = 1
-                    for length in weights.get_slice(key).get_shape():
-                        size *= length
-                    total += size
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{file} is damaged: {first_line(error)}") from None
-    return total or None

@@ -9,7 +9,7 @@ from rlhf_t2i.recipe.placement import batch_geometry, check_placement
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import memory, traffic
 from rlhf_t2i.tools.planning.memory import TRAINED, GroupPlan
-from rlhf_t2i.tools.planning.networks import Networks, count_parameters
+from rlhf_t2i.tools.planning.networks import Networks, count_footprint, count_parameters
 from rlhf_t2i.tools.planning.traffic import Traffic
 
 
@@ -61,7 +61,7 @@ def make(recipe: Recipe) -> Plan:
         if networks.text
         else None,
         "vae": count_parameters(networks.vae),
-        **{f"reward:{label}": counted for label, (_, _, counted) in networks.rewards.items()},
+        **{f"reward:{label}": count_footprint(footprint) for label, footprint in networks.rewards.items()},
     }
     names = dict.fromkeys(group for group, _ in placed.values())
     groups = []

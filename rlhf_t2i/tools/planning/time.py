@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf_t2i.families.flops import StepFlops
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning.devices import Rates
 
@@ -45,7 +46,7 @@ def of_recipe(recipe: Recipe, placed: Mapping[str, tuple[str, int]], work: StepF
     if not work.assistant["assistant"]:
         return None
     images = recipe.optimization.batch_size
-    kl = recipe.algorithm.divergence.name == "kl"
+    needs_vjp = traits.resolve(recipe).divergence.needs_vjp
 
     def again(role: str) -> bool:
         return recipe.optimization.checkpoints("reward" if role in ("decoder", "rewards") else role)
@@ -57,8 +58,8 @@ def of_recipe(recipe: Recipe, placed: Mapping[str, tuple[str, int]], work: StepF
     for role, flops in work.generator.items():
         label = next((name for name in placed if name.startswith("reward:")), "learner")
         group, ranks = placed[label if role in ("decoder", "rewards") else role]
-        # Under the KL, assistant and reference keep no graph: nothing is recomputed.
-        kept = again(role) and not (kl and role in ("assistant", "reference"))
+        # Without vector-Jacobian products assistant and reference keep no graph: nothing is recomputed.
+        kept = again(role) and (needs_vjp or role not in ("assistant", "reference"))
         once = _TRAINED if role == "learner" and not recipe.optimization.generator.lora else _PULLED
         generator[role] = seconds(role, flops, ranks, once if kept else 0.0)
         if role == "learner":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 
 # The tensors of the wire are float32, whatever the networks compute in.
@@ -28,7 +29,7 @@ def of_image(
     """Bytes an image moves between groups; roles of one process call each other without copies."""
     size = _WIRE * latents[0] * latents[1] * latents[2]
     home = placed["learner"][0]
-    vjp = recipe.algorithm.divergence.name != "kl"
+    vjp = traits.resolve(recipe).divergence.needs_vjp
     outer = recipe.algorithm.cfg.mode == "outer" and recipe.algorithm.cfg.guidance_scale > 0
     found = []
     for role, predictions in (("assistant", 1), ("reference", 2 if outer else 1)):

@@ -1,0 +1,158 @@
+"""Traits of the plugins a recipe names: resolved once, so that no other module asks for a plugin's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.base import Footprint, LatentReward, Options, Reward
+from rlhf_t2i.recipe.schema import Algorithm, Recipe, RewardChoice
+
+_CACHED = 64
+
+
+@dataclass(frozen=True)
+class DivergenceTraits:
+    """Traits of the divergence.
+
+    Attributes:
+        name: As in the recipe.
+        needs_vjp: Whether the generator's gradient flows through assistant and reference.
+        order: The homogeneity degree of its distance.
+    """
+
+    name: str
+    needs_vjp: bool
+    order: int
+
+
+@dataclass(frozen=True)
+class RewardTraits:
+    """Traits of one reward of a recipe.
+
+    Attributes:
+        key: Its label in metrics.
+        name: As in the recipe.
+        trains: Whether it is among ``algorithm.rewards``.
+        differentiable: Whether it has a gradient.
+        on_latents: Whether it scores latents, beside the learner, instead of decoded images.
+        reference_calls: Calls of the reference per score, two predictions each; 0 for a reward on images.
+        higher_is_better: Whether a larger value is better.
+        uses_prompt: Whether the prompt makes a difference.
+        unit: Of its value.
+        packages: Of its environment of its own; none if it runs in the core's.
+        options: Validated.
+        plugin: Its class.
+    """
+
+    key: str
+    name: str
+    trains: bool
+    differentiable: bool
+    on_latents: bool
+    reference_calls: int
+    higher_is_better: bool
+    uses_prompt: bool
+    unit: str
+    packages: tuple[str, ...]
+    options: Options
+    plugin: type[Reward]
+
+    @cached_property
+    def footprint(self) -> Footprint | None:
+        """Its network, for planning; None where it is not known. May read local configuration files.
+
+        Raises:
+            UsageError: A file is missing or damaged.
+        """
+        return self.plugin.footprint(self.options)
+
+    def hub_models(self) -> list[str]:
+        """Hub ids that it may load."""
+        return self.plugin.hub_models(self.options)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Traits of a recipe's divergence and rewards; the trained rewards come first."""
+
+    divergence: DivergenceTraits
+    rewards: tuple[RewardTraits, ...]
+
+    @property
+    def trained(self) -> tuple[RewardTraits, ...]:
+        """The rewards that train."""
+        return tuple(reward for reward in self.rewards if reward.trains)
+
+    @property
+    def trained_on_images(self) -> tuple[RewardTraits, ...]:
+        """The rewards that train on decoded images."""
+        return tuple(reward for reward in self.trained if not reward.on_latents)
+
+    @property
+    def reference_calls(self) -> int:
+        """Calls of the reference by all trained rewards on latents, per image of a generator update."""
+        return sum(reward.reference_calls for reward in self.trained)
+
+    def reward(self, key: str) -> RewardTraits:
+        """The traits of a reward by its label."""
+        return next(reward for reward in self.rewards if reward.key == key)
+
+
+_resolved: dict[str, Traits] = {}  # by the JSON of recipe.algorithm: every step asks for the traits again
+
+
+def resolve(recipe: Recipe) -> Traits:
+    """Import the plugins of a recipe, validate their options and collect their traits.
+
+    Raises:
+        UsageError: An unknown plugin, one that cannot be imported, a wrong option, a reward that cannot train among
+            ``rewards``, or one that cannot be measured among ``eval_rewards``.
+    """
+    key = recipe.algorithm.model_dump_json()
+    if key not in _resolved:
+        while len(_resolved) >= _CACHED:
+            _resolved.pop(next(iter(_resolved)))
+        _resolved[key] = _resolve(recipe.algorithm)
+    return _resolved[key]
+
+
+def _resolve(algorithm: Algorithm) -> Traits:
+    choice = algorithm.divergence
+    cls = registry.load_class(registry.DIVERGENCES, choice.name)
+    registry.parse_options(cls, "divergence", choice.name, choice.options)
+    rewards = [_reward(choice, True) for choice in algorithm.rewards]
+    rewards += [_reward(choice, False) for choice in algorithm.eval_rewards]
+    return Traits(DivergenceTraits(choice.name, cls.needs_vjp, cls.order), tuple(rewards))
+
+
+def _reward(choice: RewardChoice, trains: bool) -> RewardTraits:
+    cls = registry.load_class(registry.REWARDS, choice.name)
+    options: Any = registry.parse_options(cls, "reward", choice.name, choice.options)
+    on_latents = issubclass(cls, LatentReward)
+    if trains and not cls.differentiable:
+        raise UsageError(
+            f"algorithm.rewards: {choice.name!r} has no gradient, so it cannot train: move it to eval_rewards"
+        )
+    if on_latents and not trains:
+        raise UsageError(
+            f"algorithm.eval_rewards: {choice.name!r} is computed on latents beside the learner: "
+            "it can train, but not be measured here"
+        )
+    return RewardTraits(
+        key=choice.key,
+        name=choice.name,
+        trains=trains,
+        differentiable=cls.differentiable,
+        on_latents=on_latents,
+        reference_calls=cls.reference_calls if issubclass(cls, LatentReward) else 0,
+        higher_is_better=cls.higher_is_better,
+        uses_prompt=cls.uses_prompt,
+        unit=cls.unit_of(options),
+        packages=cls.pip,
+        options=options,
+        plugin=cls,
+    )
