@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from against_plain import _training_in
 from gpu_sections import Settings, Timer, batch, build, load
+from rlhf_t2i.families.networks import DTYPES
 from role_memory import MeasuredWorker
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.families import flops
-from rlhf_t2i.families.networks import DTYPES
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.local_calls import Deferred

@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from rlhf_t2i.families.networks import one_step
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from rlhf_t2i.algorithm import rng
-from rlhf_t2i.families.networks import one_step
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 from rlhf_t2i.tools import planning

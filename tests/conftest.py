@@ -93,7 +93,7 @@ def make_recipe(tmp_path: Path, tiny_sdxl: Path, tiny_clip: Path, tiny_prompts: 
         text = f"""
 seed: 3
 steps: 3
-models: {{reference: {tiny_sdxl}, generator: {tiny_sdxl}/unet, resolution: 16}}
+models: {{reference: {tiny_sdxl}, generator: {tiny_sdxl}/unet, height: 16, width: 16}}
 data: {{prompts: {tiny_prompts}}}
 algorithm:
   cfg: {{guidance_scale: 3.0}}

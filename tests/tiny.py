@@ -111,7 +111,7 @@ def recipe_dict(pipeline: Path, prompts: Path, **changes: Any) -> dict[str, Any]
     """A recipe that trains ``pipeline`` in one process for two steps; ``changes`` replace top-level sections."""
     recipe: dict[str, Any] = {
         "steps": 2,
-        "models": {"reference": str(pipeline), "generator": str(pipeline), "resolution": RESOLUTION},
+        "models": {"reference": str(pipeline), "generator": str(pipeline), "height": RESOLUTION, "width": RESOLUTION},
         "data": {"prompts": str(prompts)},
         "optimization": {"batch_size": 2},
         "placement": {"mode": "local"},

@@ -12,12 +12,12 @@ import math
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from rlhf_t2i.families.conditioning import Conditioner
+from rlhf_t2i.families.networks import LatentDecoder, one_step
 from torch import Tensor
 from transformers import CLIPModel
 
 from rlhf_t2i.algorithm.schedules import NoiseSchedule
-from rlhf_t2i.families.conditioning import Conditioner
-from rlhf_t2i.families.networks import LatentDecoder, one_step
 from zoo import data, reference, scorers
 
 GUIDANCE, STEPS = 4.0, 30

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from rich.progress import track
+from rlhf_t2i.families.conditioning import Conditioner
+from rlhf_t2i.families.networks import one_step
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import NoiseSchedule
-from rlhf_t2i.families.conditioning import Conditioner
-from rlhf_t2i.families.networks import one_step
 from zoo import data
 from zoo.training import join, train
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.algorithm.schedules import Schedule
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Divergence
 
@@ -28,7 +28,7 @@ def _per_sample(value: Tensor, like: Tensor) -> Tensor:
 
 
 def weight(
-    divergence: Divergence, weighting: Weighting, x0: Tensor, t: Tensor, d_reference: Tensor, schedule: NoiseSchedule
+    divergence: Divergence, weighting: Weighting, x0: Tensor, t: Tensor, d_reference: Tensor, schedule: Schedule
 ) -> Tensor:
     """The coefficient of the x0-form loss for each sample, [B, 1, ...], without gradient.
 
@@ -61,7 +61,7 @@ def divergence_loss_from_predictions(
     t: Tensor,
     d_assistant: Tensor,
     d_reference: Tensor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     weighting: Weighting = "unit_x0",
 ) -> Tensor:
     """The regularizer of (3.4) [B] from both denoisers' x0-predictions at the same x_t.
@@ -92,7 +92,7 @@ def divergence_loss(
     noise: Tensor,
     assistant: Denoiser,
     reference: Denoiser,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     weighting: Weighting = "unit_x0",
 ) -> Tensor:
     """The regularizer of equation (3.4) [B]; its expected value is zero, its gradient is the divergence's.
@@ -100,7 +100,7 @@ def divergence_loss(
     Args:
         divergence: A plugin instance, or the name of one (with its default options).
         x0: Generated latents [B, ...], requiring grad.
-        t: Integer timesteps [B].
+        t: Timesteps [B] in thousandths.
         noise: eps [B, ...].
         assistant: Denoiser of the generator's own distribution, ``(x_t, t) -> x0-prediction``.
         reference: Denoiser of the frozen reference; under inner CFG, its guided prediction.
@@ -134,14 +134,14 @@ def implicit_cfg_loss(
     t: Tensor,
     conditional: Tensor,
     unconditional: Tensor,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     weighting: Literal["unit_x0", "score", "eps"] = "unit_x0",
 ) -> Tensor:
     """Equation (3.6) [B]: ``w {s_ref(sg[x_t]|0) - s_ref(sg[x_t]|c)}^T x_t``, minus the implicit reward's gradient.
 
     Args:
         x0: Generated latents [B, ...], requiring grad.
-        t: Integer timesteps [B].
+        t: Timesteps [B] in thousandths.
         conditional: The reference's x0-prediction with the prompt; used without gradient.
         unconditional: The reference's x0-prediction without it; used without gradient.
         schedule: The noise schedule.
@@ -153,18 +153,19 @@ def implicit_cfg_loss(
     return (force * x0).flatten(1).sum(1)
 
 
-def assistant_loss(prediction: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Denoising score matching with lambda(t) = g_t^2 [B]: the mean squared error of the predicted noise.
+def assistant_loss(prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """The assistant's denoising loss [B]: the mean squared error of the network's own regression target.
+
+    For a network that predicts noise this is denoising score matching with lambda(t) = g_t^2 (algorithm.md 2.1).
 
     Args:
-        prediction: The assistant network's raw output at x_t [B, ...].
-        x_t: Noised generated latents, without gradient to the generator.
-        t: Integer timesteps [B].
-        noise: The eps inside x_t.
+        prediction: The assistant network's raw output at ``x_t`` [B, ...].
+        x0: Generated latents, without gradient to the generator.
+        noise: The eps inside ``x_t``.
+        t: Timesteps [B] in thousandths.
         schedule: The noise schedule, which knows what the network predicts.
     """
-    epsilon = schedule.to_epsilon(prediction, x_t, t)
-    return (epsilon - noise).square().flatten(1).mean(1)
+    return (prediction - schedule.target(x0, noise, t)).square().flatten(1).mean(1)
 
 
 def two_stage_gradient(loss: Tensor, x0: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ def timesteps(first: int, last: int, keys: Sequence[Key]) -> Tensor:
     return torch.tensor(np.array(draws, dtype=np.int64))
 
 
+def uniform(keys: Sequence[Key]) -> Tensor:
+    """Uniform float64 numbers in [0, 1) [len(keys)], one per key."""
+    return torch.tensor([np.random.default_rng(seed_of(*key)).random() for key in keys], dtype=torch.float64)
+
+
 def permutation(length: int, *key: str | int) -> np.ndarray:
     """A shuffled ``range(length)``."""
     return np.random.default_rng(seed_of(*key)).permutation(length)

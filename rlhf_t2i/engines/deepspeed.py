@@ -57,8 +57,8 @@ class DeepSpeedEngine:
         self._at_start: list[tuple[Tensor, Tensor]] | None = self._sample() if settings.precision == "bf16" else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward."""
-        return self._engine(*args, **kwargs)
+        """Forward; without gradients past DeepSpeed's own, which prepares a backward pass."""
+        return self._engine(*args, **kwargs) if torch.is_grad_enabled() else self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate; ranks are averaged at the boundary."""

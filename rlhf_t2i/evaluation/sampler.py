@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
+from rlhf_t2i.algorithm.student import keyed_noise
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.families import sources
-from rlhf_t2i.families.loading import ModelStore
-from rlhf_t2i.families.networks import DTYPES, one_step
-from rlhf_t2i.recipe.schema import Models
+from rlhf_t2i.families.store import DTYPES, ModelStore
+from rlhf_t2i.recipe.schema import Models, StudentSettings
 from rlhf_t2i.utils import files
 
 DEFAULT_STEPS = 50
@@ -82,10 +82,11 @@ class Sampler:
             generator=sampling.model,
             assistant=None,
             vae=None,
-            generator_timestep=sampling.timestep or 0,
-            resolution=sampling.resolution,
+            height=sampling.resolution,
+            width=sampling.resolution,
         )
-        self.store = ModelStore(models, device, precision)
+        student = StudentSettings(timesteps=[sampling.timestep] if sampling.timestep is not None else None)
+        self.store = ModelStore(models, student, device, precision)
 
     def keys(self, indices: Sequence[int]) -> list[rng.Key]:
         """The randomness of images ``indices``."""
@@ -95,16 +96,14 @@ class Sampler:
     def images(self, indices: Sequence[int], prompts: Sequence[str]) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] on the CPU, one for each index and its prompt."""
         if self.sampling.timestep is not None:
-            noise = rng.normal(self.store.latent_shape, self.keys(indices)).to(self.device)
-            condition = self.store.conditioner.encode(prompts)
-            network, schedule = self._network, self.store.schedule
-            latents = one_step(network, noise, condition, self.sampling.timestep, schedule, self.dtype)
+            noise = keyed_noise(self.store.latent_shape, self.keys(indices), self.device)
+            latents = self.store.generate(self._network, prompts, noise)
             return self.store.decoder.decode(latents).cpu()
         return self._pipeline_images(indices, prompts).float().clamp(0, 1).cpu()
 
     @cached_property
     def _network(self) -> Any:
-        return self.store.generator_unet().eval().requires_grad_(False)
+        return self.store.generator_network().eval().requires_grad_(False)
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -146,10 +145,10 @@ def _run_folder(model: str) -> str:
 
 def _one_step_hint(model: str) -> dict[str, Any]:
     try:
-        data = json.loads((files.expanded(model) / "one_step.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        data = json.loads((files.expanded(model) / "student.json").read_text("utf-8"))
+        return {"timestep": data["timesteps"][0], "resolution": data["height"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _native_resolution(source: sources.ModelRef, index: dict[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import sources
-from rlhf_t2i.families.export import ONE_STEP
+from rlhf_t2i.families.export import StudentFile
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 
@@ -36,33 +35,29 @@ def sample(model: str, prompts: Sequence[str], seed: int = 0, timestep: int | No
     if source.is_local and (Path(source.location) / "model/model_index.json").is_file():
         source = sources.parse(str(Path(source.location) / "model"))
     sources.pipeline_index(source)
-    settings = _one_step(source)
+    student = StudentFile.read(Path(source.location)) if source.is_local else None
     try:
         # In one dtype: by itself transformers takes each encoder's own, and float16 encoders do not fit a float32 UNet.
         pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=torch.float32, **source.kwargs)
     except Exception as error:
         raise UsageError(f"{model} cannot be loaded: {first_line(error)}") from error
     pipeline.to(default_device())
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    steps: dict[str, Any] = {"num_inference_steps": len(student.timesteps) if student else 1}
+    if student is None or timestep is not None:
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+        steps = {"num_inference_steps": 1, "timesteps": [399 if timestep is None else timestep]}
     pipeline.set_progress_bar_config(disable=True)
-    size = settings.get("resolution")
     images = []
     for index, prompt in enumerate(prompts):
         images.append(
             pipeline(
                 prompt,
-                num_inference_steps=1,
-                timesteps=[settings.get("timestep", 399) if timestep is None else timestep],
+                **steps,
                 guidance_scale=0.0,
-                height=size,
-                width=size,
+                height=student.height if student else None,
+                width=student.width if student else None,
                 generator=torch.Generator().manual_seed(seed + index),
                 output_type="pt",
             ).images.float()
         )
     return torch.cat(images).cpu()
-
-
-def _one_step(source: sources.ModelRef) -> dict[str, Any]:
-    path = Path(source.location) / ONE_STEP
-    return json.loads(path.read_text("utf-8")) if source.is_local and path.is_file() else {}

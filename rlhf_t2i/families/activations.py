@@ -19,8 +19,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf_t2i.families.frozen import freeze
-from rlhf_t2i.families.networks import DTYPES
+from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.families.store import DTYPES
 from rlhf_t2i.plugins.base import Footprint
 
 
@@ -124,7 +124,7 @@ def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, con
 
     network = nn.Module.to(_on_meta(config), dtype)
     if not train:
-        freeze(network).to(memory_format=torch.channels_last)
+        freeze_convs(network).to(memory_format=torch.channels_last)
 
     def call() -> tuple[Tensor, Tensor]:
         inputs = unet_inputs(config, size, context=context, dtype=dtype)
@@ -139,7 +139,7 @@ def unet(config: dict[str, Any], size: int, dtype: torch.dtype, train: bool, con
 
 def decoder(config: dict[str, Any], size: int, dtype: torch.dtype) -> Peak:
     """The VAE decoder on one sample, for the gradient in the latents."""
-    network = freeze(nn.Module.to(_on_meta(config), dtype)).to(memory_format=torch.channels_last)
+    network = freeze_convs(nn.Module.to(_on_meta(config), dtype)).to(memory_format=torch.channels_last)
 
     def call() -> tuple[Tensor, Tensor]:
         with torch.device("meta"):

@@ -1,80 +1,95 @@
-"""Write the aligned generator as a diffusers pipeline folder that plain diffusers loads."""
+"""Write the aligned generator as a folder that plain diffusers loads and draws with."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_t2i.families import snapshot, sources
-from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.algorithm.student import Student
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.utils import files, manifest
 
-ONE_STEP = "one_step.json"
+STUDENT = "student.json"
 
 
-def write_pipeline(recipe: Recipe, weights: dict[str, Tensor], target: Path) -> None:
-    """Export ``StableDiffusionXLPipeline`` (or SD1.5's) with LCMScheduler; whole or absent.
+@dataclass(frozen=True)
+class StudentFile:
+    """``student.json`` beside an exported model: how its generator is called.
 
-    Tokenizers and the weights of text encoders and VAE are the reference's own files. The UNet is float32 after a
-    float32 run and float16 after a bf16 one, which is what published one-step models use.
+    Attributes:
+        timesteps: In thousandths.
+        transition: See :class:`rlhf_t2i.algorithm.student.Student`.
+        input: See there.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+    """
+
+    timesteps: list[float]
+    transition: str
+    input: str
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, student: Student, height: int, width: int) -> StudentFile:
+        """From the student and the image size."""
+        return cls(list(student.timesteps), student.transition, student.input, height, width)
+
+    @classmethod
+    def read(cls, folder: Path) -> StudentFile | None:
+        """Read it from a model's folder; None where there is none.
+
+        Raises:
+            UsageError: Damaged.
+        """
+        path = folder / STUDENT
+        if not path.is_file():
+            return None
+        try:
+            data: Any = json.loads(path.read_text("utf-8"))
+            found = cls(
+                [float(tau) for tau in data["timesteps"]],
+                str(data["transition"]),
+                str(data["input"]),
+                int(data["height"]),
+                int(data["width"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(f"{path} is damaged: it does not say how the generator is called") from None
+        if (
+            not found.timesteps
+            or not all(0 <= tau <= 1000 for tau in found.timesteps)
+            or found.transition not in ("stochastic", "deterministic")
+            or found.input not in ("unit", "sigma")
+            or not all(8 <= side <= 8192 for side in (found.height, found.width))
+        ):
+            raise UsageError(f"{path} is damaged: it does not say how the generator is called")
+        return found
+
+
+def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) -> None:
+    """Export the generator; the folder is whole or absent.
+
+    Its network is float32 after a float32 run and float16 after a bf16 one, as published few-step models are. All
+    other parts are the reference's own files.
 
     Args:
-        recipe: The run's recipe.
-        weights: The UNet's state dict in float32.
+        store: The run's models.
+        weights: The network's state dict in float32.
         target: The folder.
-    """
-    from diffusers import LCMScheduler, UNet2DConditionModel
 
-    source = sources.parse(recipe.models.reference)
-    reference = snapshot.pipeline_folder(source)
+    Raises:
+        RunError: It could not be written.
+    """
+    dtype = torch.float32 if store.dtype == torch.float32 else torch.float16
     with files.atomic_dir(target) as folder:
-        index = sources.pipeline_index(sources.ModelRef(str(reference)))
-        for name in snapshot.copied_parts(index):
-            snapshot.copy_part(reference / name, folder / name)
-            _load_in_float32(folder / name / "config.json")
-        if recipe.models.vae:
-            _replace_vae(recipe.models.vae, folder, index)
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(reference / "unet"))
-        dtype = torch.float32 if recipe.optimization.precision == "fp32" else torch.float16
-        unet.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, strict=True, assign=True)
-        unet.save_pretrained(folder / "unet")
-        scheduler = json.loads((reference / "scheduler/scheduler_config.json").read_text("utf-8"))
-        kept = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "trained_betas")
-        LCMScheduler(**{k: scheduler[k] for k in kept if scheduler.get(k) is not None}).save_pretrained(
-            folder / "scheduler"
-        )
-        index["scheduler"] = ["diffusers", "LCMScheduler"]
-        files.write_json(folder / "model_index.json", index)
-        files.write_json(
-            folder / ONE_STEP,
-            {"timestep": recipe.models.generator_timestep, "resolution": recipe.models.resolution},
-        )
+        store.family.export(folder, weights, store.student, dtype, store.vae)
+        files.write_json(folder / STUDENT, asdict(StudentFile.of(store.student, *store.size)))
         manifest.write(folder)
-
-
-def _replace_vae(text: str, folder: Path, index: dict[str, Any]) -> None:
-    """The VAE the run decoded with takes the reference's place."""
-    source = sources.parse(text)
-    path = snapshot.network_folder(source)
-    shutil.rmtree(folder / "vae", ignore_errors=True)
-    snapshot.copy_part(path, folder / "vae")
-    index["vae"] = ["diffusers", json.loads((path / "config.json").read_text("utf-8"))["_class_name"]]
-
-
-def _load_in_float32(config: Path) -> None:
-    """Let transformers load an encoder as diffusers loads the UNet: by itself it takes the dtype of the stored weights.
-
-    Who asks a pipeline for another dtype still gets it, everywhere.
-    """
-    if not config.is_file():
-        return
-    data = json.loads(config.read_text("utf-8"))
-    if "architectures" in data:  # of transformers
-        data.pop("torch_dtype", None)  # the key's name before transformers 5
-        files.write_json(config, data | {"dtype": "float32"})

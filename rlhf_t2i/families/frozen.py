@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def freeze(network: nn.Module) -> nn.Module:
+def freeze_convs(network: nn.Module) -> nn.Module:
     """Freeze a network's weights and let its two-dimensional convolutions forget their inputs; in place.
 
     Outputs and gradients are those of the network before. The weights must stay frozen.

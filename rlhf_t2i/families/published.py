@@ -1,6 +1,6 @@
 """The published architectures, as the configurations in their hub repositories: for planning and full-size benchmarks.
 
-Nothing here is loaded or downloaded; counts on the meta device equal the published checkpoints' (tests/models).
+Nothing here is loaded or downloaded; counts on the meta device equal the published checkpoints' (tests/families).
 """
 
 from __future__ import annotations

@@ -10,24 +10,28 @@ from typing import Any
 from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
-from rlhf_t2i.recipe.schema import Models
 
 _OTHER_FORMATS = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "openvino*", "*.ckpt")
 _HALVES = "*.fp16[.-]*"
 _INDEX, _CONFIG = "model_index.json", "config.json"  # what a pipeline, and a network by itself, surely have
 
 
-def fetch(models: Models) -> None:
-    """Download what an export needs of hub models into the hub's cache; local folders need nothing.
+def fetch(reference: ModelRef, network: str, vae: ModelRef | None) -> None:
+    """Download what an export copies of hub models into the hub's cache; local folders need nothing.
+
+    Args:
+        reference: The reference.
+        network: The folder of its denoising network, of which the configuration alone is needed.
+        vae: The decoder that takes the reference's place.
 
     Raises:
         UsageError: The hub does not give it, and the cache does not hold it.
     """
-    reference = sources.parse(models.reference)
     if not reference.is_local:
-        parts = copied_parts(sources.pipeline_index(reference))
-        _download(reference, _INDEX, [_INDEX, "scheduler/*.json", "unet/config.json", *(f"{part}/*" for part in parts)])
-    if models.vae and not (vae := sources.parse(models.vae)).is_local:
+        parts = copied_parts(sources.pipeline_index(reference), network)
+        wanted = [_INDEX, "scheduler/*.json", f"{network}/config.json", *(f"{part}/*" for part in parts)]
+        _download(reference, _INDEX, wanted)
+    if vae is not None and not vae.is_local:
         _download(vae, _CONFIG, [_CONFIG, "diffusion_pytorch_model*"])
 
 
@@ -41,10 +45,15 @@ def network_folder(source: ModelRef) -> Path:
     return _folder(source, _CONFIG)
 
 
-def copied_parts(index: Mapping[str, Any]) -> list[str]:
-    """The folders of a pipeline that an export copies as they are, from its model_index.json: all but the UNet."""
-    used = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    return [name for name in used if name not in ("unet", "scheduler")]
+def copied_parts(index: Mapping[str, Any], network: str) -> list[str]:
+    """The folders of a pipeline that an export copies as they are: all but its network's and its scheduler's.
+
+    Args:
+        index: Its model_index.json.
+        network: The folder of its denoising network.
+    """
+    used = [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0] is not None]
+    return [name for name in used if name not in (network, "scheduler")]
 
 
 def copy_part(part: Path, target: Path) -> None:
@@ -53,7 +62,10 @@ def copy_part(part: Path, target: Path) -> None:
     With plain names no ``variant=`` is needed to load it.
     """
     halves = is_fp16_alone(part)
-    shutil.copytree(part, target, ignore=shutil.ignore_patterns(*_OTHER_FORMATS, *([] if halves else [_HALVES])))
+    ignored = [*_OTHER_FORMATS, *([] if halves else [_HALVES])]
+    if not any(part.glob("*.safetensors")):  # then the pickles are its only weights
+        ignored = [pattern for pattern in ignored if pattern != "*.bin"]
+    shutil.copytree(part, target, ignore=shutil.ignore_patterns(*ignored))
     for file in list(target.glob(_HALVES)):
         if file.suffix == ".json":  # the index of shards names them
             file.write_text(file.read_text("utf-8").replace(".fp16", ""), "utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.utils import files
 
 _HASH = re.compile("[0-9a-f]{40}")
+_FILES = (".bin", ".safetensors", ".pt", ".pth")
 _revisions: dict[str, str] = {}
 
 
@@ -23,6 +25,11 @@ class ModelRef:
     location: str
     revision: str | None = None
     file: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last name that the user gave: of a bare file its suffix says the format."""
+        return (self.file or self.location).rsplit("/", 1)[-1]
 
     @property
     def is_local(self) -> bool:
@@ -51,10 +58,11 @@ def parse(text: str) -> ModelRef:
     if text.startswith(("/", "./", "../", "~")) or path.exists():
         if not path.exists():
             raise UsageError(f"no such model: {text}")
-        return ModelRef(str(path.resolve()))
+        # Not resolved: a hub cache's files are links to names without a suffix, which says the format.
+        return ModelRef(os.path.abspath(path))  # noqa: PTH100 - resolve() follows links
     name, _, revision = text.partition("@")
     parts = name.split("/")
-    is_file = len(parts) > 2 and name.endswith((".bin", ".safetensors")) and ".." not in parts
+    is_file = len(parts) > 2 and name.endswith(_FILES) and ".." not in parts
     if not (len(parts) == 2 or is_file) or not all(parts) or any(c.isspace() for c in name):
         raise UsageError(f"{text!r} is neither a path (write ./folder) nor a hub id (org/name, or org/name/file.bin)")
     if not _is_safe(name) or "--" in name or (revision and not _is_safe(revision)):
@@ -73,6 +81,12 @@ def use_revisions(revisions: Mapping[str, str]) -> None:
 def revisions() -> dict[str, str]:
     """What :func:`use_revisions` set."""
     return dict(_revisions)
+
+
+def printable(value: object) -> str:
+    """A value of a foreign file on one line of at most 80 characters, without control characters."""
+    text = "".join(c if c.isprintable() else "?" for c in repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def is_hash(revision: str) -> bool:
@@ -107,7 +121,7 @@ def pipeline_index(source: ModelRef) -> dict[str, Any]:
     index = read_json(source, "model_index.json")
     stray = next((name for name in index if not re.fullmatch(r"\w+", name)), None)
     if stray is not None:
-        raise UsageError(f"{source.location}/model_index.json is damaged: {stray!r} is no name of a folder")
+        raise UsageError(f"{source.location}/model_index.json is damaged: {printable(stray)} is no name of a folder")
     return index
 
 
@@ -138,6 +152,18 @@ def _hub_json(source: ModelRef, file: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     return shipped if source.revision is None and shipped.is_file() else Path(hub_file(source, file))
+
+
+def find_json(source: ModelRef, file: str) -> dict[str, Any] | None:
+    """A JSON file that a model may have; None where it has none."""
+    if source.is_local and not (Path(source.location) / file).is_file():
+        return None
+    try:
+        return read_json(source, file)
+    except UsageError:
+        if source.is_local:
+            raise
+        return None
 
 
 def hub_file(source: ModelRef, file: str) -> str:

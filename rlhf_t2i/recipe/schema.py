@@ -6,6 +6,7 @@ Nothing here imports torch, so that a refused recipe answers at once.
 from __future__ import annotations
 
 import unicodedata
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,7 +26,8 @@ def _no_control(text: str) -> str:
 
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_no_control)]
 Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control)]
-Timestep = Annotated[int, Field(ge=0, le=999)]
+Timestep = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Pixels = Annotated[int, Field(ge=8, le=8192)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Checkpointed = Literal["learner", "assistant", "reference", "reward"]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -44,7 +46,7 @@ class Models(Section):
         description="diffusers pipeline of the frozen reference; its text encoders and VAE are used"
     )
     generator: Source = Field(
-        description="the one-step UNet to align: a UNet folder, a pipeline folder, or a .bin file"
+        description="the network to align: its folder, a pipeline folder, or a .bin or .safetensors file"
     )
     assistant: Source | None = Field(None, description="where the assistant starts; the reference when absent")
     vae: Source | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
@@ -57,8 +59,34 @@ class Models(Section):
     vae_tiling: bool = Field(
         False, description="decode in overlapping tiles, blended: less memory, but slightly other pictures"
     )
-    generator_timestep: int = Field(399, ge=0, le=999, description="the timestep of the one-step generator")
-    resolution: int = Field(1024, ge=8, le=8192, description="pixels; sets latent size and SDXL's time_ids")
+    height: Pixels | None = Field(None, description="of the images, in pixels; the reference's own size when absent")
+    width: Pixels | None = Field(None, description="of the images, in pixels; the reference's own size when absent")
+
+
+class StudentSettings(Section):
+    """How the generator is called: in one step, or in a few."""
+
+    steps: int = Field(1, ge=1, le=64, description="K, network calls per image; its timesteps are the model family's")
+    timesteps: Annotated[list[Timestep], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="the K timesteps in thousandths, falling, in place of the family's own"
+    )
+    transition: Literal["stochastic", "deterministic"] = Field(
+        "stochastic", description="between steps: fresh noise (as LCM), or the noise that the prediction implies"
+    )
+    input: Literal["unit", "sigma"] = Field(
+        "unit", description="what the first step gets: unit noise, or noise scaled by its level (SiD-LSG)"
+    )
+
+    @model_validator(mode="after")
+    def _falling(self) -> StudentSettings:
+        taus = self.timesteps
+        if taus is None:
+            return self
+        if any(a <= b for a, b in pairwise(taus)):
+            raise ValueError(f"timesteps must fall from step to step, not {taus}")
+        if "steps" in self.model_fields_set and self.steps != len(taus):
+            raise ValueError(f"steps is {self.steps} but there are {len(taus)} timesteps: leave steps out")
+        return self
 
 
 class Data(Section):
@@ -104,15 +132,25 @@ class Guidance(Section):
 
 
 class Timesteps(Section):
-    """Inclusive ranges from which training timesteps are drawn uniformly."""
+    """How training timesteps are drawn, in thousandths, 0 (data) to 1000 (noise)."""
 
-    generator: list[Timestep] = Field([20, 979], min_length=2, max_length=2, description="t of the divergence")
-    assistant: list[Timestep] = Field([0, 999], min_length=2, max_length=2, description="t of the assistant's loss")
+    generator: Annotated[list[Timestep], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[first, last] of the divergence's t; [20, 979] (flow matching: [20, 980]) when absent"
+    )
+    assistant: Annotated[list[Timestep], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[first, last] of the assistant's t; all (flow matching: [20, 980]) when absent"
+    )
+    law: Literal["uniform", "shifted", "logit_normal"] | None = Field(
+        None, description="their distribution; uniform when absent (flow matching: shifted, as the reference)"
+    )
+    shift: Positive | None = Field(None, description="k of shifted, s = k u / (1 + (k - 1) u); the reference's own")
+    mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal")
+    std: Positive = Field(1.0, description="of logit_normal")
 
     @field_validator("generator", "assistant")
     @classmethod
-    def _ordered(cls, value: list[int]) -> list[int]:
-        if value[0] > value[1]:
+    def _ordered(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and value[0] > value[1]:
             raise ValueError(f"must be [first, last] with first <= last, not {value}")
         return value
 
@@ -130,6 +168,9 @@ class Algorithm(Section):
     assistant_steps: int = Field(1, ge=0, le=1000, description="K_TA: assistant updates for each generator update")
     assistant_warmup: int = Field(0, ge=0, le=1_000_000, description="assistant updates before the first generator one")
     timesteps: Timesteps = Timesteps()
+    reward_steps: Literal["all", "last"] = Field(
+        "all", description="which of the generator's steps a reward trains: each, or its last one alone"
+    )
 
     @model_validator(mode="after")
     def _unique_labels(self) -> Algorithm:
@@ -287,6 +328,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, le=2**62, description="of every random draw")
     steps: Count = Field(description="generator updates")
     models: Models
+    student: StudentSettings = StudentSettings()
     data: Data
     algorithm: Algorithm = Algorithm()
     optimization: Optimization = Optimization()

@@ -10,7 +10,6 @@ from torch import Tensor
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.losses import assistant_loss
 from rlhf_t2i.engines.base import learning_rate
-from rlhf_t2i.families.networks import predict
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 from rlhf_t2i.roles.dispatch import Client
@@ -24,8 +23,9 @@ class AssistantRole(DenoiserServer):
         super().__init__(self._x0, context.callers)
         self._context, self._store = context, context.store
         self._settings = context.recipe.optimization.assistant
-        self._engine = context.engine("assistant", context.store.assistant_unet(), self._settings)
-        self._conditioner, self._schedule = context.store.conditioner, context.store.schedule
+        self._engine = context.engine("assistant", context.store.assistant_network(), self._settings)
+        timesteps = context.recipe.algorithm.timesteps
+        self._range, self._law = self._store.timestep_range(timesteps, "assistant"), self._store.timestep_law(timesteps)
         self._generator: Client | None = None
 
     def connect(self, generator: Client) -> None:
@@ -43,19 +43,18 @@ class AssistantRole(DenoiserServer):
             This rank's mean loss, and the gradient norm over all ranks before clipping.
         """
         assert self._generator is not None
-        seed = self._context.recipe.seed
-        first, last = self._context.recipe.algorithm.timesteps.assistant
+        seed, store, schedule = self._context.recipe.seed, self._store, self._store.schedule
         losses = []
         for micro in self._context.micro_batches():
             chosen = [prompts[i] for i in micro]
             keys = [(seed, "assistant", round_index, i) for i in micro]
-            x0 = self._generator.submit(GeneratorRole.sample, chosen, [(*k, "z") for k in keys], "raw").result()
+            x0 = self._generator.submit(GeneratorRole.sample, chosen, [(*k, "z") for k in keys], "raw", True).result()
             x0 = x0.to(self._context.device)
-            t = rng.timesteps(first, last, [(*k, "t") for k in keys]).to(x0.device)
+            t = schedule.sample_timesteps(self._law, *self._range, [(*k, "t") for k in keys]).to(x0.device)
             noise = rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]).to(x0.device)
-            x_t = self._schedule.add_noise(x0, noise, t)
-            raw = predict(self._engine, x_t, t, self._conditioner.encode(chosen), self._context.dtype)
-            loss = assistant_loss(raw, x_t, t, noise, self._schedule).mean()
+            x_t = schedule.add_noise(x0, noise, t)
+            raw = store.predict(self._engine, x_t, t, store.conditioner.encode(chosen))
+            loss = assistant_loss(raw, x0, noise, t, schedule).mean()
             self._engine.backward(loss)
             losses.append(float(loss.detach()))
         norm = self._engine.step(learning_rate(self._settings, round_index))
@@ -63,8 +62,7 @@ class AssistantRole(DenoiserServer):
 
     def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
         # Through the bare module: the engine's own forward scales and records gradients meant for training.
-        raw = predict(self._engine.module, x_t, t, self._conditioner.encode(prompts), self._context.dtype)
-        return self._schedule.to_x0(raw, x_t, t)
+        return self._store.denoise(self._engine.module, x_t, t, self._store.conditioner.encode(prompts))
 
     def bf16_drift(self) -> dict[str, float]:
         """What bf16 loses against the masters; every rank must call it."""

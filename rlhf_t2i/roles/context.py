@@ -12,8 +12,7 @@ from rlhf_t2i.engines.base import Engine
 from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
 from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.families import adapters
-from rlhf_t2i.families.loading import ModelStore
-from rlhf_t2i.families.networks import DTYPES
+from rlhf_t2i.families.store import DTYPES, ModelStore
 from rlhf_t2i.recipe.placement import batch_geometry, callers_per_server
 from rlhf_t2i.recipe.schema import Optimizer, Recipe
 
@@ -40,7 +39,9 @@ class RankContext:
 
     def __post_init__(self) -> None:
         settings = self.recipe.optimization
-        self.store = ModelStore(self.recipe.models, self.device, settings.precision, compiled=settings.compile)
+        self.store = ModelStore(
+            self.recipe.models, self.recipe.student, self.device, settings.precision, compiled=settings.compile
+        )
         self.dtype = DTYPES[settings.precision]
 
     @property
@@ -63,7 +64,7 @@ class RankContext:
         """The training engine of a role's network."""
         micro, accumulation = self.geometry()
         if self.recipe.optimization.checkpoints(role):
-            module.enable_gradient_checkpointing()
+            self.store.family.enable_checkpointing(module)
         module.train().requires_grad_(True)
         if optimizer.lora is not None:
             adapters.add(module, optimizer.lora, self.recipe.seed)

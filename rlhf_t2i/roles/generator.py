@@ -1,4 +1,4 @@
-"""The one-step generator for sampling: the assistant's training data, previews and evaluation."""
+"""The generator for sampling: the assistant's training data, previews and evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm import rng
-from rlhf_t2i.families.networks import one_step
+from rlhf_t2i.algorithm.student import keyed_noise
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.dispatch import batched
 
@@ -23,13 +23,12 @@ class GeneratorRole:
     """
 
     def __init__(self, context: RankContext, live: Callable[..., Any] | None = None) -> None:
-        self._store, self._dtype, self._device = context.store, context.dtype, context.device
-        self._timestep = context.recipe.models.generator_timestep
+        self._store, self._device = context.store, context.device
         self._networks: dict[str, Callable[..., Any]] = {}
         self._networks["raw"] = live if live is not None else self._frozen()
 
     def _frozen(self) -> nn.Module:
-        return self._store.generator_unet().eval().requires_grad_(False)
+        return self._store.generator_network().eval().requires_grad_(False)
 
     def load(self, weights: str, state: dict[str, Tensor]) -> None:
         """Take over weights, as ``raw`` or ``ema``."""
@@ -41,8 +40,18 @@ class GeneratorRole:
 
     @batched("prompts", "keys", collective=True)
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str = "raw") -> Tensor:
-        """Latents [B, C, h, w] in float32, sample i a function of weights, prompt and ``keys[i]`` alone."""
-        z = rng.normal(self._store.latent_shape, keys).to(self._device)
-        cond = self._store.conditioner.encode(prompts)
-        return one_step(self._networks[weights], z, cond, self._timestep, self._store.schedule, self._dtype)
+    def sample(
+        self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str = "raw", rollout: bool = False
+    ) -> Tensor:
+        """Latents [B, C, h, w] in float32, sample i a function of weights, prompt and ``keys[i]`` alone.
+
+        Args:
+            prompts: B prompts.
+            keys: The randomness of each sample.
+            weights: ``raw`` or ``ema``.
+            rollout: Stop each sample at a step of its own, as training does; else all steps are run.
+        """
+        store = self._store
+        noise = keyed_noise(store.latent_shape, keys, self._device)
+        depths = store.student.sample_depths([(*key, "depth") for key in keys]) if rollout else None
+        return store.generate(self._networks[weights], prompts, noise, depths)

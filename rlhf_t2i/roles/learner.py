@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.algorithm import losses, rng
+from rlhf_t2i.algorithm.student import keyed_noise
 from rlhf_t2i.engines import pickles
 from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.errors import RunError
-from rlhf_t2i.families.networks import one_step
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import DenoiserCall, denoise
@@ -32,8 +32,10 @@ class LearnerRole:
         self._context, self._recipe, self._store = context, recipe, context.store
         self.device = context.device
         self._settings = recipe.optimization.generator
-        self.engine = context.engine("learner", context.store.generator_unet(), self._settings)
-        self.schedule, self._conditioner = context.store.schedule, context.store.conditioner
+        self.engine = context.engine("learner", context.store.generator_network(), self._settings)
+        self.schedule = context.store.schedule
+        timesteps = recipe.algorithm.timesteps
+        self._range, self._law = self._store.timestep_range(timesteps, "generator"), self._store.timestep_law(timesteps)
         choice = recipe.algorithm.divergence
         self._divergence = registry.divergence(choice.name, **choice.options)
         self._scales = {reward.key: reward.scale for reward in recipe.algorithm.rewards}
@@ -75,12 +77,11 @@ class LearnerRole:
         for number, micro in enumerate(self._context.micro_batches()):
             chosen = [prompts[i] for i in micro]
             keys = [(self._recipe.seed, "generator", step, i) for i in micro]
-            z = rng.normal(self._store.latent_shape, [(*k, "z") for k in keys]).to(self._context.device)
-            cond = self._conditioner.encode(chosen)
-            timestep = self._recipe.models.generator_timestep
-            x0 = one_step(self.engine, z, cond, timestep, self.schedule, self._context.dtype)
+            noise = keyed_noise(self._store.latent_shape, [(*k, "z") for k in keys], self._context.device)
+            depths = self._store.student.sample_depths([(*k, "z", "depth") for k in keys])
+            x0 = self._store.generate(self.engine, chosen, noise, depths)
             request_id = f"{step}.{self._context.rank}.{number}"
-            gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, measured)
+            gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, depths, measured)
             bad += [chosen[int(i)] for i in (~gradient.flatten(1).isfinite().all(1)).nonzero()]
             self.engine.backward((x0 * gradient).sum() / len(micro))
         norm = self.engine.step(learning_rate(self._settings, step))
@@ -89,7 +90,13 @@ class LearnerRole:
         return {"samples": measured, "grad_norm": norm, "bad": bad}
 
     def gradient_at_x0(
-        self, request_id: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
+        self,
+        request_id: str,
+        x0: Tensor,
+        prompts: Sequence[str],
+        keys: Sequence[rng.Key],
+        depths: Tensor,
+        measured: Samples,
     ) -> Tensor:
         """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
 
@@ -108,7 +115,7 @@ class LearnerRole:
         missing = self._scales.keys() - values.keys()
         if missing:
             raise RunError(f"no process evaluated the reward {sorted(missing)[0]!r}")
-        pull = self._reward_gradient(x0, values, measured)
+        pull = self._reward_gradient(x0, values, depths, measured)
         _measure(measured, "grad_norm/divergence", _norm(divergence))
         _measure(measured, "grad_cosine", torch.cosine_similarity(divergence.flatten(1), pull.flatten(1)))
         # A value that is not finite goes on into the parameters' gradients: there the engines skip the update, on all
@@ -147,12 +154,19 @@ class LearnerRole:
         _measure(measured, "timestep", t)
         return gradient
 
-    def _reward_gradient(self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Samples) -> Tensor:
-        """``-sum_i alpha_i d r_i / d x_0``."""
+    def _reward_gradient(
+        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], depths: Tensor, measured: Samples
+    ) -> Tensor:
+        """``-sum_i alpha_i d r_i / d x_0``; zero for samples whose step the recipe's ``reward_steps`` leaves out."""
         pull = torch.zeros_like(x0)
+        rewarded = None
+        if self._recipe.algorithm.reward_steps == "last" and self._store.student.steps > 1:
+            rewarded = (depths == self._store.student.steps).to(x0).reshape(-1, *[1] * (x0.ndim - 1))
         for label, scale in self._scales.items():
             value, gradient = values[label]
             scaled = -scale * gradient.to(x0)
+            if rewarded is not None:
+                scaled = scaled * rewarded
             _measure(measured, f"reward/{label}", value)
             _measure(measured, f"grad_norm/reward/{label}", _norm(scaled))
             pull = pull + scaled
@@ -161,8 +175,7 @@ class LearnerRole:
 
     def draw(self, keys: Sequence[rng.Key], like: Tensor, purpose: str = "") -> tuple[Tensor, Tensor]:
         """Timesteps [B] and noise like the latents, from the samples' own streams."""
-        first, last = self._recipe.algorithm.timesteps.generator
-        t = rng.timesteps(first, last, [(*k, f"{purpose}t") for k in keys])
+        t = self.schedule.sample_timesteps(self._law, *self._range, [(*k, f"{purpose}t") for k in keys])
         noise = rng.normal(like.shape[1:], [(*k, f"{purpose}noise") for k in keys])
         return t.to(like.device), noise.to(like.device)
 

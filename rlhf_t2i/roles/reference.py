@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.algorithm.losses import guidance_omega, guided
-from rlhf_t2i.families.networks import predict
+from rlhf_t2i.families.base import Conditioning
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 
@@ -18,13 +18,10 @@ class ReferenceRole(DenoiserServer):
 
     def __init__(self, context: RankContext) -> None:
         super().__init__(self._branches, context.callers)
-        store = context.store
-        self._unet, self._schedule, self._conditioner = store.reference_unet(), store.schedule, store.conditioner
+        self._store = context.store
+        self._network = self._store.reference_network()
         if context.recipe.optimization.checkpoints("reference"):
-            # diffusers checkpoints only networks in training mode; a diffusion UNet has no dropout to wake.
-            self._unet.enable_gradient_checkpointing()
-            self._unet.train()
-        self._dtype = context.dtype
+            self._store.family.enable_checkpointing(self._network)
         cfg = context.recipe.algorithm.cfg
         self._omega = guidance_omega(cfg.guidance_scale, cfg.convention) if cfg.mode == "inner" else 1.0
 
@@ -35,15 +32,15 @@ class ReferenceRole(DenoiserServer):
             with torch.no_grad():
                 unconditional = self._x0(x_t, t, None)
             return torch.stack([self._x0(x_t, t, prompts), unconditional], dim=1)
-        condition = self._conditioner.unconditional(len(x_t)).concatenate(self._conditioner.encode(prompts))
+        encoder = self._store.conditioner
+        condition = Conditioning.cat([encoder.unconditional(len(x_t)), encoder.encode(prompts)])
         twice, t_twice = torch.cat([x_t, x_t]), torch.cat([t, t])
-        raw = predict(self._unet, twice, t_twice, condition, self._dtype)
-        unconditional, conditional = self._schedule.to_x0(raw, twice, t_twice).chunk(2)
+        unconditional, conditional = self._store.denoise(self._network, twice, t_twice, condition).chunk(2)
         if branch == "both":
             return torch.stack([conditional, unconditional], dim=1)
         return guided(conditional, unconditional, self._omega)
 
     def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str] | None) -> Tensor:
-        encode = self._conditioner
-        condition = encode.unconditional(len(x_t)) if prompts is None else encode.encode(prompts)
-        return self._schedule.to_x0(predict(self._unet, x_t, t, condition, self._dtype), x_t, t)
+        encoder = self._store.conditioner
+        condition = encoder.unconditional(len(x_t)) if prompts is None else encoder.encode(prompts)
+        return self._store.denoise(self._network, x_t, t, condition)

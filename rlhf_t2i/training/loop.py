@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.evaluation import measure
 from rlhf_t2i.families import export
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints
 from rlhf_t2i.training.bf16 import Bf16Monitor
@@ -79,7 +82,9 @@ class Trainer:
                 self._measure("after")
             self.callback.on_phase("writing the model")
             weights = self.cluster.call_all("learner", "weights", self._weights)[0]
-            export.write_pipeline(self.recipe, weights, self.out.model)
+            recipe = self.recipe
+            store = ModelStore(recipe.models, recipe.student, torch.device("cpu"), recipe.optimization.precision)
+            export.write_model(store, weights, self.out.model)
         except ProcessLost as lost:
             if self.signals.requested is not None:  # who asked to stop shall not wait for a restart
                 raise RunError(f"{lost}, while stopping; continue with --resume") from lost

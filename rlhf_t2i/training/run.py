@@ -82,9 +82,8 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     """The recipe with its hub models pinned, after its plugins, prompts and model folders were checked."""
     import torch
 
-    from rlhf_t2i.families import snapshot
-    from rlhf_t2i.families.loading import ModelStore
     from rlhf_t2i.families.pins import pin
+    from rlhf_t2i.families.store import ModelStore
     from rlhf_t2i.plugins import traits
 
     traits.resolve(recipe)
@@ -92,8 +91,10 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     for file in (recipe.data.prompts, recipe.data.held_out):
         if file:
             prompts.read(file, recipe.data.column)
-    ModelStore(recipe.models, torch.device("cpu")).check()
-    snapshot.fetch(recipe.models)
+    store = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
+    store.check()
+    for role in ("generator", "assistant"):
+        store.timestep_range(recipe.algorithm.timesteps, role)
     return recipe
 
 

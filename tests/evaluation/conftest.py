@@ -21,7 +21,9 @@ def run_folder_with_model(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFact
     """A run folder whose model/ is an exported one-step generator."""
     out = tmp_path_factory.mktemp("run")
     shutil.copytree(tiny_sdxl, out / "model")
-    (out / "model" / "one_step.json").write_text(json.dumps({"timestep": 399, "resolution": tiny.RESOLUTION}))
+    student = {"timesteps": [399.0], "transition": "stochastic", "input": "unit"}
+    size = {"height": tiny.RESOLUTION, "width": tiny.RESOLUTION}
+    (out / "model" / "student.json").write_text(json.dumps(student | size))
     return out
 
 

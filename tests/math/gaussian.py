@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.algorithm.losses import Denoiser, divergence_loss
-from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.algorithm.schedules import VPSchedule
 
 MU, S, M, R = 1.3, 1.2, 0.5, 0.8
 TIMES = (20, 99, 249, 399, 499, 749, 979)
-SCHEDULE = NoiseSchedule(
+SCHEDULE = VPSchedule(
     torch.cumprod(1.0 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
 )
 

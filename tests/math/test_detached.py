@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.algorithm.losses import Denoiser, divergence_loss, divergence_loss_from_predictions
-from rlhf_t2i.algorithm.schedules import PREDICTION_TYPES, NoiseSchedule
+from rlhf_t2i.algorithm.schedules import PREDICTION_TYPES, VPSchedule
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 from tests.math.gaussian import MU, SCHEDULE, M, R, S, coefficients, denoiser, golden, regularizer
@@ -108,7 +108,7 @@ def test_two_denoisers_without_a_graph_are_refused(name: str) -> None:
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_a_role_whose_network_runs_without_a_graph_is_refused(kind: str) -> None:
     """The DMD habit in a role: its prediction still depends on a live x_t, so nothing later can see the mistake."""
-    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, kind)
+    schedule = VPSchedule(SCHEDULE.alphas_cumprod, kind)
     network = torch.nn.Linear(2, 2).double().requires_grad_(False)
 
     def role(live: bool) -> DenoiserServer:

@@ -17,7 +17,7 @@ from rlhf_t2i.algorithm.losses import (
     two_stage_gradient,
     weight,
 )
-from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.algorithm.schedules import VPSchedule
 from rlhf_t2i.plugins import registry
 from tests.math.gaussian import MU, SCHEDULE, TIMES, M, R, S, coefficients, denoiser, expected, golden
 
@@ -229,21 +229,16 @@ def test_two_stage_gradient_refuses_a_loss_without_x0() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_assistant_loss_is_the_mean_squared_error_of_the_noise(prediction_type: str) -> None:
-    """lambda = g^2: whatever the network predicts, the loss is that of its noise prediction; zero when perfect."""
-    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, prediction_type)
+def test_assistant_loss_is_the_mean_squared_error_of_the_target(prediction_type: str) -> None:
+    """Whatever the network predicts is what it is trained to predict; of noise, lambda(t) = g^2."""
+    schedule = VPSchedule(SCHEDULE.alphas_cumprod, prediction_type)
     times = torch.tensor([20, 499, 979])
     x0, noise = (value.detach() for value in inputs())
     a, g = schedule.coefficients(times, x0)
-    x_t = schedule.add_noise(x0, noise, times)
     perfect = {"epsilon": noise, "v_prediction": a * noise - g * x0, "sample": x0}[prediction_type]
-    torch.testing.assert_close(
-        assistant_loss(perfect, x_t, times, noise, schedule), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-20
-    )
-    off = {"epsilon": 0.5 + 0 * a, "v_prediction": 0.5 / a, "sample": -0.5 * g / a}[prediction_type]
-    torch.testing.assert_close(
-        assistant_loss(perfect + off, x_t, times, noise, schedule), torch.full((3,), 0.25, dtype=torch.float64)
-    )
+    zero, quarter = torch.zeros(3, dtype=torch.float64), torch.full((3,), 0.25, dtype=torch.float64)
+    torch.testing.assert_close(assistant_loss(perfect, x0, noise, times, schedule), zero, rtol=0, atol=1e-20)
+    torch.testing.assert_close(assistant_loss(perfect + 0.5, x0, noise, times, schedule), quarter)
 
 
 def test_losses_stay_in_float32_for_half_precision_latents() -> None:

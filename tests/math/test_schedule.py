@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_t2i.algorithm.schedules import PREDICTION_TYPES, NoiseSchedule
+from rlhf_t2i.algorithm.schedules import PREDICTION_TYPES, VPSchedule
 from tests.math.gaussian import SCHEDULE, golden
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -29,7 +28,7 @@ TABLE = {
 
 @pytest.mark.parametrize(("t", "row"), TABLE.items())
 def test_constants(t: int, row: tuple[float, ...]) -> None:
-    schedule = NoiseSchedule.from_scheduler(diffusers.DDIMScheduler(**SDXL))
+    schedule = VPSchedule.from_config(diffusers.DDIMScheduler(**SDXL).config)
     a, g = (c.item() for c in schedule.coefficients(torch.tensor([t]), torch.zeros(1, dtype=torch.float64)))
     found = (schedule.alphas_cumprod[t].item(), a, g, g / a, a / g**2)
     # The table's last digit comes from float32 (g at t = 20 is .1366954, printed .136696).
@@ -54,7 +53,7 @@ SCHEDULERS = (
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
 def test_from_scheduler_reads_the_training_schedule(name: str, kind: str) -> None:
     scheduler = getattr(diffusers, name)(**{**SDXL, "beta_schedule": kind})
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    schedule = VPSchedule.from_config(scheduler.config)
     assert len(schedule) == 1000
     assert schedule.alphas_cumprod.dtype == torch.float64
     torch.testing.assert_close(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=2e-5, atol=1e-7)
@@ -65,13 +64,13 @@ def test_from_scheduler_reads_the_training_schedule(name: str, kind: str) -> Non
 def test_from_scheduler_agrees_before_and_after_setting_sampling_steps() -> None:
     scheduler = diffusers.EulerDiscreteScheduler(**SDXL)
     scheduler.set_timesteps(4)
-    torch.testing.assert_close(NoiseSchedule.from_scheduler(scheduler).alphas_cumprod, SCHEDULE.alphas_cumprod)
+    torch.testing.assert_close(VPSchedule.from_config(scheduler.config).alphas_cumprod, SCHEDULE.alphas_cumprod)
 
 
 def test_from_scheduler_reads_prediction_type_and_trained_betas() -> None:
     betas = torch.linspace(0.001, 0.02, 50).tolist()
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=50, trained_betas=betas, prediction_type="v_prediction")
-    schedule = NoiseSchedule.from_scheduler(scheduler)
+    schedule = VPSchedule.from_config(scheduler.config)
     assert schedule.prediction_type == "v_prediction"
     torch.testing.assert_close(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod)
 
@@ -87,7 +86,7 @@ def test_add_noise_is_diffusers() -> None:
 @given(t=st.integers(0, 999), kind=st.sampled_from(PREDICTION_TYPES), seed=st.integers(0, 99))
 def test_parametrizations_agree(t: int, kind: str, seed: int) -> None:
     """Of exact predictions: D = x0, e = eps, s = -eps / g, whatever the network predicts."""
-    schedule = NoiseSchedule(SCHEDULE.alphas_cumprod, kind)
+    schedule = VPSchedule(SCHEDULE.alphas_cumprod, kind)
     generator = torch.Generator().manual_seed(seed)
     x0, noise = (torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     times = torch.full((2,), t)
@@ -95,7 +94,8 @@ def test_parametrizations_agree(t: int, kind: str, seed: int) -> None:
     x_t = schedule.add_noise(x0, noise, times)
     prediction = {"epsilon": noise, "v_prediction": a * noise - g * x0, "sample": x0}[kind]
     torch.testing.assert_close(schedule.to_x0(prediction, x_t, times), x0, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(schedule.to_epsilon(prediction, x_t, times), noise, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(schedule.noise(x0, x_t, times), noise, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(schedule.target(x0, noise, times), prediction, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(schedule.score(x0, x_t, times), -noise / g, rtol=1e-9, atol=1e-8)
 
 
@@ -108,21 +108,40 @@ def test_coefficients_are_at_least_float32() -> None:
 
 @pytest.mark.parametrize(
     "alphas",
-    [[], [0.5, 0.5], [0.2, 0.9], [1.0, 0.5], [0.5, 0.0], [[0.9, 0.8]], [0.9, float("nan")]],
+    [[], [0.5, 0.5], [0.2, 0.9], [1.0, 0.5], [0.0], [0.5, -0.1], [[0.9, 0.8]], [0.9, float("nan")]],
 )
 def test_what_is_no_schedule_is_refused(alphas: Any) -> None:
     with pytest.raises(ValueError, match="strictly decreasing"):
-        NoiseSchedule(torch.tensor(alphas))
+        VPSchedule(torch.tensor(alphas))
 
 
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="epsilon, v_prediction, sample"):
-        NoiseSchedule(SCHEDULE.alphas_cumprod, "flow")
+        VPSchedule(SCHEDULE.alphas_cumprod, "flow")
     with pytest.raises(ValueError, match="squaredcos"):
-        NoiseSchedule.from_scheduler(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+        VPSchedule.from_config(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
 
 
-def test_zero_terminal_snr_is_refused() -> None:
-    """Rescaled betas are another schedule; ignoring the flag would train on the wrong noise levels."""
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        NoiseSchedule.from_scheduler(SimpleNamespace(config={**SDXL, "rescale_betas_zero_snr": True}))
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_zero_terminal_snr_leaves_out_the_last_timestep(kind: str) -> None:
+    """As diffusers rescales it (arXiv:2305.08891); at the last timestep there is no signal left to predict from."""
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    schedule = VPSchedule.from_config({**SDXL, "rescale_betas_zero_snr": True, "prediction_type": kind})
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    torch.testing.assert_close(schedule.alphas_cumprod, expected, rtol=1e-10, atol=1e-15)
+    assert (schedule.first, schedule.last) == (0, 998)
+    assert schedule.training_range("assistant") == (0, 998)
+    x0, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    t = torch.tensor([0, 998])
+    x_t = schedule.add_noise(x0, noise, t)
+    torch.testing.assert_close(schedule.to_x0(schedule.target(x0, noise, t), x_t, t), x0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [50, 500, 1000, 4000])
+def test_thousandths_cover_every_number_of_training_timesteps(steps: int) -> None:
+    schedule = VPSchedule.from_config({**SDXL, "num_train_timesteps": steps})
+    indices = schedule.index(torch.arange(int(schedule.first), int(schedule.last) + 1))
+    assert (indices[0], indices[-1]) == (0, steps - max(1, steps // 1000))
+    assert bool((indices.diff() >= 0).all())

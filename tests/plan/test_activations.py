@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_t2i.families import activations, published
-from rlhf_t2i.families.frozen import freeze
+from rlhf_t2i.families.frozen import freeze_convs
 from tests import tiny
 
 
@@ -19,7 +19,7 @@ def test_the_meta_count_is_what_a_real_backward_needs(train: bool, recompute: bo
     """Tensors that live are those of the count; convolutions on a CPU borrow more while they run, never less."""
     network = tiny.sdxl_unet()
     if not train:
-        freeze(network).to(memory_format=torch.channels_last)
+        freeze_convs(network).to(memory_format=torch.channels_last)
     if recompute:
         network.enable_gradient_checkpointing()
     network.train()

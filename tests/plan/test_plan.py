@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.tools import planning
 from tests import tiny
@@ -51,8 +51,8 @@ def test_parameters_are_the_built_networks(tiny_sdxl: Path, tiny_clip: Path) -> 
 
     recipe = build(tiny_sdxl, tiny_clip)
     plan = planning.make(recipe)
-    models = ModelStore(recipe.models, torch.device("cpu"))
-    assert plan.parts["unet"] == size(models.generator_unet())
+    models = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
+    assert plan.parts["unet"] == size(models.generator_network())
     assert plan.parts["vae"] == size(models.decoder.vae)
     assert plan.parts["text encoders"] == size(models.conditioner)
     assert plan.parts["reward:pickscore"] == size(CLIPModel.from_pretrained(tiny_clip))
@@ -63,7 +63,7 @@ def test_parameters_are_the_built_networks(tiny_sdxl: Path, tiny_clip: Path) -> 
 def test_sd15_has_one_text_encoder(tiny_sd15: Path) -> None:
     recipe = build(tiny_sd15)
     assert planning.make(recipe).parts["text encoders"] == size(
-        ModelStore(recipe.models, torch.device("cpu")).conditioner
+        ModelStore(recipe.models, recipe.student, torch.device("cpu")).conditioner
     )
 
 

@@ -15,8 +15,8 @@ models:
   generator: org/generator@abc
   assistant: ./assistant
   vae: ./vae
-  generator_timestep: 399
-  resolution: 64
+  height: 64
+  width: 64
 data:
   prompts: ./prompts.txt
   column: prompt

@@ -121,8 +121,8 @@ def test_prompt_files(
         ((("models", "generator"), "/etc"), ["/etc"]),
         ((("models", "vae"), "./tiny.yaml"), ["tiny.yaml"]),
         ((("models", "generator"), "./folder.bin"), ["folder.bin"]),
-        ((("models", "generator_timestep"), 999_999), ["generator_timestep"]),
-        ((("models", "resolution"), 17), ["resolution", "multiple"]),
+        ((("student", "timesteps"), [999_999.0]), ["student.timesteps"]),
+        ((("models", "height"), 17), ["height", "multiple"]),
         ((("algorithm", "rewards", 0, "options", "model"), "./nowhere"), ["nowhere"]),
         ((("algorithm", "rewards", 0, "options"), {"modle": "x"}), ["modle", "model"]),
         ((("algorithm", "rewards", 0, "options", "model"), 5), ["pickscore", "model"]),
@@ -258,8 +258,8 @@ def test_any_value_in_a_configuration_is_taken_or_refused_in_a_sentence(
     import torch
 
     from rlhf_t2i.errors import UsageError
-    from rlhf_t2i.families.loading import ModelStore
-    from rlhf_t2i.recipe.schema import Models
+    from rlhf_t2i.families.store import ModelStore
+    from rlhf_t2i.recipe.schema import Models, StudentSettings
 
     folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "pipeline"))
     name = {"scheduler": "scheduler/scheduler_config.json", "index": "model_index.json"}.get(
@@ -267,7 +267,7 @@ def test_any_value_in_a_configuration_is_taken_or_refused_in_a_sentence(
     )
     file = folder / name
     config = json.loads(file.read_text("utf-8"))
-    models = Models(reference=str(folder), generator=str(tiny_sdxl / "unet"), resolution=16)
+    models = Models(reference=str(folder), generator=str(tiny_sdxl / "unet"), height=16, width=16)
 
     @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(key=st.sampled_from(sorted(config)), value=VALUES, drop=st.booleans())
@@ -275,7 +275,7 @@ def test_any_value_in_a_configuration_is_taken_or_refused_in_a_sentence(
         changed = {k: v for k, v in config.items() if k != key} | ({} if drop else {key: value})
         file.write_text(json.dumps(changed), "utf-8")
         try:
-            ModelStore(models, torch.device("cpu")).check()
+            ModelStore(models, StudentSettings(), torch.device("cpu")).check()
         except UsageError as error:
             assert "\n" not in str(error)  # noqa: PT017 - either outcome is legal
 

@@ -82,7 +82,7 @@ def test_misspelled_keys_name_the_nearest(at: tuple[str | int, ...], typo: str, 
         ("a: &x\n  - *x\n", ["itself"]),
         ("steps: *nowhere\n", ["line 1", "YAML"]),
         ("steps: 1\nsteps: 2\n", ["line 2", "steps", "twice"]),
-        ("models:\n  resolution: 1\n  resolution: 2\n", ["line 3", "resolution", "twice"]),
+        ("models:\n  height: 1\n  height: 2\n", ["line 3", "height", "twice"]),
         ("!!python/object/apply:os.system ['true']\n", ["YAML"]),
         ("steps: !!python/name:os.system\n", ["YAML"]),
         ("? [1, 2]\n: 3\n", ["plain words"]),
@@ -220,7 +220,7 @@ def test_any_edit_of_a_valid_recipe(start: int, length: int, insert: str, tmp_pa
     ("change", "word"),
     [
         ((("steps",), "many"), "steps"),
-        ((("models", "resolution"), -1), "resolution"),
+        ((("models", "height"), -1), "height"),
         ((("data",), {}), "data.prompts"),
     ],
 )

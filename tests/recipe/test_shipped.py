@@ -66,7 +66,7 @@ def test_the_papers_values(name: str) -> None:
     assert recipe.models.reference == "stabilityai/stable-diffusion-xl-base-1.0"
     assert recipe.models.generator == "tianweiy/DMD2/dmd2_sdxl_1step_unet_fp16.bin"
     assert recipe.models.assistant is None  # the reference
-    assert (recipe.models.generator_timestep, recipe.models.resolution) == (399, 1024)
+    assert recipe.student.timesteps == [399]
     assert recipe.algorithm.cfg.guidance_scale == 7.5
     assert recipe.optimization.batch_size == 128
     assert Path(recipe.data.prompts).name == "captions_laion_score6.25.txt"

@@ -67,7 +67,7 @@ def test_it_trains_in_a_recipe(environment: Environment, tiny_sdxl: Path, tiny_p
     recipe.write_text(
         f"""
 steps: 2
-models: {{reference: {tiny_sdxl}, generator: {tiny_sdxl}, resolution: 16}}
+models: {{reference: {tiny_sdxl}, generator: {tiny_sdxl}, height: 16, width: 16}}
 data: {{prompts: {tiny_prompts}}}
 algorithm:
   rewards: [{{name: colorfulness, scale: 50, options: {{sign: -1}}}}]

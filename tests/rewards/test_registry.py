@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf_t2i.algorithm import losses
-from rlhf_t2i.algorithm.schedules import NoiseSchedule
+from rlhf_t2i.algorithm.schedules import VPSchedule
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import listing, registry
 
@@ -123,7 +123,7 @@ def test_options_are_typed() -> None:
 
 def test_kl_costs_no_vector_jacobian_product() -> None:
     """The denoisers' backward passes are counted: none for kl, both for the others."""
-    schedule = NoiseSchedule(torch.linspace(0.99, 0.01, 50))
+    schedule = VPSchedule(torch.linspace(0.99, 0.01, 50))
 
     def count(name: str) -> int:
         calls = []

@@ -14,8 +14,8 @@ import yaml
 from rlhf_t2i import cli
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import sampling
-from rlhf_t2i.families import export, sources
-from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins.scaffold import write_package
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
@@ -125,8 +125,7 @@ def test_the_parts_of_a_pipeline_are_plain_names(
     edit(folder / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
     recipe, before = make_recipe(models__reference=str(folder)), tree(tmp_path)
     for refused in (
-        lambda: ModelStore(recipe.models, torch.device("cpu")).check(),
-        lambda: export.write_pipeline(recipe, {}, tmp_path / "out" / "x" / "model"),
+        lambda: ModelStore(recipe.models, recipe.student, torch.device("cpu")).check(),
         lambda: sampling.sample(str(folder), ["a cat"]),
     ):
         with pytest.raises(UsageError, match=r"model_index\.json is damaged: .* is no name of a folder"):

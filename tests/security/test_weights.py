@@ -14,9 +14,9 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import sampling
 from rlhf_t2i.evaluation.features import ClipFeatures
 from rlhf_t2i.families import sources
-from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import registry
-from rlhf_t2i.recipe.schema import Models
+from rlhf_t2i.recipe.schema import Models, StudentSettings
 from tests import tiny
 from tests.security import hostile
 
@@ -31,8 +31,13 @@ def ran(tmp_path: Path) -> Path:
 
 
 def store(reference: Path, **more: str) -> ModelStore:
-    models = {"reference": str(reference), "generator": f"{reference}/unet", "resolution": tiny.RESOLUTION} | more
-    return ModelStore(Models.model_validate(models), CPU)
+    models = {
+        "reference": str(reference),
+        "generator": f"{reference}/unet",
+        "height": tiny.RESOLUTION,
+        "width": tiny.RESOLUTION,
+    } | more
+    return ModelStore(Models.model_validate(models), StudentSettings(), CPU)
 
 
 def refused(caught: pytest.ExceptionInfo[UsageError], ran: Path, *words: str) -> None:
@@ -73,7 +78,7 @@ def test_a_generator_bin_that_would_run_code_is_refused(
     state = torch.load(file, weights_only=True)
     torch.save({**state, "conv_in.weight": hostile.Payload(ran)}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UsageError) as caught:
-        store(tiny_sdxl, generator=str(file)).generator_unet()
+        store(tiny_sdxl, generator=str(file)).generator_network()
     refused(caught, ran, file.name, "not a file of weights")
 
 
@@ -101,9 +106,11 @@ def test_a_pipeline_with_pickled_weights_is_refused(part: str, tiny_sdxl: Path, 
     weights.unlink()
     models = store(folder)
     with pytest.raises(UsageError) as caught:
-        _ = {"unet": models.generator_unet, "vae": lambda: models.decoder, "text_encoder": lambda: models.conditioner}[
-            part
-        ]()
+        _ = {
+            "unet": models.generator_network,
+            "vae": lambda: models.decoder,
+            "text_encoder": lambda: models.conditioner,
+        }[part]()
     refused(caught, ran, f"{folder}/{part}")
     with pytest.raises(UsageError) as caught:
         sampling.sample(str(folder), ["a cat"])

@@ -52,7 +52,7 @@ class Networks:
         worker = self.cluster._worker
         self.theta: nn.Module = worker.roles["learner"].engine.module
         self.psi: nn.Module = worker.roles["assistant"]._engine.module
-        self.ref: nn.Module = worker.roles["reference"]._unet
+        self.ref: nn.Module = worker.roles["reference"]._network
         self.rewards = worker.roles["reward"].role.rewards
         self.store = worker._context.store
         torch.manual_seed(7)
@@ -61,7 +61,9 @@ class Networks:
                 parameter.add_(0.05 * torch.randn_like(parameter))
 
     def noise_prediction(self, network: nn.Module, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        return network(x_t, t, return_dict=False, **conditioning.unet_kwargs(torch.float32))[0]
+        given = conditioning.tensors
+        added = {"text_embeds": given["pooled_prompt_embeds"], "time_ids": given["time_ids"]}
+        return network(x_t, t, given["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.store.schedule.alphas_cumprod[t].float().reshape(-1, 1, 1, 1)

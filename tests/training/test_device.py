@@ -65,7 +65,7 @@ def test_a_run(device: None, make_recipe: MakeRecipe, tmp_path: Path, changes: d
 
 def test_a_run_of_sd15(device: None, make_recipe: MakeRecipe, tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
     rewards = f"[{{name: clip, scale: 1, options: {{model: {tiny_clip}}}}}, {{name: cfg_implicit, scale: 2.0}}]"
-    models = f"{{reference: {tiny_sd15}, generator: {tiny_sd15}/unet, resolution: 16}}"
+    models = f"{{reference: {tiny_sd15}, generator: {tiny_sd15}/unet, height: 16, width: 16}}"
     run.run(make_recipe(models=models, algorithm__rewards=rewards), tmp_path / "out")
     assert len(metrics(tmp_path / "out")) == 3
 

@@ -17,6 +17,7 @@ import torch
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.families import export
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
@@ -187,7 +188,7 @@ def test_a_full_disk_keeps_the_exported_model(make_recipe: MakeRecipe, tmp_path:
     before = model_bytes(out)
     weights = LocalCluster(recipe).call_all("learner", "weights", "raw")[0]
     with no_file_over(100_000), pytest.raises(RunError, match=r"out/model could not be written: .* intact"):
-        export.write_pipeline(recipe, weights, out / "model")
+        export.write_model(ModelStore(recipe.models, recipe.student, torch.device("cpu")), weights, out / "model")
     assert model_bytes(out) == before
     assert not list(out.glob(".writing-*"))
 
@@ -261,7 +262,7 @@ def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe
     roles = cluster._worker.roles
     networks = [
         roles["assistant"]._engine.module,
-        roles["reference"]._unet,
+        roles["reference"]._network,
         *roles["reward"].rewards.values(),
         cluster._worker._context.store.decoder,
     ]
@@ -291,7 +292,11 @@ def test_inner_guidance_of_kl_equals_outer(make_recipe: MakeRecipe) -> None:
         cluster = LocalCluster(
             make_recipe(algorithm__cfg=cfg, algorithm__divergence__name="kl", algorithm__rewards="[]")
         )
-        found.append(cluster.call_all("learner", "gradient_at_x0", "t", x0, ["a red cat"] * 4, keys, {})[0])
+        found.append(
+            cluster.call_all(
+                "learner", "gradient_at_x0", "t", x0, ["a red cat"] * 4, keys, torch.ones(4, dtype=torch.int64), {}
+            )[0]
+        )
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 

@@ -14,10 +14,9 @@ import torch
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import compiling
-from rlhf_t2i.families.loading import ModelStore
-from rlhf_t2i.families.networks import predict
-from rlhf_t2i.recipe.schema import Optimization, Recipe
-from tests.models.test_sampling import store
+from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe.schema import Optimization, Recipe, StudentSettings
+from tests.families.test_sampling import store
 from tests.training.test_distributed import flat, relative, train
 
 MakeRecipe = Callable[..., Recipe]
@@ -58,10 +57,10 @@ def test_generated_code_gives_the_same_prediction(tiny_sdxl: Path) -> None:
     counters.clear()
     found = []
     for compiled in (False, True):
-        models = ModelStore(store(tiny_sdxl).models, torch.device("cpu"), compiled=compiled)
+        models = ModelStore(store(tiny_sdxl).models, StudentSettings(), torch.device("cpu"), compiled=compiled)
         with torch.no_grad():
             condition = models.conditioner.encode(["a cat", "a dog"])
-            found.append(predict(models.reference_unet(), x_t, t, condition, torch.float32))
+            found.append(models.predict(models.reference_network(), x_t, t, condition))
     assert counters["stats"]["unique_graphs"] > 1
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
@@ -83,7 +82,7 @@ def recomputing(cluster: LocalCluster) -> set[str]:
     unets: dict[str, Any] = {
         "learner": roles["learner"].engine.module,
         "assistant": roles["assistant"]._engine.module,
-        "reference": roles["reference"]._unet,
+        "reference": roles["reference"]._network,
     }
     found = {role for role, unet in unets.items() if unet.is_gradient_checkpointing}
     decoder = cluster._worker._context.store.decoder.vae.decoder

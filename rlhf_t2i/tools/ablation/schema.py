@@ -161,7 +161,8 @@ def evaluation(ablation: Ablation, row: Row, recipe: Recipe, run: Path) -> Setti
     )
     if taken:
         raise UsageError(f"evaluation: {taken!r} comes from the rows; remove it")
-    values |= {"timestep": recipe.models.generator_timestep, "resolution": recipe.models.resolution}
+    taus = recipe.student.timesteps or [399]
+    values |= {"timestep": int(taus[0]), "resolution": recipe.models.height}
     if row.train:
         return evaluation_settings.build(values | {"model": str(run)})
     return evaluation_settings.build(values | {"model": recipe.models.generator, "base": recipe.models.reference})

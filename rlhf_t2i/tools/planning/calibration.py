@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import flops
 from rlhf_t2i.families.compiling import compile_blocks
-from rlhf_t2i.families.frozen import freeze
-from rlhf_t2i.families.networks import DTYPES
+from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.families.published import build_on_meta, unet_inputs
+from rlhf_t2i.families.store import DTYPES
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning.devices import Rates
 from rlhf_t2i.tools.planning.networks import Networks
@@ -62,9 +62,9 @@ class _Block:
         """Model FLOPs a second of a forward and backward, trained or frozen."""
         module = _filled(nn.Module.to(self.module, dtype), device).train(train).requires_grad_(train)
         if not train:
-            freeze(module)
+            freeze_convs(module)
         if compiled:
-            compile_blocks(module)
+            compile_blocks(module, ("ResnetBlock2D", "BasicTransformerBlock"))
         args = _on(self._args, device, dtype)
         kwargs = _on(self._kwargs, device, dtype)
 

@@ -24,8 +24,12 @@ class Networks:
         self.unet = self._config("unet")
         self.text = [c for c in (self._config("text_encoder"), self._config("text_encoder_2", optional=True)) if c]
         self.vae = self._vae(recipe)
-        self.latents = self._latents(recipe.models.resolution)
+        self.latents = self._latents(recipe.models.height or self._native())
         self.rewards = self._rewards(recipe)
+
+    def _native(self) -> int:
+        levels = (self.vae or {}).get("block_out_channels") or [0] * 4
+        return int((self.unet or {}).get("sample_size") or 128) * 2 ** (len(levels) - 1)
 
     def _config(self, part: str, optional: bool = False) -> Config | None:
         file = f"{part}/config.json"
@@ -61,7 +65,7 @@ class Networks:
         levels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or [0] * 4
         factor = 2 ** (len(levels) - 1)
         if resolution % factor:
-            raise UsageError(f"models.resolution: {resolution} is not a multiple of the VAE's {factor}")
+            raise UsageError(f"models.height: {resolution} is not a multiple of the VAE's {factor}")
         return channels, resolution // factor, resolution // factor
 
     def _rewards(self, recipe: Recipe) -> dict[str, Footprint | None]:

@@ -15,7 +15,7 @@ from torch import nn
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
 from tests import tiny
-from tests.models.test_sampling import store
+from tests.families.test_sampling import store
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -37,7 +37,7 @@ def test_every_part_loads(make: Callable[..., Path], tmp_path: Path) -> None:
     models = store(make(tmp_path))
     assert models.latent_shape == tiny.LATENTS
     assert len(models.schedule) == 1000
-    reference, assistant, generator = models.reference_unet(), models.assistant_unet(), models.generator_unet()
+    reference, assistant, generator = models.reference_network(), models.assistant_network(), models.generator_network()
     same_weights(reference, assistant)
     same_weights(reference, generator)
     assert not any(p.requires_grad for p in reference.parameters())
@@ -50,26 +50,26 @@ def test_every_part_loads(make: Callable[..., Path], tmp_path: Path) -> None:
 def test_fp16_variant_alone(make: Callable[..., Path], tmp_path: Path) -> None:
     full, half = store(make(tmp_path / "full")), store(make(tmp_path / "half", variant="fp16"))
     assert not list((tmp_path / "half").rglob("diffusion_pytorch_model.safetensors"))
-    same_weights(full.generator_unet(), half.generator_unet(), atol=1e-3)
+    same_weights(full.generator_network(), half.generator_network(), atol=1e-3)
     same_weights(full.decoder, half.decoder, atol=1e-3)
     same_weights(full.conditioner, half.conditioner, atol=1e-3)
     # Trained in float32 whatever the file holds.
-    assert {p.dtype for p in half.generator_unet().parameters()} == {torch.float32}
+    assert {p.dtype for p in half.generator_network().parameters()} == {torch.float32}
 
 
 def test_sharded_safetensors(tmp_path: Path) -> None:
     whole, shards = tiny.make_sdxl(tmp_path / "one"), tiny.make_sdxl(tmp_path / "many", max_shard_size="100KB")
     assert len(list((shards / "unet").glob("*.safetensors"))) > 2
-    same_weights(store(whole).generator_unet(), store(shards).generator_unet())
+    same_weights(store(whole).generator_network(), store(shards).generator_network())
     fp16 = tiny.make_sdxl(tmp_path / "fp16", variant="fp16", max_shard_size="60KB")
     assert len(list((fp16 / "unet").glob("*.fp16*.safetensors"))) > 2
-    same_weights(store(whole).generator_unet(), store(fp16).generator_unet(), atol=1e-3)
+    same_weights(store(whole).generator_network(), store(fp16).generator_network(), atol=1e-3)
 
 
 def test_dmd2_bin_loads_strictly(tiny_sdxl: Path, tmp_path: Path) -> None:
     """A bare half-precision state dict with diffusers' key names and no configuration."""
     file = tiny.make_generator_bin(tiny_sdxl, tmp_path / "dmd2_sdxl_1step_unet_fp16.bin", seed=5)
-    unet = store(tiny_sdxl, generator=str(file)).generator_unet()
+    unet = store(tiny_sdxl, generator=str(file)).generator_network()
     state = torch.load(file, weights_only=True)
     assert set(unet.state_dict()) == set(state)
     torch.testing.assert_close(unet.state_dict()["conv_in.weight"], state["conv_in.weight"].float())
@@ -77,10 +77,10 @@ def test_dmd2_bin_loads_strictly(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert not any(p.is_meta for p in unet.parameters())
     old = tmp_path / "old_format.bin"
     torch.save(state, old, _use_new_zipfile_serialization=False)
-    same_weights(store(tiny_sdxl, generator=str(old)).generator_unet(), unet)
+    same_weights(store(tiny_sdxl, generator=str(old)).generator_network(), unet)
     safe = tmp_path / "unet.safetensors"
     save_file(state, safe)
-    same_weights(store(tiny_sdxl, generator=str(safe)).generator_unet(), unet)
+    same_weights(store(tiny_sdxl, generator=str(safe)).generator_network(), unet)
 
 
 class Payload:
@@ -99,21 +99,23 @@ def test_bad_bins_are_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
         ("missing", missing, "conv_in.weight"),
         ("extra", extra, "cls_pred_branch"),
         ("reshaped", reshaped, "conv_in.weight"),
-        ("wrapped", {"state_dict": state}, "does not fit"),
-        ("list", [1, 2], "does not fit"),
+        ("wrapped", {"state_dict": state}, "holds no state dict"),
+        ("list", [1, 2], "holds no state dict"),
+        ("lora", {"unet.down.lora_A.weight": torch.zeros(2, 2)}, "fuse it into its base"),
+        ("single", {"model.diffusion_model.out.0.weight": torch.zeros(2)}, "from_single_file"),
         ("pickle", {"x": Payload()}, "damaged or not a file of weights"),
     ]:
         file = tmp_path / f"{name}.bin"
         torch.save(content, file)
         with pytest.raises(UsageError, match=reason) as caught:
-            store(tiny_sdxl, generator=str(file)).generator_unet()
+            store(tiny_sdxl, generator=str(file)).generator_network()
         assert file.name in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not Path("/tmp/rlhf_t2i_payload").exists()
     cut = tmp_path / "cut.bin"
     cut.write_bytes((tmp_path / "good.bin").read_bytes()[:1000])
     with pytest.raises(UsageError, match=r"cut\.bin is damaged"):
-        store(tiny_sdxl, generator=str(cut)).generator_unet()
+        store(tiny_sdxl, generator=str(cut)).generator_network()
 
 
 def test_published_tokenizer_layout(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -127,11 +129,13 @@ def test_published_tokenizer_layout(tiny_sdxl: Path, tmp_path: Path) -> None:
         (folder / name / "tokenizer.json").unlink()
     ours, theirs = store(folder).conditioner, store(tiny_sdxl).conditioner
     prompts = ["a red cat, smiling", "Ünïcode ✓"]
-    torch.testing.assert_close(ours.encode(prompts).prompt_embeds, theirs.encode(prompts).prompt_embeds)
+    torch.testing.assert_close(
+        ours.encode(prompts).tensors["prompt_embeds"], theirs.encode(prompts).tensors["prompt_embeds"]
+    )
 
 
 PARTS = {
-    "unet": lambda models: models.generator_unet(),
+    "unet": lambda models: models.generator_network(),
     "vae": lambda models: models.decoder,
     "text_encoder": lambda models: models.conditioner,
     "text_encoder_2": lambda models: models.conditioner,
@@ -191,14 +195,47 @@ def test_foreign_folders_are_refused(tiny_sdxl: Path, tiny_sd15: Path, tiny_clip
     with pytest.raises(UsageError, match=r"no unet/config\.json|no vae/config\.json|model_index\.json"):
         _ = store(tiny_clip).conditioner
     with pytest.raises(UsageError, match=r"cannot be loaded|is missing"):
-        store(tiny_sdxl, generator=str(tiny_clip)).generator_unet()
-    with pytest.raises(UsageError, match="not of one family"):
-        store(tiny_sdxl, generator=str(tiny_sd15)).generator_unet()
+        store(tiny_sdxl, generator=str(tiny_clip)).generator_network()
+    with pytest.raises(UsageError, match="not of one structure"):
+        store(tiny_sdxl, generator=str(tiny_sd15)).check()
     with pytest.raises(UsageError, match=r"model_index\.json"):
-        _ = store(tmp_path).index
+        _ = store(tmp_path).family
     (tmp_path / "model_index.json").write_text("[1, 2]")
     with pytest.raises(UsageError, match="not a JSON object"):
-        _ = store(tmp_path).index
+        _ = store(tmp_path).family
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline\x1b[31m"}))
+    with pytest.raises(UsageError, match=r"'KandinskyPipeline\\x1b\[31m' is no pipeline.*; known: sd15 .*, sdxl"):
+        _ = store(tmp_path).family
+
+
+@pytest.mark.parametrize("key", ["attention_head_dim", "layers_per_block", "transformer_layers_per_block"])
+def test_a_generator_of_another_structure_is_refused(key: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Also where its weights have the reference's shapes: it would be exported with the wrong configuration."""
+    folder = copy(tiny_sdxl / "unet", tmp_path / "unet")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    changed = {"attention_head_dim": 2, "layers_per_block": 3, "transformer_layers_per_block": 4}[key]
+    (folder / "config.json").write_text(json.dumps({**config, key: changed}), "utf-8")
+    for role in ("generator", "assistant"):
+        with pytest.raises(UsageError, match=rf"models\.{role}: .* has {key} {changed}, the reference's"):
+            store(tiny_sdxl, **{role: str(folder)}).check()
+
+
+def test_a_decoder_for_other_latents_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    config = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+    for change, words in (({"latent_channels": 16}, "16 channels"), ({"scaling_factor": "x"}, "scaling_factor")):
+        (folder / "vae" / "config.json").write_text(json.dumps({**config, **change}), "utf-8")
+        with pytest.raises(UsageError, match=words):
+            store(folder).check()
+
+
+def test_an_incomplete_pipeline_is_refused_before_training(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(UsageError, match="names feature_extractor, but that folder is missing"):
+        store(folder).check()
 
 
 def test_a_foreign_tokenizer_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -209,7 +246,7 @@ def test_a_foreign_tokenizer_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None
 
 def test_resolution_must_fit_the_vae(tiny_sdxl: Path) -> None:
     with pytest.raises(UsageError, match="17 is not a multiple of the VAE's 2"):
-        _ = store(tiny_sdxl, resolution=17).latent_shape
+        _ = store(tiny_sdxl, height=17).latent_shape
 
 
 def test_unsupported_schedulers_name_the_file(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -219,7 +256,6 @@ def test_unsupported_schedulers_name_the_file(tiny_sdxl: Path, tmp_path: Path) -
     for change, word in [
         ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
         ({"prediction_type": "flow"}, "flow"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"beta_start": "low"}, "scheduler_config.json"),
     ]:
         file.write_text(json.dumps({**config, **change}), "utf-8")

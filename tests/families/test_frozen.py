@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.families.frozen import FrozenConv2d, freeze
+from rlhf_t2i.families.frozen import FrozenConv2d, freeze_convs
 
 
 def network() -> nn.Module:
@@ -23,7 +23,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_are_the_same(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
     plain = network().to(dtype=dtype, memory_format=memory_format).requires_grad_(False)
-    frozen = freeze(copy.deepcopy(plain))
+    frozen = freeze_convs(copy.deepcopy(plain))
     assert sum(isinstance(module, FrozenConv2d) for module in frozen) == 4
     assert plain.state_dict().keys() == frozen.state_dict().keys()
     x = torch.randn(2, 4, 16, 16).to(dtype=dtype, memory_format=memory_format)
@@ -38,7 +38,7 @@ def test_outputs_and_gradients_are_the_same(memory_format: torch.memory_format, 
 
 def test_inputs_of_convolutions_are_not_kept() -> None:
     """The SiLUs keep their inputs; a plain convolution would keep their outputs besides."""
-    net = freeze(network())
+    net = freeze_convs(network())
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     kept: list[Tensor] = []
 

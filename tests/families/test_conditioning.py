@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from rlhf_t2i.families.conditioning import Conditioner
+from rlhf_t2i.families.base import Conditioner
 from tests import tiny
-from tests.models.test_sampling import store
+from tests.families.test_sampling import store
 
 PROMPTS = ["a red cat, smiling", "", "dog " * 100, "Ünïcode ✓ 🦊"]
 
@@ -28,17 +28,16 @@ def test_sdxl_equals_encode_prompt(xl: tuple[StableDiffusionXLPipeline, Conditio
             PROMPTS, device="cpu", do_classifier_free_guidance=True
         )
     cond, uncond = conditioner.encode(PROMPTS), conditioner.unconditional(len(PROMPTS))
-    torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=0, atol=1e-6)
-    torch.testing.assert_close(cond.pooled, pooled, rtol=0, atol=1e-6)
-    assert cond.prompt_embeds.shape == (4, 77, 2 * tiny.WIDTH)
+    torch.testing.assert_close(cond.tensors["prompt_embeds"], embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cond.tensors["pooled_prompt_embeds"], pooled, rtol=0, atol=1e-6)
+    assert cond.tensors["prompt_embeds"].shape == (4, 77, 2 * tiny.WIDTH)
     # Prompts must matter, or the comparison shows nothing.
-    assert (cond.prompt_embeds[0] - cond.prompt_embeds[1]).abs().max() > 0.01
+    assert (cond.tensors["prompt_embeds"][0] - cond.tensors["prompt_embeds"][1]).abs().max() > 0.01
     # The unconditional branch: zeros, and what diffusers' own is.
-    assert uncond.pooled is not None
-    assert not uncond.prompt_embeds.any()
-    assert not uncond.pooled.any()
-    torch.testing.assert_close(uncond.prompt_embeds, negative)
-    torch.testing.assert_close(uncond.pooled, negative_pooled)
+    assert not uncond.tensors["prompt_embeds"].any()
+    assert not uncond.tensors["pooled_prompt_embeds"].any()
+    torch.testing.assert_close(uncond.tensors["prompt_embeds"], negative)
+    torch.testing.assert_close(uncond.tensors["pooled_prompt_embeds"], negative_pooled)
 
 
 def test_sdxl_takes_penultimate_hidden_states_and_two_tokenizers(
@@ -56,19 +55,22 @@ def test_sdxl_takes_penultimate_hidden_states_and_two_tokenizers(
     with torch.no_grad():
         first = pipeline.text_encoder(ids[0], output_hidden_states=True)
         second = pipeline.text_encoder_2(ids[1], output_hidden_states=True)
-    torch.testing.assert_close(cond.prompt_embeds[..., : tiny.WIDTH], first.hidden_states[-2], rtol=0, atol=1e-6)
-    torch.testing.assert_close(cond.prompt_embeds[..., tiny.WIDTH :], second.hidden_states[-2], rtol=0, atol=1e-6)
-    torch.testing.assert_close(cond.pooled, second.text_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        cond.tensors["prompt_embeds"][..., : tiny.WIDTH], first.hidden_states[-2], rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        cond.tensors["prompt_embeds"][..., tiny.WIDTH :], second.hidden_states[-2], rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(cond.tensors["pooled_prompt_embeds"], second.text_embeds, rtol=0, atol=1e-6)
     last = first.last_hidden_state
-    assert (cond.prompt_embeds[..., : tiny.WIDTH] - last).abs().max() > 0.01
+    assert (cond.tensors["prompt_embeds"][..., : tiny.WIDTH] - last).abs().max() > 0.01
 
 
 def test_time_ids_are_size_crop_and_target(xl: tuple[StableDiffusionXLPipeline, Conditioner]) -> None:
     _, conditioner = xl
     row = torch.tensor([16.0, 16.0, 0.0, 0.0, 16.0, 16.0])
     for cond in (conditioner.encode(PROMPTS), conditioner.unconditional(4)):
-        assert cond.time_ids is not None
-        torch.testing.assert_close(cond.time_ids, row.expand(4, -1))
+        torch.testing.assert_close(cond.tensors["time_ids"], row.expand(4, -1))
 
 
 def test_sd15_equals_encode_prompt(tiny_sd15: Path) -> None:
@@ -82,32 +84,34 @@ def test_sd15_equals_encode_prompt(tiny_sd15: Path) -> None:
         norm = pipeline.text_encoder.final_layer_norm
         last, skipped = norm(hidden[-1]), norm(hidden[-2])
     cond, uncond = conditioner.encode(PROMPTS), conditioner.unconditional(len(PROMPTS))
-    torch.testing.assert_close(cond.prompt_embeds, embeds, rtol=0, atol=1e-6)
-    torch.testing.assert_close(uncond.prompt_embeds, negative, rtol=0, atol=1e-6)
-    assert uncond.prompt_embeds.any()
+    torch.testing.assert_close(cond.tensors["prompt_embeds"], embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(uncond.tensors["prompt_embeds"], negative, rtol=0, atol=1e-6)
+    assert uncond.tensors["prompt_embeds"].any()
     # diffusers' clip_skip=None is the last layer behind the final norm; clip_skip=1, the penultimate, is not what
     # SD1.5 was trained with.
-    torch.testing.assert_close(cond.prompt_embeds, last, rtol=0, atol=1e-6)
-    assert (cond.prompt_embeds - skipped).abs().max() > 0.01
-    assert cond.pooled is None
-    assert cond.time_ids is None
-    assert "added_cond_kwargs" not in cond.unet_kwargs(torch.float32)
+    torch.testing.assert_close(cond.tensors["prompt_embeds"], last, rtol=0, atol=1e-6)
+    assert (cond.tensors["prompt_embeds"] - skipped).abs().max() > 0.01
+    assert set(cond.tensors) == {"prompt_embeds"}
 
 
 def test_the_cache_changes_nothing(tiny_sdxl: Path) -> None:
     conditioner = store(tiny_sdxl).conditioner
     fresh = conditioner.encode(PROMPTS)
     again = conditioner.encode([PROMPTS[2], PROMPTS[0], PROMPTS[2]])
-    torch.testing.assert_close(again.prompt_embeds, fresh.prompt_embeds[[2, 0, 2]], rtol=0, atol=0)
-    assert fresh.pooled is not None
-    torch.testing.assert_close(again.pooled, fresh.pooled[[2, 0, 2]], rtol=0, atol=0)
-    small = Conditioner(conditioner._tokenizers, list(conditioner.encoders), 16, True, cache_size=2)
+    torch.testing.assert_close(
+        again.tensors["prompt_embeds"], fresh.tensors["prompt_embeds"][[2, 0, 2]], rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        again.tensors["pooled_prompt_embeds"], fresh.tensors["pooled_prompt_embeds"][[2, 0, 2]], rtol=0, atol=0
+    )
+    small = store(tiny_sdxl).conditioner
+    small._cache_size = 2
     for batch in (PROMPTS[:2], PROMPTS[1:], PROMPTS):
-        expected = fresh.prompt_embeds[[PROMPTS.index(p) for p in batch]]
-        torch.testing.assert_close(small.encode(batch).prompt_embeds, expected, rtol=0, atol=1e-6)
+        expected = fresh.tensors["prompt_embeds"][[PROMPTS.index(p) for p in batch]]
+        torch.testing.assert_close(small.encode(batch).tensors["prompt_embeds"], expected, rtol=0, atol=1e-6)
 
 
 def test_encoders_are_frozen(tiny_sdxl: Path) -> None:
     conditioner = store(tiny_sdxl).conditioner
     assert not any(p.requires_grad for p in conditioner.parameters())
-    assert not conditioner.encode(PROMPTS).prompt_embeds.requires_grad
+    assert not conditioner.encode(PROMPTS).tensors["prompt_embeds"].requires_grad

@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import snapshot, sources
-from rlhf_t2i.recipe.schema import Models, Recipe
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import run
 
 PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
@@ -52,16 +52,16 @@ def test_the_files_that_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch
         asked[f"{name}@{revision}"] = set(found)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    snapshot.fetch(Models(reference=f"tiny/sdxl@{cache.name}", generator="tiny/sdxl"))
+    snapshot.fetch(sources.parse(f"tiny/sdxl@{cache.name}"), "unet", None)
     assert asked == {f"tiny/sdxl@{cache.name}": set(NEEDED)}
 
 
 def test_without_the_hub_its_cache_will_do_and_nothing_else(cache: Path) -> None:
     source = sources.parse(f"tiny/sdxl@{cache.name}")
-    snapshot.fetch(Models(reference=f"tiny/sdxl@{cache.name}", generator="tiny/sdxl"))
+    snapshot.fetch(sources.parse(f"tiny/sdxl@{cache.name}"), "unet", None)
     assert snapshot.pipeline_folder(source) == cache
     with pytest.raises(UsageError, match="tiny/decoder cannot be read from the hub"):
-        snapshot.fetch(Models(reference=f"tiny/sdxl@{cache.name}", generator="tiny/sdxl", vae="tiny/decoder"))
+        snapshot.fetch(source, "unet", sources.parse("tiny/decoder"))
 
 
 def test_a_run_fetches_before_it_writes(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tests.models.test_sampling import store
+from tests.families.test_sampling import store
 
 
 def test_slicing_decodes_the_same_pictures_and_tiling_nearly(tiny_sdxl: Path) -> None:

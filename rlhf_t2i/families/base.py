@@ -1,0 +1,276 @@
+"""What a model family is: everything about a network that the training loop must not know (docs/extending.md).
+
+A :class:`Family` is bound to the reference's folder or hub id. It says how prompts become conditioning, what latents
+look like, how the network is called and what it predicts, how latents are decoded, and what an export contains.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.algorithm.schedules import Schedule
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.sources import ModelRef
+
+if TYPE_CHECKING:
+    from rlhf_t2i.algorithm.student import Student
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a network is told about a batch besides ``x_t`` and the time: named tensors, each [B, ...].
+
+    Prompts of different lengths are padded and travel with a mask among the tensors.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, samples: Tensor | slice) -> Conditioning:
+        """The conditioning of some samples, by position or slice."""
+        return Conditioning({name: tensor[samples] for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One batch after the other."""
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Conditioner(nn.Module, ABC):
+    """Encodes prompts with frozen text encoders; each distinct prompt once.
+
+    Subclasses register their encoders as modules and define :meth:`encode_one` and :meth:`unconditional_row`.
+
+    Args:
+        cache_size: Distinct prompts kept.
+    """
+
+    def __init__(self, cache_size: int = 4096) -> None:
+        super().__init__()
+        self._cache_size = cache_size
+        self._cache: dict[str, dict[str, Tensor]] = {}
+
+    @abstractmethod
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
+        """The row of one prompt, by name; float32 tensors on the encoders' device."""
+
+    @abstractmethod
+    def unconditional_row(self) -> dict[str, Tensor]:
+        """The row of the unconditional branch of classifier-free guidance."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of B prompts."""
+        self._fill_cache(prompts)
+        return _stack([self._cache[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def unconditional(self, batch: int) -> Conditioning:
+        """The conditioning of B samples without their prompts."""
+        row = self.unconditional_row()
+        return Conditioning({name: tensor.expand(batch, *tensor.shape) for name, tensor in row.items()})
+
+    @torch.no_grad()
+    def _fill_cache(self, prompts: Sequence[str]) -> None:
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._cache]
+        if len(self._cache) + len(missing) > self._cache_size:
+            self._cache.clear()
+            missing = list(dict.fromkeys(prompts))
+        # One at a time: in a batch the last bits of an embedding depend on the batch's size, and so on which prompts
+        # happened to be cached; a resumed run would then differ from an uninterrupted one.
+        for prompt in missing:
+            self._cache[prompt] = self.encode_one(prompt)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Conditioner:
+        # A move to another device or dtype makes cached embeddings stale.
+        self._cache.clear()
+        return super()._apply(fn, recurse)
+
+
+def _stack(rows: Sequence[dict[str, Tensor]]) -> Conditioning:
+    return Conditioning({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+class Decoder(nn.Module, ABC):
+    """Latents [B, C, h, w] to images [B, 3, H, W] in [0, 1]."""
+
+    block_names: ClassVar[tuple[str, ...]] = ()
+    """Class names of the repeated blocks that ``optimization.compile`` compiles one by one."""
+
+    def limit_memory(self, slicing: bool, tiling: bool) -> None:
+        """Decode image by image, or tile by tile (``models.vae_slicing``, ``models.vae_tiling``)."""
+        if slicing or tiling:
+            raise UsageError("models.vae_slicing, models.vae_tiling: this family's decoder has neither")
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of images in [0, 1], the posterior's mean; for features of images."""
+        raise NotImplementedError(f"{type(self).__name__} cannot encode images")
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1], float32; gradients flow."""
+
+
+class Family(ABC):
+    """One kind of text-to-image model, bound to the folder or hub id of a reference.
+
+    Args:
+        reference: The reference.
+        index: Its model_index.json.
+    """
+
+    name: ClassVar[str]
+    """The family's name, as it is registered under ``rlhf_t2i.families``."""
+    pipelines: ClassVar[tuple[str, ...]]
+    """``_class_name`` of the model_index.json files that it reads."""
+    network_part: ClassVar[str]
+    """The folder of the denoising network in a pipeline."""
+    block_names: ClassVar[tuple[str, ...]] = ()
+    """Class names of the repeated blocks that ``optimization.compile`` compiles one by one."""
+    adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the linear layers that take LoRA by default."""
+
+    def __init__(self, reference: ModelRef, index: Mapping[str, Any]) -> None:
+        self.reference, self.index = reference, dict(index)
+
+    # -- configuration: reads JSON files, no weights ------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def network_config(self) -> Config:
+        """The configuration of the reference's network; generator and assistant share its structure."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse a damaged or foreign folder before anything heavy starts.
+
+        Raises:
+            UsageError: One sentence naming the folder or file.
+        """
+
+    @abstractmethod
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels for which the reference was trained."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of one sample's latents.
+
+        Raises:
+            UsageError: The size is no multiple of the decoder's factor, or a configuration is damaged.
+        """
+
+    @abstractmethod
+    def schedule(self, height: int, width: int) -> Schedule:
+        """The noise schedule, which may depend on the image size."""
+
+    @abstractmethod
+    def default_timesteps(self, steps: int) -> tuple[float, ...]:
+        """The K timesteps that the exported pipeline runs in ``num_inference_steps=K``, in thousandths."""
+
+    @abstractmethod
+    def check_structure(self, source: ModelRef, what: str) -> None:
+        """Refuse a network that is not of the reference's structure, without reading its weights.
+
+        Args:
+            source: A generator or assistant.
+            what: Its key in the recipe.
+
+        Raises:
+            UsageError: Names the first difference.
+        """
+
+    @abstractmethod
+    def check_decoder(self, source: ModelRef | None) -> None:
+        """Refuse a decoder for other latents; ``None`` is the reference's own.
+
+        Raises:
+            UsageError: One sentence naming the folder.
+        """
+
+    # -- networks ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """The network of :attr:`network_config` without memory, on the meta device."""
+
+    @abstractmethod
+    def build_decoder(self, source: ModelRef | None = None) -> Decoder:
+        """The decoder of :meth:`load_decoder` without memory, on the meta device."""
+
+    @abstractmethod
+    def build_text_encoders(self) -> nn.Module:
+        """The text encoders of :meth:`load_conditioner` without memory, on the meta device."""
+
+    @abstractmethod
+    def load_network(self, source: ModelRef | None = None) -> nn.Module:
+        """A network with its weights, on the CPU: the reference's, or one of the same structure.
+
+        Raises:
+            UsageError: Missing, damaged, or of another structure.
+        """
+
+    @abstractmethod
+    def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
+        """The frozen text encoders in a dtype, on the CPU."""
+
+    @abstractmethod
+    def load_decoder(self, source: ModelRef | None = None) -> Decoder:
+        """The frozen decoder in float32, on the CPU: the reference's, or another one for the same latents."""
+
+    @abstractmethod
+    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Call the network and return its raw output [B, C, h, w].
+
+        Args:
+            network: The network, or the training engine that wraps it.
+            x_t: [B, C, h, w] in the dtype of the network's weights.
+            time: The schedule's :meth:`~rlhf_t2i.algorithm.schedules.Schedule.network_time` [B].
+            cond: The conditioning of the batch, on the same device.
+        """
+
+    @abstractmethod
+    def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
+        """Uninitialized conditioning of the right shapes on torch's current default device, for planning."""
+
+    def enable_checkpointing(self, network: nn.Module) -> None:
+        """Recompute the network's activations in the backward pass; in place."""
+        module: Any = network
+        module.enable_gradient_checkpointing()
+        # diffusers recomputes in training mode only; its denoisers have no dropout or batch norm to wake.
+        module.train()
+
+    # -- export -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_export(self, student: Student, vae: ModelRef | None) -> None:
+        """Check before training that an export can be written; fetch what it will copy from the hub.
+
+        Raises:
+            UsageError: A part is missing, or no scheduler of the pipeline draws the student's steps.
+        """
+
+    @abstractmethod
+    def export(
+        self, folder: Path, weights: Mapping[str, Tensor], student: Student, dtype: torch.dtype, vae: ModelRef | None
+    ) -> None:
+        """Write a folder that plain diffusers draws with ``num_inference_steps=K`` and no guidance.
+
+        Args:
+            folder: An empty folder.
+            weights: The network's state dict.
+            student: The generator's steps.
+            dtype: Of the stored network.
+            vae: The decoder that takes the reference's place.
+        """

@@ -1,0 +1,201 @@
+"""The networks of a run, each loaded once per process and shared by the roles in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.algorithm.schedules import Schedule
+from rlhf_t2i.algorithm.student import Noise, Student
+from rlhf_t2i.algorithm.timesteps import TimestepLaw
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families import registry, sources
+from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family
+from rlhf_t2i.families.compiling import compile_blocks
+from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.recipe.schema import Models, StudentSettings, Timesteps
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ModelStore:
+    """The networks that a recipe names, loaded on first use.
+
+    Args:
+        models: The recipe's ``models`` section.
+        student: Its ``student`` section.
+        device: Where the networks live.
+        precision: ``fp32`` or ``bf16``: the dtype of frozen networks and of computation. Trained weights are float32.
+        compiled: Whether networks and decoder are compiled when they first run.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        student: StudentSettings,
+        device: torch.device,
+        precision: str = "fp32",
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.models, self.device, self.dtype = models, device, DTYPES[precision]
+        self._student, self._compiled = student, compiled
+
+    def check(self) -> None:
+        """Read every configuration, but no weights: refuse what is missing or foreign before anything starts.
+
+        Raises:
+            UsageError: One sentence naming the folder or file.
+        """
+        vae = self.vae
+        self.family.check()
+        self.family.check_decoder(vae)
+        _ = self.latent_shape, self.schedule
+        for key in ("generator", "assistant"):
+            text = getattr(self.models, key)
+            if text is not None:
+                self.family.check_structure(sources.parse(text), f"models.{key}")
+        self.family.check_export(self.student, vae)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of the reference."""
+        return registry.find(sources.parse(self.models.reference))
+
+    @cached_property
+    def vae(self) -> sources.ModelRef | None:
+        """The decoder that takes the reference's place, if the recipe names one."""
+        return None if self.models.vae is None else sources.parse(self.models.vae)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        height, width = self.family.native_size()
+        return self.models.height or height, self.models.width or width
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one sample's latents."""
+        return self.family.latent_shape(*self.size)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The noise schedule of the reference."""
+        return self.family.schedule(*self.size)
+
+    @cached_property
+    def student(self) -> Student:
+        """How the generator is called.
+
+        Raises:
+            UsageError: A timestep at which the network's prediction gives no image.
+        """
+        settings, schedule = self._student, self.schedule
+        taus = settings.timesteps or self.family.default_timesteps(settings.steps)
+        outside = next((tau for tau in taus if not schedule.first <= tau <= schedule.last), None)
+        if outside is not None:
+            raise UsageError(
+                f"student.timesteps: {outside:g} is outside the reference's {schedule.first:g} to {schedule.last:g}"
+            )
+        return Student(schedule, tuple(taus), settings.transition, settings.input)
+
+    def timestep_range(self, timesteps: Timesteps, role: Literal["generator", "assistant"]) -> tuple[float, float]:
+        """(first, last) of a role's training timesteps: the recipe's, or the schedule's own.
+
+        Raises:
+            UsageError: A timestep outside the schedule.
+        """
+        chosen = getattr(timesteps, role)
+        if chosen is None:
+            return self.schedule.training_range(role)
+        first, last = chosen
+        if first < self.schedule.first or last > self.schedule.last:
+            raise UsageError(
+                f"algorithm.timesteps.{role}: [{first:g}, {last:g}] is not within the reference's "
+                f"{self.schedule.first:g} to {self.schedule.last:g}"
+            )
+        return first, last
+
+    def timestep_law(self, timesteps: Timesteps) -> TimestepLaw | None:
+        """The distribution of training timesteps; None for the schedule's own."""
+        if timesteps.law is None:
+            return None
+        shift = timesteps.shift or self.schedule.default_law().shift
+        return TimestepLaw(timesteps.law, shift, timesteps.mean, timesteps.std)
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """The frozen text encoders of the reference."""
+        return self.family.load_conditioner(self.dtype, *self.size).to(self.device)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The frozen decoder, in the dtype of ``models.vae_precision``: SDXL's overflows float16."""
+        decoder = self.family.load_decoder(self.vae)
+        decoder.limit_memory(self.models.vae_slicing, self.models.vae_tiling)
+        if self._compiled:
+            compile_blocks(decoder, decoder.block_names)
+        return decoder.to(self.device, DTYPES[self.models.vae_precision], memory_format=torch.channels_last)
+
+    def reference_network(self) -> nn.Module:
+        """A frozen copy of the reference's network, in the compute dtype."""
+        network = self._network(None).to(self.device, self.dtype, memory_format=torch.channels_last)
+        return freeze_convs(network)
+
+    def assistant_network(self) -> nn.Module:
+        """The assistant's network in float32, to be trained; it starts from the reference unless the recipe says."""
+        text = self.models.assistant
+        return self._network(None if text is None else sources.parse(text)).float().to(self.device)
+
+    def generator_network(self) -> nn.Module:
+        """The generator's network in float32, to be trained or sampled."""
+        return self._network(sources.parse(self.models.generator)).float().to(self.device)
+
+    def _network(self, source: sources.ModelRef | None) -> nn.Module:
+        network = self.family.load_network(source)
+        if self._compiled:
+            compile_blocks(network, self.family.block_names)
+        return network
+
+    def generate(self, network: Any, prompts: Sequence[str], noise: Noise, depths: Tensor | None = None) -> Tensor:
+        """The generator's ``x_0`` [B, C, h, w] in float32.
+
+        Args:
+            network: The generator's network, or the training engine that wraps it.
+            prompts: B prompts.
+            noise: See :data:`rlhf_t2i.algorithm.student.Noise`.
+            depths: The step at which each sample ends [B] (training); all K steps when None.
+        """
+        cond = self.conditioner.encode(prompts)
+
+        def predict(x_t: Tensor, t: Tensor, samples: Tensor) -> Tensor:
+            part = cond if len(samples) == len(prompts) else cond[samples.to(self.device)]
+            return self.denoise(network, x_t, t, part)
+
+        return self.student.sample(predict, noise) if depths is None else self.student.rollout(predict, noise, depths)
+
+    def predict(self, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The raw output of a network [B, C, h, w], float32.
+
+        Args:
+            network: A network of the family, or the training engine that wraps one.
+            x_t: [B, C, h, w].
+            t: Timesteps [B] in thousandths.
+            cond: The conditioning of the batch.
+        """
+        module: Any = getattr(network, "module", network)
+        weights = next(module.parameters()).dtype
+        # float32 weights compute under autocast, weights of the compute dtype as they are.
+        mixed = weights == torch.float32 and self.dtype != torch.float32
+        with torch.autocast(x_t.device.type, self.dtype) if mixed else nullcontext():
+            time = self.schedule.network_time(t).to(x_t.device)
+            return self.family.predict(network, x_t.to(weights), time, cond).float()
+
+    def denoise(self, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The x0-prediction ``D(x_t)`` of a network [B, C, h, w]; arguments as for :meth:`predict`."""
+        return self.schedule.to_x0(self.predict(network, x_t, t, cond), x_t, t)
