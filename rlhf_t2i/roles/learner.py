@@ -81,7 +81,7 @@ class LearnerRole:
             depths = self._store.student.sample_depths([(*k, "z", "depth") for k in keys])
             x0 = self._store.generate(self.engine, chosen, noise, depths)
             request_id = f"{step}.{self._context.rank}.{number}"
-            gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, depths, measured)
+            gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, measured, depths)
             bad += [chosen[int(i)] for i in (~gradient.flatten(1).isfinite().all(1)).nonzero()]
             self.engine.backward((x0 * gradient).sum() / len(micro))
         norm = self.engine.step(learning_rate(self._settings, step))
@@ -95,8 +95,8 @@ class LearnerRole:
         x0: Tensor,
         prompts: Sequence[str],
         keys: Sequence[rng.Key],
-        depths: Tensor,
         measured: Samples,
+        depths: Tensor | None = None,
     ) -> Tensor:
         """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
 
@@ -115,7 +115,7 @@ class LearnerRole:
         missing = self._scales.keys() - values.keys()
         if missing:
             raise RunError(f"no process evaluated the reward {sorted(missing)[0]!r}")
-        pull = self._reward_gradient(x0, values, depths, measured)
+        pull = self._reward_gradient(x0, values, measured, depths)
         _measure(measured, "grad_norm/divergence", _norm(divergence))
         _measure(measured, "grad_cosine", torch.cosine_similarity(divergence.flatten(1), pull.flatten(1)))
         # A value that is not finite goes on into the parameters' gradients: there the engines skip the update, on all
@@ -155,12 +155,12 @@ class LearnerRole:
         return gradient
 
     def _reward_gradient(
-        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], depths: Tensor, measured: Samples
+        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Samples, depths: Tensor | None
     ) -> Tensor:
         """``-sum_i alpha_i d r_i / d x_0``; zero for samples whose step the recipe's ``reward_steps`` leaves out."""
         pull = torch.zeros_like(x0)
         rewarded = None
-        if self._recipe.algorithm.reward_steps == "last" and self._store.student.steps > 1:
+        if depths is not None and self._recipe.algorithm.reward_steps == "last":
             rewarded = (depths == self._store.student.steps).to(x0).reshape(-1, *[1] * (x0.ndim - 1))
         for label, scale in self._scales.items():
             value, gradient = values[label]
