@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from baseline_diffusers import Noise, PlainLoop
 from gpu_sections import StepTimes, Timer, batch, spacious
+from rlhf_t2i.families.loading import ModelStore
+from rlhf_t2i.families.networks import DTYPES, one_step, predict
 from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.losses import assistant_loss, guidance_omega
 from rlhf_t2i.families.frozen import FrozenConv2d, freeze
-from rlhf_t2i.families.loading import ModelStore
-from rlhf_t2i.families.networks import DTYPES, one_step, predict
 from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec

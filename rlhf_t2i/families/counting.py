@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf_t2i.families.frozen import freeze
+from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.families.recomputing import checkpoint_layers
 
 Mode = Literal["forward", "input", "train"]
@@ -76,7 +76,7 @@ class Network:
         def counted() -> int:
             network = self.build()
             if mode != "train":
-                freeze(network).to(memory_format=torch.channels_last)
+                freeze_convs(network).to(memory_format=torch.channels_last)
             if recomputed:
                 self.recompute(network)
             return peak(network, lambda: self.call(network), gradient=mode != "forward")

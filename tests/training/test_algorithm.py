@@ -53,7 +53,7 @@ class Networks:
         self.theta: nn.Module = worker.roles["learner"].engine.module
         self.psi: nn.Module = worker.roles["assistant"]._engine.module
         self.ref: nn.Module = worker.roles["reference"]._network
-        self.rewards = worker.roles["reward"].role.rewards
+        self.rewards = worker.roles["reward"].rewards
         self.store = worker._context.store
         torch.manual_seed(7)
         with torch.no_grad():  # it starts as a copy of the reference, and the difference would vanish
