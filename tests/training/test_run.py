@@ -292,11 +292,7 @@ def test_inner_guidance_of_kl_equals_outer(make_recipe: MakeRecipe) -> None:
         cluster = LocalCluster(
             make_recipe(algorithm__cfg=cfg, algorithm__divergence__name="kl", algorithm__rewards="[]")
         )
-        found.append(
-            cluster.call_all(
-                "learner", "gradient_at_x0", "t", x0, ["a red cat"] * 4, keys, torch.ones(4, dtype=torch.int64), {}
-            )[0]
-        )
+        found.append(cluster.call_all("learner", "gradient_at_x0", "t", x0, ["a red cat"] * 4, keys, {})[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
