@@ -83,7 +83,7 @@ def of_networks(recipe: Recipe, networks: Any) -> StepFlops:
     forward = Forward(
         unet=unet(networks.unet, size) if networks.unet else 0,
         decoder=decoder(networks.vae, size) if networks.vae and trained else 0,
-        rewards={label: image_tower(networks.rewards[label], recipe.models.resolution) for label in trained},
+        rewards={label: image_tower(networks.rewards[label], recipe.models.height or 1024) for label in trained},
     )
     return of_step(recipe, forward)
 

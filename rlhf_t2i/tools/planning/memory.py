@@ -238,7 +238,7 @@ def _rewards(
         source = footprint.weights if footprint else label
         fresh = source not in seen
         seen.add(source)
-        saved = activations.of_reward(footprint, recipe.optimization.precision, recipe.models.resolution)
+        saved = activations.of_reward(footprint, recipe.optimization.precision, recipe.models.height or 1024)
         trains = label in [choice.key for choice in trained]
         role, held = f"reward:{label}", parts[f"reward:{label}"] if fresh else 0
         plans.append(plan(role, width * (held or 0), held, saved, learned if trains else 0))
