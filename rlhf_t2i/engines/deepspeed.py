@@ -51,6 +51,7 @@ class DeepSpeedEngine:
                 **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload_optimizer else {}),
             },
             "steps_per_print": 2**62,
+            "timers": {"throughput": {"enabled": False}},  # waits for the device in every forward
         }
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(trainable, optimizer), config=config)
         self.module: nn.Module = self._engine.module
@@ -71,21 +72,23 @@ class DeepSpeedEngine:
         """Reduce, clip, update."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._stage == 0 and not self._finite():
-            # Without ZeRO DeepSpeed would update all the same: leave its step out, but for the count of micro-batches.
+        if self._stage == 0:
+            return self._step_without_zero()
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+
+    def _step_without_zero(self) -> float:
+        """Without ZeRO DeepSpeed updates whatever the gradients are, and under float32 it knows no norm."""
+        # The last backward has averaged the gradients over the ranks.
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = float(torch.stack(norms).norm())
+        if not math.isfinite(norm):
             self._engine.zero_grad()
-            self._engine.micro_steps += 1
+            self._engine.micro_steps += 1  # what its step would have counted
             return math.inf
         self._engine.step()
-        if not self._engine.was_step_applied():
-            return math.inf
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
-
-    def _finite(self) -> bool:
-        """Whether the gradients are, which the last backward has averaged over the ranks."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return norm
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 master weights, gathered one at a time, adapters merged."""

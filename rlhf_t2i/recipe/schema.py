@@ -299,7 +299,9 @@ class Logging(Section):
         50, ge=0, le=1_000_000_000, description="steps between looks for reward hacking and bf16 drift; 0: never"
     )
     watch_images: int = Field(64, ge=2, le=1_000_000, description="of the evaluation's images, drawn again in a look")
-    writers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list, description="besides metrics.jsonl")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
+        default_factory=list, description="besides metrics.jsonl"
+    )
 
 
 class Checkpoints(Section):

@@ -23,8 +23,9 @@ from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.hacking import Watch
 from rlhf_t2i.training.interrupts import SignalHandler
-from rlhf_t2i.training.metrics import MetricsFile, reward_term, step_metrics
+from rlhf_t2i.training.metrics import StepLog, reward_term, step_metrics
 from rlhf_t2i.training.state import TrainState
+from rlhf_t2i.training.trackers import Trackers
 
 TRAINED = {"generator": "learner", "assistant": "assistant"}
 """Trained networks, and the roles that train them."""
@@ -57,8 +58,9 @@ class Trainer:
         self._assistant_prompts = prompts.PromptStream(train, seed, "assistant")
         held_out = prompts.read(data.held_out, data.column) if data.held_out else train
         self._held_out = prompts.PromptStream(held_out, 0, "held out")
-        self._metrics = MetricsFile(self.out.metrics, self.recipe.logging.writers, self.out.path)
-        self._events = MetricsFile(self.out.path / "events.jsonl", (), self.out.path)
+        self._metrics = StepLog(self.out.metrics)
+        self._events = StepLog(self.out.path / "events.jsonl")
+        self._trackers = Trackers(self.recipe.logging.trackers, self.out.path, self.callback.on_message)
         self._watch = Watch(self.out.evaluation / "watch.jsonl", self.recipe)
         self._rounding = Bf16Monitor(self.recipe)
         self._saving: float | None = None
@@ -90,7 +92,7 @@ class Trainer:
                 raise RunError(f"{lost}, while stopping; continue with --resume") from lost
             raise
         finally:
-            self._metrics.close()
+            self._trackers.close()
 
     def _loop(self) -> None:
         """Algorithm 1: K assistant rounds on fresh samples, then one generator update on fresh prompts."""
@@ -136,7 +138,8 @@ class Trainer:
         metrics = step_metrics(self.recipe, state, reports, assistant_reports, seconds, self.cluster.readings())
         warnings = self._look(metrics)
         state.add_reward(reward_term(self.recipe, metrics), self.recipe.checkpoints.every)
-        self._metrics.write(metrics)
+        self._metrics.append(metrics)
+        self._trackers.log(state.step, metrics)
         self.callback.on_step(state, metrics)
         for text in warnings:
             self._warn(text, state.step)
@@ -182,7 +185,7 @@ class Trainer:
         """Tell the user, and keep it for the report; with how many steps, and rounds of the next one, were done."""
         named = step + 1 if round_ else step
         self.callback.on_message(f"step {named}: {text}")
-        self._events.write({"step": named, "after": [step, round_], "text": text})
+        self._events.append({"step": named, "after": [step, round_], "text": text})
 
     def _look(self, metrics: dict[str, Any]) -> list[str]:
         """Every ``logging.watch_every`` steps: add what is watched to the metrics; returns the warnings it gives."""

@@ -85,32 +85,20 @@ def reward_term(recipe: Recipe, metrics: dict[str, Any]) -> float | None:
     return sum(reward.scale * metrics[f"reward/{reward.key}"] for reward in rewards) if rewards else None
 
 
-class MetricsFile:
-    """Appends to ``metrics.jsonl`` and to the optional writers."""
+class StepLog:
+    """A JSON-lines file of steps that a resumed run continues: ``metrics.jsonl``, ``events.jsonl``."""
 
-    def __init__(self, path: Path, writers: Sequence[str], out: Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._writers: list[Any] = []
-        if writers:
-            from rlhf_t2i.training.trackers import open_writers
-
-            self._writers = open_writers(list(writers), out)
 
     def drop_after(self, state: TrainState) -> None:
-        """Forget lines of updates that a resumed run will do again (and one half-written by a kill)."""
+        """Remove the rows of updates that a resumed run repeats, and a row cut short by a kill."""
         if not self._path.is_file():
             return
         done = [state.step, state.round]
-        kept = [row for row in jsonl.rows(self._path) if row.get("after", [row["step"], 0]) <= done]
-        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        retained = [row for row in jsonl.rows(self._path) if row.get("after", [row["step"], 0]) <= done]
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in retained))
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Append one step."""
-        files.append_line(self._path, metrics)
-        for writer in self._writers:
-            writer.log(metrics["step"], metrics)
-
-    def close(self) -> None:
-        """Flush the writers."""
-        for writer in self._writers:
-            writer.close()
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row and wait until it is on the disk."""
+        files.append_line(self._path, row)

@@ -12,7 +12,7 @@ from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training import checkpoints
+from rlhf_t2i.training import checkpoints, trackers
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
@@ -86,6 +86,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     from rlhf_t2i.families.store import ModelStore
     from rlhf_t2i.plugins import traits
 
+    trackers.check(recipe.logging.trackers)
     traits.resolve(recipe)
     recipe = pin(recipe, revisions)
     for file in (recipe.data.prompts, recipe.data.held_out):

@@ -1,95 +1,68 @@
-"""TensorBoard and Weights & Biases beside metrics.jsonl: optional extras, chosen by ``logging.writers``."""
+"""Experiment trackers beside metrics.jsonl, through accelerate; chosen by ``logging.trackers``."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 
-
-class Writer(Protocol):
-    """Something that takes a step's metrics."""
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a row of metrics.jsonl; nested objects become ``outer/inner``, what is no number is left out."""
-
-    def close(self) -> None:
-        """Flush and end."""
+PROJECT = "rlhf-t2i"
+"""Name of the project or experiment in every tracker."""
 
 
-def open_writers(names: Sequence[str], out: Path) -> list[Writer]:
-    """Open writers by name, in OUT/tensorboard and OUT/wandb.
-
-    A resumed run goes on where it was: both are told the step itself.
+def check(names: Sequence[str]) -> None:
+    """Refuse trackers whose packages are not installed.
 
     Raises:
-        UsageError: An unknown name, or the extra is not installed; nothing is opened then.
+        UsageError: A package is missing.
     """
-    unknown = next((name for name in names if name not in _WRITERS), None)
-    if unknown:
-        raise UsageError(f"logging.writers: unknown writer {unknown!r}; known: {', '.join(_WRITERS)}")
-    opened: list[Writer] = []
     for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f"logging.trackers: {name} is not installed: pip install 'rlhf-t2i[{name}]'")
+
+
+class Trackers:
+    """Sends metrics to trackers. One that fails is reported once and not used any more: it never ends a run.
+
+    Args:
+        names: Of ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
+        out: The run's folder. A resumed run continues its own curves.
+        warn: Receives the message about a tracker that failed.
+    """
+
+    def __init__(self, names: Sequence[str], out: Path, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._active: dict[str, Any] = {}
+        for name in names:
+            self._call(name, partial(self._open, name, out))
+
+    def _open(self, name: str, out: Path) -> None:
+        self._active[name] = _start(name, out)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record a row of metrics.jsonl; nested objects become ``outer/inner``, and only finite numbers are sent."""
+        values = {key: value for key, value in scalars(metrics) if key != "step"}
+        for name, tracker in list(self._active.items()):
+            self._call(name, partial(tracker.log, values, step=step))
+
+    def close(self) -> None:
+        """Flush and close."""
+        for name, tracker in list(self._active.items()):
+            self._call(name, tracker.finish)
+        self._active.clear()
+
+    def _call(self, name: str, call: Callable[[], Any]) -> None:
         try:
-            opened.append(_WRITERS[name](out))
-        except ImportError as error:
-            for writer in opened:
-                writer.close()
-            raise UsageError(f"logging.writers: {name} is not installed: pip install 'rlhf-t2i[{name}]' ({error})"
-                             ) from None  # fmt: skip
-    return opened
-
-
-class TensorBoard:
-    """Scalars in OUT/tensorboard.
-
-    Args:
-        out: The run's folder.
-    """
-
-    def __init__(self, out: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(out / "tensorboard"))
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a step."""
-        for key, value in scalars(metrics):
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        """Flush and end."""
-        self._writer.close()
-
-
-class WandB:
-    """A Weights & Biases run in OUT/wandb, named after OUT; offline unless its own settings say otherwise.
-
-    Args:
-        out: The run's folder.
-    """
-
-    def __init__(self, out: Path) -> None:
-        import wandb
-
-        # Nothing leaves the machine because a recipe names a writer: WANDB_MODE=online asks for it.
-        mode: Any = os.environ.get("WANDB_MODE", "offline")
-        out.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project="rlhf-t2i", name=out.resolve().name, dir=str(out), id=_identity(out), resume="allow", mode=mode
-        )
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record a step."""
-        self._run.log(dict(scalars(metrics)), step=step)
-
-    def close(self) -> None:
-        """Flush and end."""
-        self._run.finish()
+            call()
+        except (Exception, SystemExit) as error:
+            self._active.pop(name, None)
+            self._warn(f"{name} failed and is not used any more ({first_line(error)}); metrics.jsonl is complete")
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -101,11 +74,51 @@ def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, float(value)
 
 
+def _start(name: str, out: Path) -> Any:
+    """A started accelerate tracker. Nothing leaves the machine unless the tracker's own settings say so."""
+    from accelerate import PartialState, tracking
+
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    PartialState()  # the trackers' own logging requires it
+    start = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio}[name]
+    tracker = start(tracking, out)
+    tracker.start()
+    return tracker
+
+
+def _tensorboard(tracking: Any, out: Path) -> Any:
+    return tracking.TensorBoardTracker("tensorboard", logging_dir=out)
+
+
+def _wandb(tracking: Any, out: Path) -> Any:
+    mode = os.environ.get("WANDB_MODE", "offline")
+    return tracking.WandBTracker(PROJECT, name=out.name, dir=str(out), id=_identity(out), resume="allow", mode=mode)
+
+
+def _trackio(tracking: Any, out: Path) -> Any:
+    return tracking.TrackioTracker(PROJECT, name=f"{out.name}-{_identity(out)}", resume="allow")
+
+
+def _mlflow(tracking: Any, out: Path) -> Any:
+    import mlflow
+
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        (out / "mlflow").mkdir(exist_ok=True)
+        mlflow.set_tracking_uri(f"sqlite:///{out / 'mlflow/mlflow.db'}")
+    query = {"experiment_names": [PROJECT], "filter_string": f"tags.run = '{_identity(out)}'"}
+    earlier = mlflow.search_runs(**query, output_format="list")
+    return tracking.MLflowTracker(
+        PROJECT,
+        logging_dir=str(out / "mlflow/artifacts"),
+        run_id=earlier[0].info.run_id if earlier else None,
+        run_name=out.name,
+        tags={"run": _identity(out)},
+    )
+
+
 def _identity(out: Path) -> str:
-    """The same for the same folder, so that a resumed run goes on in its own curve."""
-    from rlhf_t2i.algorithm import rng
+    """The same for the same folder, so that a resumed run continues its own curves."""
+    from rlhf_t2i.utils import fingerprints
 
-    return f"{rng.seed_of('wandb', str(out.resolve())):016x}"
-
-
-_WRITERS: dict[str, Callable[[Path], Writer]] = {"tensorboard": TensorBoard, "wandb": WandB}
+    return fingerprints.of_text(str(out))

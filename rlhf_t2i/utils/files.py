@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 
@@ -188,27 +189,27 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def exclusive(out: Path, what: str) -> Iterator[None]:
-    """Hold OUT for one process; the lock ends with the process, however it ends.
+    """Hold OUT for one process; the lock ends with the process, even when it is killed.
 
-    A file system without locks (Lustre can be mounted so) holds nothing.
+    On a file system without locks (Lustre can be mounted so) nothing is held.
 
     Raises:
         UsageError: Another process holds it, or the folder cannot be written.
     """
+    # No existence lock instead of flock: it would outlive a process that is killed.
+    lock = FileLock(out / LOCK, blocking=False, fallback_to_soft=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stream = (out / LOCK).open("w")
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"--out {out}: another {what} works in this folder") from None
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--out {out}: another {what} works in this folder") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def sha256(path: Path) -> str:

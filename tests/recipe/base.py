@@ -48,7 +48,7 @@ placement:
     train: {devices: 2, roles: [learner, generator], threads: 1}
     score: {devices: 1, roles: [assistant, reference]}
     judge: {devices: 2, roles: ["reward:pick", "reward:clip"]}
-logging: {samples_every: 5, sample_count: 4, writers: [tensorboard]}
+logging: {samples_every: 5, sample_count: 4, trackers: [tensorboard]}
 checkpoints: {every: 5, keep: 2}
 evaluation: {images: 8, images_per_prompt: 2, batch_size: 4}
 """
@@ -114,7 +114,7 @@ def wrong_values() -> Iterator[tuple[Path, Any]]:
                 continue
             if key == "placement" and bad == "text":
                 continue
-            if bad == [] and key in ("rewards", "eval_rewards", "writers"):
+            if bad == [] and key in ("rewards", "eval_rewards", "trackers"):
                 continue
             if bad == {} and (
                 key in ("algorithm", "optimization", "placement", "logging", "checkpoints", "evaluation")
