@@ -59,19 +59,20 @@ class Case:
 
 def recipe(inputs: Inputs, changes: dict[str, Any], family: str = "sdxl") -> dict[str, Any]:
     """A recipe of two steps in one process; ``changes`` are values by dotted key."""
-    optimiser = {"lr": 1.0e-3, "eps": 1.0e-4}  # an epsilon near the gradients: Adam does not magnify rounding
+    optimizer = {"lr": 1.0e-3, "eps": 1.0e-4}  # an epsilon near the gradients: Adam does not magnify rounding
     data: dict[str, Any] = {
         "seed": 3,
         "steps": 2,
         "models": {
             "reference": inputs[f"{family}/reference"],
             "generator": inputs[f"{family}/generator"],
-            "generator_timestep": 399,
-            "resolution": tiny.RESOLUTION,
+            "height": tiny.RESOLUTION,
+            "width": tiny.RESOLUTION,
         },
+        "student": {"timesteps": [399.0]},
         "data": {"prompts": inputs["train.txt"], "held_out": inputs["held_out.txt"]},
-        "algorithm": {"divergence": {"name": "pseudo_huber"}, "cfg": {"mode": "inner", "scale": 3.0}},
-        "optimisation": {"batch_size": 4, "generator": dict(optimiser), "assistant": dict(optimiser)},
+        "algorithm": {"divergence": {"name": "pseudo_huber"}, "cfg": {"mode": "inner", "guidance_scale": 3.0}},
+        "optimization": {"batch_size": 4, "generator": dict(optimizer), "assistant": dict(optimizer)},
         "placement": "local",
         "logging": {"samples_every": 2, "sample_count": 2, "watch_every": 1, "watch_images": 4},
         "checkpoints": {"every": 100},
@@ -94,11 +95,11 @@ def clip(inputs: Inputs) -> dict[str, Any]:
     return {"name": "clip", "scale": 30.0, "options": {"model": inputs["clip"]}}
 
 
-TWO_MICRO_BATCHES = {"optimisation.micro_batch": 2}
-AVERAGE = {"optimisation.ema": {"half_life_kimg": 0.01, "rampup": 1.0}}  # else two steps would average nothing
+TWO_MICRO_BATCHES = {"optimization.micro_batch": 2}
+AVERAGE = {"optimization.ema": {"half_life_kimg": 0.01, "rampup": 1.0}}  # else two steps would average nothing
 ADAPTERS = {
-    "optimisation.generator.lora": {"rank": 4},
-    "optimisation.assistant.lora": {"rank": 2, "alpha": 4.0},
+    "optimization.generator.lora": {"rank": 4},
+    "optimization.assistant.lora": {"rank": 2, "alpha": 4.0},
 }
 
 
@@ -115,7 +116,7 @@ def di_plus_plus(inputs: Inputs) -> dict[str, Any]:
     return {
         "algorithm.divergence": {"name": "kl"},
         "algorithm.rewards": [pickscore(inputs), clip(inputs), {"name": "cfg_implicit", "scale": 0.5}],
-        "algorithm.cfg": {"mode": "outer", "scale": 2.0},
+        "algorithm.cfg": {"mode": "outer", "guidance_scale": 2.0},
         "algorithm.assistant_warmup": 1,
     }
 
@@ -133,7 +134,7 @@ def diff_instruct(inputs: Inputs) -> dict[str, Any]:
     return {
         "algorithm.divergence": {"name": "kl"},
         "algorithm.rewards": [],
-        "algorithm.cfg": {"mode": "inner", "scale": 0.0},
+        "algorithm.cfg": {"mode": "inner", "guidance_scale": 0.0},
         "algorithm.weighting": "score",
     }
 
@@ -141,8 +142,8 @@ def diff_instruct(inputs: Inputs) -> dict[str, Any]:
 def over_ray(zero: int, groups: dict[str, tuple[int, list[str]]]) -> dict[str, Any]:
     """Groups of (processes, roles); a rank's share of two images goes in two micro-batches."""
     return {
-        "optimisation.zero_stage": zero,
-        "optimisation.micro_batch": 1,
+        "optimization.zero_stage": zero,
+        "optimization.micro_batch": 1,
         "placement": {
             "mode": "ray",
             "groups": {
@@ -212,7 +213,7 @@ def quickstart(inputs: Inputs, out: Path) -> Result:
     changes = {
         "steps": 10,
         "placement": "local",
-        "optimisation.precision": "fp32",
+        "optimization.precision": "fp32",
         "evaluation.images": 32,
         "checkpoints.every": 1000,
     }

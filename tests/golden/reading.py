@@ -77,7 +77,7 @@ def of_run(out: Path) -> Result:
 
 
 def of_evaluation(out: Path, sample: Path) -> Result:
-    """Scores, diversity, the table, and the pictures of ``eval`` and ``sample``."""
+    """Scores, diversity, the table, and the images of ``eval`` and ``sample``."""
     data = json.loads((out / "results.json").read_text("utf-8"))
     numbers: Numbers = {}
     for name, metric in data["metrics"].items():
