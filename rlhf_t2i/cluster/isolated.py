@@ -115,7 +115,7 @@ class IsolatedReward(Reward):
     ) -> None:
         super().__init__()
         cls: Any = registry.load_class(registry.REWARDS, name)
-        registry.parse_options(cls, "reward", name, options)
+        registry.parse_options(cls, f"reward {name!r}", options)
         self.differentiable = cls.differentiable
         self._name, self._timeout_s = name, timeout_s
         python = overlay_python(cls.pip)

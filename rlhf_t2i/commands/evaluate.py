@@ -69,13 +69,13 @@ def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: Not of that form.
     """
-    from rlhf_t2i.recipe import reading
+    from rlhf_t2i.recipe import mistakes, reading
 
     options: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         metric, dot, option = name.rpartition(".")
         if not equals or not dot or not metric or not option:
-            raise UsageError(f"--set {reading.shown(text)}: write it as metric.option=value")
-        options.setdefault(metric, {})[option] = reading.parse_value(value, f"--set {reading.shown(text)}")
+            raise UsageError(f"--set {mistakes.shown(text)}: write it as metric.option=value")
+        options.setdefault(metric, {})[option] = reading.parse_value(value, f"--set {mistakes.shown(text)}")
     return options

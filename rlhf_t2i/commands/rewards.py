@@ -84,14 +84,14 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: A pair without ``=``, or a value that is not YAML.
     """
-    from rlhf_t2i.recipe import reading
+    from rlhf_t2i.recipe import mistakes, reading
 
     parsed = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--options {reading.shown(pair)!r} is not KEY=VALUE")
-        parsed[key.strip()] = reading.parse_value(value, f"--options {reading.shown(pair)}")
+            raise UsageError(f"--options {mistakes.shown(pair)!r} is not KEY=VALUE")
+        parsed[key.strip()] = reading.parse_value(value, f"--options {mistakes.shown(pair)}")
     return parsed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
+from rlhf_t2i.recipe import mistakes
 
 DEFAULT_FEATURES = "openai/clip-vit-base-patch32"
 SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")
@@ -65,9 +65,7 @@ def check(settings: Settings) -> None:
     known = [*registry.registered(registry.REWARDS), *SPECIAL]
     for name in settings.named.values():
         if name not in known and ".py:" not in name:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            raise UsageError(f"--metrics: unknown metric {name!r}{hint}")
+            raise UsageError(f"--metrics: unknown metric {name!r}; {mistakes.hint(name, known)}")
     if len(settings.named) < len(settings.metrics):
         raise UsageError(f"--metrics {','.join(settings.metrics)}: two have one label: write LABEL=NAME")
     stray = next((name for name in settings.options if name not in settings.named), None)
@@ -100,14 +98,7 @@ def build(values: dict[str, Any]) -> Settings:
     try:
         settings = Settings(**values)
     except ValidationError as error:
-        problems = error.errors()
-        first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UsageError(f"evaluation: unknown key {name!r}{hint}") from None
-        raise UsageError(f"evaluation, {name}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise mistakes.explain(error, Settings, "evaluation") from None
     check(settings)
     return settings
 

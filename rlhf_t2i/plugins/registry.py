@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Final, Literal, overload
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, overload
 from pydantic import ValidationError
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import mistakes
 from rlhf_t2i.utils import files
 
 if TYPE_CHECKING:
-    from rlhf_t2i.plugins.base import Divergence, Reward
+    from rlhf_t2i.plugins.base import Divergence, Options, Reward
 
 REWARDS: Final = "rlhf_t2i.rewards"
 DIVERGENCES: Final = "rlhf_t2i.divergences"
@@ -76,9 +77,7 @@ def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
 def _from_entry_point(group: str, name: str, kind: str) -> Any:
     known = registered(group)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-        raise UsageError(f"unknown {kind} {name!r}{hint}")
+        raise UsageError(f"unknown {kind} {mistakes.shown(name)!r}; {mistakes.hint(name, known)}")
     if len(known[name]) > 1:
         packages = " and ".join(p.package for p in known[name])
         raise UsageError(f"{kind} {name!r} is registered by {packages}: uninstall one, or name the class by its file")
@@ -113,32 +112,34 @@ def _from_file(name: str, kind: str) -> Any:
     return getattr(module, attribute)
 
 
-def parse_options(cls: Any, kind: str, name: str, options: dict[str, Any]) -> Any:
+def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Mapping[str, Any]) -> Options:
     """Validate a plugin's options against its pydantic model.
 
+    Args:
+        cls: The plugin's class.
+        place: Names the plugin in the error: ``reward 'pickscore'``.
+        options: As in a recipe.
+
     Raises:
-        UsageError: One sentence naming the plugin and the key.
+        UsageError: One sentence naming the plugin and the option, or a class without a usable ``Options``.
     """
+    from rlhf_t2i.plugins.base import Options
+
+    if not (isinstance(cls.Options, type) and issubclass(cls.Options, Options)):
+        raise UsageError(f"{place}: its Options must be a subclass of rlhf_t2i.plugins.Options")
     try:
         return cls.Options(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "options"
-        if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, cls.Options.model_fields, n=1)
-            known = ", ".join(cls.Options.model_fields) or "none"
-            hint = f"; did you mean {close[0]!r}?" if close else f"; its options: {known}"
-            raise UsageError(f"{kind} {name!r} has no option {key!r}{hint}") from error
-        raise UsageError(f"{kind} {name!r}, option {key!r}: {first['msg']}") from error
+        raise mistakes.explain(error, cls.Options, place, "option") from None
 
 
 def divergence(name: str, **options: Any) -> Divergence:
     """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``."""
     cls = load_class(DIVERGENCES, name)
-    return cls(parse_options(cls, "divergence", name, options))
+    return cls(parse_options(cls, f"divergence {name!r}", options))
 
 
-def reward(name: str, **options: Any) -> Any:
+def reward(name: str, **options: Any) -> Reward:
     """Build a reward, e.g. ``reward("pickscore", model="path/to/folder")``; its weights are loaded here."""
     cls = load_class(REWARDS, name)
-    return cls(parse_options(cls, "reward", name, options))
+    return cls(parse_options(cls, f"reward {name!r}", options))

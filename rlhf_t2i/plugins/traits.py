@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
@@ -123,15 +122,17 @@ def resolve(recipe: Recipe) -> Traits:
 def _resolve(algorithm: Algorithm) -> Traits:
     choice = algorithm.divergence
     cls = registry.load_class(registry.DIVERGENCES, choice.name)
-    registry.parse_options(cls, "divergence", choice.name, choice.options)
-    rewards = [_reward(choice, True) for choice in algorithm.rewards]
-    rewards += [_reward(choice, False) for choice in algorithm.eval_rewards]
+    registry.parse_options(cls, f"algorithm.divergence: divergence {choice.name!r}", choice.options)
+    rewards = [_reward(choice, f"algorithm.rewards.{i}", True) for i, choice in enumerate(algorithm.rewards)]
+    rewards += [
+        _reward(choice, f"algorithm.eval_rewards.{i}", False) for i, choice in enumerate(algorithm.eval_rewards)
+    ]
     return Traits(DivergenceTraits(choice.name, cls.needs_vjp, cls.order), tuple(rewards))
 
 
-def _reward(choice: RewardChoice, trains: bool) -> RewardTraits:
+def _reward(choice: RewardChoice, key: str, trains: bool) -> RewardTraits:
     cls = registry.load_class(registry.REWARDS, choice.name)
-    options: Any = registry.parse_options(cls, "reward", choice.name, choice.options)
+    options = registry.parse_options(cls, f"{key}: reward {choice.name!r}", choice.options)
     on_latents = issubclass(cls, LatentReward)
     if trains and not cls.differentiable:
         raise UsageError(

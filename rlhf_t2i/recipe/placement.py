@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe.mistakes import hint
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 
 LOCAL_GROUP = "local"
@@ -92,7 +90,7 @@ def _placed(recipe: Recipe, labels: list[str]) -> dict[str, str]:
     for name, group in recipe.placement.groups.items():
         for role in group.roles:
             if role not in known:
-                raise UsageError(f"placement.groups.{name}.roles: unknown role {role!r}; {_hint(role, known)}")
+                raise UsageError(f"placement.groups.{name}.roles: unknown role {role!r}; {hint(role, known)}")
             if role in placed:
                 where = "twice" if placed[role] == name else f"in {placed[role]!r} too"
                 raise UsageError(f"placement.groups.{name}.roles: {role!r} is placed {where}: keep it in one group")
@@ -131,9 +129,3 @@ def nearest_partner(learner: int, ranks: int) -> int:
     below = [size for size in range(1, learner + 1) if learner % size == 0]
     above = [ranks // learner * learner, (ranks // learner + 1) * learner]
     return min((size for size in [*below, *above] if size), key=lambda size: (abs(size - ranks), size))
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,41 +1,62 @@
-"""Read a recipe: YAML, ``--set`` overrides, and errors that name the key, the line and the nearest valid key."""
+"""Read a recipe: YAML, ``--set`` overrides, and where each key comes from."""
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.recipe import mistakes
+from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 
-KeyPath = tuple[str | int, ...]
-_MAX_BYTES = 1_000_000
 _MAX_VALUES = 100_000
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-6`` as a number (YAML 1.2) and refuses duplicate keys."""
+    """YAML 1.2's core schema: ``yes`` and ``1:30`` are text, ``1e-6`` is a number. Duplicate keys are refused."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    # A number with a leading zero is octal to YAML 1.1 and decimal to 1.2: here it is text, and so refused.
+    "int": (r"[-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what :class:`_Loader` would read as another type."""
+
+    yaml_implicit_resolvers: dict[str, Any] = _Loader.yaml_implicit_resolvers
 
 
 class Source:
@@ -52,7 +73,7 @@ class Source:
         for length in range(len(key), -1, -1):
             prefix = key[:length]
             if prefix in self.overrides:
-                return f"--set {shown(self.overrides[prefix])}"
+                return f"--set {mistakes.shown(self.overrides[prefix])}"
             if prefix in self.lines:
                 return f"{self.path}, line {self.lines[prefix]}"
         return str(self.path)
@@ -81,12 +102,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, data, source) from None
+        raise mistakes.explain(error, Recipe, source.where) from None
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that :func:`load` reads back."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Source]:
@@ -97,18 +118,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], Source]:
     """
     path = Path(path)
     source = Source(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is a directory: give the recipe's YAML file")
-    if not path.is_file():
-        raise UsageError(f"no such recipe: {path}")
-    if path.stat().st_size > _MAX_BYTES:
-        raise UsageError(f"{path} has {path.stat().st_size} bytes: a recipe is a short YAML file")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    text = inputs.read_text(path, "recipe", inputs.RECIPE)
     try:
         data = _parse(text, source)
     except yaml.MarkedYAMLError as error:
@@ -118,7 +128,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], Source]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {_kind(data)}")
+        raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {mistakes.kind(data)}")
     return data, source
 
 
@@ -146,12 +156,6 @@ def _parse(text: str, source: Source) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def shown(text: str) -> str:
-    """What was typed, short and on one line, without what a terminal would obey."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return line if len(line) <= 200 else line[:197] + "..."
-
-
 def _collect_lines(node: yaml.Node, key: KeyPath, source: Source, above: set[int]) -> None:
     if id(node) in above:
         raise source.error(key, "an anchor refers to itself: a recipe cannot contain itself")
@@ -159,12 +163,13 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: Source, above: set[int
     source.values += 1  # visits, not lines: keys given twice share theirs, and are refused later
     if source.values > _MAX_VALUES:
         raise source.error((), "its anchors expand to over 100,000 values: write a shorter recipe")
+    _check_tag(node, key, source)
     if isinstance(node, yaml.MappingNode):
         for child_key, child in node.value:
             if not isinstance(child_key, yaml.ScalarNode):
                 raise source.error(key, "keys must be plain words")
-            if child_key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                # YAML reads no, on, 1 and 2020-01-01 as values of other types.
+            if child_key.tag not in (f"{_TAG}str", f"{_TAG}merge"):
+                # YAML reads 1 and null as values of other types.
                 source.lines[(*key, child_key.value)] = child_key.start_mark.line + 1
                 raise source.error(
                     (*key, child_key.value), f"unknown key {child_key.value!r}: keys must be plain words"
@@ -176,13 +181,26 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: Source, above: set[int
             _collect_lines(child, (*key, index), source, above | {id(node)})
 
 
+def _check_tag(node: yaml.Node, key: KeyPath, source: Source) -> None:
+    """Refuse tags that build objects or dates, and values that are not what their tag says (``!!bool x``)."""
+    name = node.tag.removeprefix(_TAG)
+    fits = name in ("str", "seq", "map") or (
+        isinstance(node, yaml.ScalarNode) and name in _SCALARS and re.fullmatch(_SCALARS[name][0], node.value)
+    )
+    if not fits:
+        source.lines.setdefault(key, node.start_mark.line + 1)
+        value = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a collection"
+        raise source.error(key, f"not valid YAML for a recipe: {mistakes.shown(f'{value} with the tag {node.tag}')}")
+
+
 def _apply_override(data: dict[str, Any], override: str, source: Source) -> None:
     name, equals, text = override.partition("=")
-    place = f"--set {shown(override)}"
+    place = f"--set {mistakes.shown(override)}"
+    name, append = name.removesuffix("+"), name.endswith("+")
     if not equals or not name or any(not part for part in name.split(".")):
-        raise UsageError(f"{place}: write it as key.subkey=value")
+        raise UsageError(f"{place}: write it as key.subkey=value, or key+=value to add to a list")
     value = parse_value(text, place)
-    # isdigit() also takes digits that int() does not; an index of more digits has no entry anyway.
+    # isdigit() also accepts digits that int() does not; an index of more digits has no entry anyway.
     parts: list[str | int] = [int(p) if re.fullmatch("[0-9]{1,9}", p) else p for p in name.split(".")]
     value = _resolve_paths(value, Path.cwd(), tuple(parts))
     target: Any = data
@@ -190,20 +208,35 @@ def _apply_override(data: dict[str, Any], override: str, source: Source) -> None
         last = depth == len(parts) - 1
         if isinstance(target, list):
             if not isinstance(part, int) or part >= len(target):
+                add = f"{'.'.join(map(str, parts[:depth]))}+=... adds one"
                 raise UsageError(
-                    f"{place}: {shown(repr(part))} is not one of the {len(target)} entries (0 is the first)"
+                    f"{place}: {mistakes.shown(repr(part))} is not one of the {len(target)} entries "
+                    f"(0 is the first; {mistakes.shown(add)})"
                 )
         elif isinstance(target, dict):
             part = str(part)
             if not last and not isinstance(target.get(part), dict | list):
                 target[part] = {}
         else:
-            raise UsageError(f"{place}: {shown('.'.join(map(str, parts[:depth])))} holds no keys")
-        if last:
-            target[part] = value
-        else:
+            raise UsageError(f"{place}: {mistakes.shown('.'.join(map(str, parts[:depth])))} holds no keys")
+        if not last:
             target = target[part]
-    source.overrides[tuple(parts)] = override
+        elif append:
+            _append(target, part, value, tuple(parts), override, source)
+        else:
+            target[part] = value
+            source.overrides[tuple(parts)] = override
+
+
+def _append(target: Any, part: Any, value: Any, key: KeyPath, override: str, source: Source) -> None:
+    """Add a value, or the values of a list, to the list at ``target[part]`` or to the schema's default."""
+    here = target[part] if isinstance(target, list) else target.get(part, mistakes.default(Recipe, key) or [])
+    if not isinstance(here, list):
+        raise UsageError(f"--set {mistakes.shown(override)}: {'.'.join(map(str, key))} is not a list")
+    added = value if isinstance(value, list) else [value]
+    for index in range(len(here), len(here) + len(added)):
+        source.overrides[(*key, index)] = override
+    target[part] = [*here, *added]
 
 
 def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
@@ -221,57 +254,6 @@ def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
     explicit = value.startswith(("./", "../", "~/"))
     file = key in (("data", "prompts"), ("data", "held_out"))
     model = key[:1] == ("models",) or key[-1:] == ("model",)
-    if explicit or file or (model and (value.startswith("~") or (folder / value).exists())):
-        return str((folder / files.expanded(value)).resolve())
+    if explicit or file or (model and (value.startswith("~") or os.path.exists(folder / value))):  # noqa: PTH110
+        return str(files.absolute(value, folder))
     return value
-
-
-def _explain(error: ValidationError, data: Any, source: Source) -> UsageError:
-    """The first problem as one sentence; unknown keys first, since they are usually the cause of the others."""
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    key: KeyPath = tuple(part for part in first["loc"])
-    name = ".".join(str(part) for part in key)
-    if first["type"] == "extra_forbidden":
-        valid = _valid_keys(key[:-1])
-        close = difflib.get_close_matches(str(key[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(valid)}"
-        return source.error(key, f"unknown key {shown(name)!r}; {hint}")
-    if first["type"] == "missing":
-        return source.error(key[:-1], f"the key {name!r} is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    given = "" if first["type"] == "value_error" else f", not {_kind(first['input'])}"
-    return source.error(key, f"{shown(name) or 'the recipe'}: {message}{given}")
-
-
-def _valid_keys(key: KeyPath) -> list[str]:
-    """The keys of the section at ``key``."""
-    section: Any = Recipe
-    for part in key:
-        if isinstance(part, int) or not (isinstance(section, type) and issubclass(section, BaseModel)):
-            continue
-        field = section.model_fields.get(part)
-        if field is not None:
-            section = next(iter(_sections(field.annotation)), section)
-    return list(section.model_fields)
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
-
-
-def _kind(value: Any) -> str:
-    """A short description of a bad value."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print integers of over 4,300 digits.
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."

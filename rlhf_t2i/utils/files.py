@@ -36,6 +36,21 @@ def expanded(path: str) -> Path:
         raise UsageError(f"no such file or folder: {path} (no user has that home folder)") from None
 
 
+def absolute(path: str | Path, folder: Path | None = None) -> Path:
+    """An absolute path without ``~`` and ``..``, relative to ``folder`` or the working directory.
+
+    Links are kept: a file's format is told by the name that the user gave, not by what a link points to (the hub's
+    cache links ``name.safetensors`` to a file named by its hash).
+
+    Raises:
+        UsageError: ``~user`` names nobody.
+    """
+    whole = (folder or Path.cwd()) / expanded(str(path))
+    short = Path(os.path.normpath(whole))
+    # "link/../x" is another file than "x" where link leads elsewhere.
+    return short if os.path.realpath(short) == os.path.realpath(whole) else whole.absolute()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content atomically, and wait until it is on the disk."""
     write_atomic(path, text, durable=True)

@@ -16,13 +16,13 @@ from rlhf_t2i import cli
 from rlhf_t2i.commands.evaluate import metric_options
 from rlhf_t2i.commands.rewards import parse_options
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation import fingerprints
 from rlhf_t2i.evaluation.sampler import _run_folder
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.tools.ablation import schema
 from rlhf_t2i.tools.report.page import _recipe
+from rlhf_t2i.utils import fingerprints
 from tests.recipe.base import BASE, leaves, parsed, put
 
 KEYS = sorted({".".join(map(str, at)) for at, _ in leaves(parsed())})

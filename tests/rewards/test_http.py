@@ -155,7 +155,7 @@ def test_it_cannot_train() -> None:
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", "https://[::1", "http://host:99999/"])
 def test_it_needs_a_web_address(url: str) -> None:
-    with pytest.raises(UsageError, match=r"reward 'http', option 'url'") as caught:
+    with pytest.raises(UsageError, match=r"reward 'http': url: ") as caught:
         registry.reward("http", url=url)
     assert "\n" not in str(caught.value)
 

@@ -226,8 +226,8 @@ def test_open_clip_tags_without_the_library(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ({"open_clip": "ViT-H-14"}, "open_clip and pretrained go together"),
         ({"model": "a/b", "open_clip": "ViT-H-14", "pretrained": "x"}, "give either model or open_clip"),
-        ({"unit": "percent"}, "option 'unit'"),
-        ({"modle": "a/b"}, "has no option 'modle'; did you mean 'model'"),
+        ({"unit": "percent"}, "unit: input should be 'cosine' or 'logit'"),
+        ({"modle": "a/b"}, "unknown option 'modle'; did you mean 'model'"),
     ],
 )
 def test_wrong_options_name_the_plugin_and_the_key(options: dict[str, str], message: str) -> None:

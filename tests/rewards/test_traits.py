@@ -99,7 +99,10 @@ def test_traits_of_a_recipe(tiny_sdxl: Path) -> None:
     [
         ({"rewards": [{"name": "http", "options": {"url": "http://127.0.0.1:1"}}]}, "no gradient, so it cannot train"),
         ({"eval_rewards": [{"name": "cfg_implicit"}]}, "computed on latents beside the learner"),
-        ({"divergence": {"name": "kl", "options": {"c": 1}}}, "divergence 'kl' has no option 'c'"),
+        (
+            {"divergence": {"name": "kl", "options": {"c": 1}}},
+            "algorithm.divergence: divergence 'kl': unknown option 'c'; valid",
+        ),
     ],
 )
 def test_what_cannot_be_resolved(algorithm: dict[str, Any], message: str, tiny_sdxl: Path) -> None:

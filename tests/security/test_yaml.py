@@ -51,7 +51,7 @@ def test_recipes(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("tag", [*TAGS, "2020-99-99", "[" * 3000])
+@pytest.mark.parametrize("tag", [*TAGS, "!!timestamp 2020-99-99", "[" * 3000])
 def test_values_on_the_command_line(
     tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.settings import Settings
-from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.schema import Recipe, Section
 from rlhf_t2i.utils import files
 
@@ -100,10 +99,7 @@ class Ablation(Section):
 
 def _known(name: str, names: list[str], where: str) -> None:
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        raise ValueError(
-            f"{where} names {name!r}" + (f"; did you mean {close[0]!r}?" if close else ", which is no row")
-        )
+        raise ValueError(f"{where} names {name!r}; {mistakes.hint(name, names)}")
 
 
 def load(path: str | Path) -> Ablation:
@@ -117,7 +113,7 @@ def load(path: str | Path) -> Ablation:
     try:
         ablation = Ablation.model_validate(_absolute(data, folder))
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise mistakes.explain(error, Ablation, source.where) from None
     base = (folder / files.expanded(ablation.base)).resolve()
     return ablation.model_copy(update={"base": str(base)})
 
@@ -181,21 +177,3 @@ def _absolute(value: Any, folder: Path) -> Any:
     if not path.startswith(("./", "../", "~/")):
         return value
     return f"{prefix}{(folder / files.expanded(path)).resolve()}"
-
-
-def _explain(error: ValidationError, source: reading.Source) -> UsageError:
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    key = tuple(first["loc"])
-    name = ".".join(map(str, key))
-    if first["type"] == "extra_forbidden":
-        fields: Any = {"rows": Row, "frontiers": Frontier, "claims": Claim}.get(
-            str(key[0]) if len(key) > 1 else "", Ablation
-        )
-        close = difflib.get_close_matches(str(key[-1]), fields.model_fields, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(fields.model_fields)}"
-        return source.error(key, f"unknown key {name!r}; {hint}")
-    if first["type"] == "missing":
-        return source.error(key[:-1], f"the key {name!r} is missing")
-    message = first["msg"].removeprefix("Value error, ")
-    return source.error(key, f"{name or 'the ablation'}: {message[0].lower()}{message[1:]}")

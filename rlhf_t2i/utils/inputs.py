@@ -1,0 +1,72 @@
+"""Read files that a user or a stranger wrote: regular files of a bounded size, and a sentence for everything else."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, Final
+
+from rlhf_t2i.errors import UsageError
+
+RECIPE: Final = 1_000_000
+CONFIG: Final = 64_000_000
+PROMPTS: Final = 2_000_000_000
+"""Most bytes of a recipe, of a model's JSON file (tokenizers are the largest), and of a list of prompts."""
+
+
+def read_bytes(path: Path, noun: str, limit: int, place: str = "") -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: The file; links are followed.
+        noun: What it should be, for the error message: ``recipe``.
+        limit: Most bytes it may have.
+        place: Prefix of the error message: ``data: ``.
+
+    Raises:
+        UsageError: It is missing, not a regular file (a pipe or a device never ends), too large, or unreadable.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise UsageError(f"{place}{path} is a directory: give a {noun}")
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{place}{path} is not a regular file: give a {noun}")
+        if status.st_size > limit:
+            raise UsageError(
+                f"{place}{path} has {status.st_size:,} bytes: a {noun} has at most {limit:,}; is it the right file?"
+            )
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{place}no such {noun}: {path}") from None
+    except OSError as error:
+        raise UsageError(f"{place}the {noun} {str(path)[:200]} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{place}no such {noun}: the path holds a zero byte") from None
+    if len(data) > limit:  # /proc and the like state a size of 0
+        raise UsageError(f"{place}{path} has over {limit:,} bytes: is it a {noun}?")
+    return data
+
+
+def read_text(path: Path, noun: str, limit: int, place: str = "") -> str:
+    """The text of a UTF-8 file, without a byte order mark; arguments and errors as :func:`read_bytes`."""
+    data = read_bytes(path, noun, limit, place)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{place}{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
+def read_json(path: Path, noun: str, limit: int = CONFIG, place: str = "") -> Any:
+    """The value of a JSON file; arguments and errors as :func:`read_bytes`.
+
+    Raises:
+        UsageError: Besides, it is not valid JSON.
+    """
+    text = read_text(path, noun, limit, place)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError(f"{place}{path} is damaged: not valid JSON") from None
