@@ -63,6 +63,12 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random SD3 pipeline's folder; don't write into it."""
+    return tiny.make_sd3(tmp_path_factory.mktemp("tiny_sd3"))
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random PickScore-format CLIPModel's folder; don't write into it."""
     return tiny.make_clip(tmp_path_factory.mktemp("tiny_clip"))

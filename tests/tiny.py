@@ -65,6 +65,39 @@ def make_sd15(folder: Path, seed: int = 0, variant: str | None = None, max_shard
     return _save(pipeline, folder, variant, max_shard_size)
 
 
+def make_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
+    """A StableDiffusion3Pipeline folder in SD3's layout, with or without its third text encoder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    third = None
+    if t5:
+        config = T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+        third = T5EncoderModel(config)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=8, qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=_text_encoder(projection=True),
+        tokenizer=tokenizer,
+        text_encoder_2=_text_encoder(projection=True),
+        tokenizer_2=make_tokenizer(pad_token="!"),
+        text_encoder_3=third,
+        tokenizer_3=tokenizer if t5 else None,
+    )  # fmt: skip
+    # A fresh transformer's last layer is zero: every image would be its noise.
+    with torch.no_grad():
+        for parameter in pipeline.transformer.proj_out.parameters():
+            parameter.normal_(0, 0.1)
+    return _save(pipeline, folder, None, "10GB")
+
+
 def make_clip(folder: Path, seed: int = 0) -> Path:
     """A CLIPModel with its processor in PickScore's layout."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -174,7 +207,7 @@ _UNET: dict[str, Any] = {
 }
 
 
-def _vae(scaling_factor: float) -> Any:
+def _vae(scaling_factor: float, shift_factor: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -187,6 +220,7 @@ def _vae(scaling_factor: float) -> Any:
         norm_num_groups=4,
         sample_size=RESOLUTION,
         scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
     )
 
 

@@ -40,6 +40,25 @@ def keyed_noise(shape: Sequence[int], keys: Sequence[rng.Key], device: torch.dev
     return noise
 
 
+def sequential_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Noise:
+    """The noises that a diffusers pipeline draws from one ``torch.Generator`` per image.
+
+    Args:
+        shape: Of one sample.
+        seeds: One per sample.
+        device: Where the noises are put.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn: list[Tensor] = []
+
+    def noise(k: int) -> Tensor:
+        while len(drawn) <= k:
+            drawn.append(torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]))
+        return drawn[k].to(device)
+
+    return noise
+
+
 @dataclass(frozen=True)
 class Student:
     """How the generator is called.

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on a UNet's linear layers, by peft: only they are trained.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on a network's linear layers, by peft: only they are trained.
 
 The second factor starts at zero, so that a network with fresh adapters is the network without. What leaves the process
 (weights for sampling, the average, the export) is merged: ``W + alpha / rank * B A`` under the plain names.
@@ -6,7 +6,7 @@ The second factor starts at zero, so that a network with fresh adapters is the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ _ADAPTER = "default"
 _BASE, _FACTORS = ".base_layer.", (".lora_A.", ".lora_B.")
 
 
-def add(module: nn.Module, settings: Lora, seed: int) -> None:
+def add(module: nn.Module, settings: Lora, targets: Sequence[str], seed: int) -> None:
     """Put adapters into ``module``, in place; everything else is frozen.
 
     Args:
         module: The network.
-        settings: Rank, scale and layers.
+        settings: Rank and scale.
+        targets: Ends of the names of the linear layers that get adapters.
         seed: Of the first factor's random start; the same on every rank.
 
     Raises:
@@ -32,7 +33,7 @@ def add(module: nn.Module, settings: Lora, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    for target in settings.targets:
+    for target in targets:
         found = [part for name, part in module.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
             raise UsageError(f"lora.targets: the network has no layer {target!r} (the default is its attention)")
@@ -40,7 +41,7 @@ def add(module: nn.Module, settings: Lora, seed: int) -> None:
         if other is not None:
             raise UsageError(f"lora.targets: {target!r} is a {type(other).__name__}: adapters go on linear layers")
     alpha: Any = settings.alpha or settings.rank  # peft's annotation says int; it divides
-    config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(settings.targets), lora_dropout=0.0)
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     module.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import shutil
@@ -18,10 +19,10 @@ from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import snapshot, sources, weights
 from rlhf_t2i.families.base import Config, Decoder, Family
-from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.families.exported import ExportScheduler
 from rlhf_t2i.families.sources import ModelRef
-from rlhf_t2i.families.vp_schedulers import ExportScheduler
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.quiet import quietly
 
 _TRAINING_SCHEDULER = "training_scheduler_config.json"
 # Configuration keys that may differ between two networks of one structure.
@@ -33,6 +34,8 @@ class PipelineFamily(Family):
 
     network_class: ClassVar[str]
     """The network's class in diffusers."""
+    patch_size: ClassVar[int] = 1
+    """Latents per side of a token; the latents' sides are multiples of it."""
     decoder_classes: ClassVar[tuple[str, ...]]
     """The classes in diffusers that decode its latents."""
 
@@ -135,6 +138,59 @@ class PipelineFamily(Family):
         merged = {**defaults, **{key: value for key, value in chosen.items() if key in defaults}}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in merged.items()}
 
+    @property
+    def _network_place(self) -> str:
+        return f"{self.reference.location}/{self.network_part}/config.json"
+
+    def check_decoder(self, source: ModelRef | None) -> None:
+        """Refuse a decoder for latents of another number of channels."""
+        config = self.decoder_config(source)
+        channels, scale = config.get("latent_channels", 4), config.get("scaling_factor", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+            raise UsageError(
+                f"{self._decoder_place(source)}/config.json: scaling_factor is {sources.printable(scale)}, not a "
+                "positive number: the file is damaged"
+            )
+        if channels != self._channels:
+            raise UsageError(
+                f"{self._decoder_place(source)}/config.json decodes latents of {channels} channels, but the network "
+                f"has {self._channels}: they do not belong together"
+            )
+
+    @property
+    def _channels(self) -> int:
+        channels = self.network_config.get("in_channels", 4)
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise UsageError(f"{self._network_place}: in_channels is not a number: the file is damaged")
+        return channels
+
+    def native_size(self) -> tuple[int, int]:
+        """The network's sample size times the VAE's factor."""
+        size: Any = self.network_config.get("sample_size") or 128
+        sides = list(size) if isinstance(size, list | tuple) else [size, size]
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise UsageError(f"{self._network_place}: sample_size is not a size: the file is damaged")
+        return sides[0] * self._factor(None), sides[1] * self._factor(None)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """See :meth:`Family.latent_shape`."""
+        factor = self._factor(None) * self.patch_size
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels % factor:
+                raise UsageError(f"models.{name}: {pixels} is not a multiple of {factor}, the pixels per latent")
+        factor //= self.patch_size
+        return self._channels, height // factor, width // factor
+
+    def _factor(self, source: ModelRef | None) -> int:
+        config = self.decoder_config(source)
+        levels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
+        if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
+            raise UsageError(
+                f"{self._decoder_place(source)}/config.json: block_out_channels is no list: not the folder of a VAE, "
+                "or damaged"
+            )
+        return int(2 ** (len(levels) - 1))
+
     # -- networks ---------------------------------------------------------------------------------------------------
 
     def _network_type(self) -> Any:
@@ -181,6 +237,53 @@ class PipelineFamily(Family):
             else weights.load_part(source, None, loader)
         )
         return self.make_decoder(vae)
+
+    def part_class(self, part: str) -> Any:
+        """The class of a part that model_index.json names, from diffusers or transformers.
+
+        Raises:
+            UsageError: It names none, or one of another library.
+        """
+        entry = self.index.get(part)
+        library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if library not in ("diffusers", "transformers") or not isinstance(name, str):
+            raise UsageError(f"{self.reference.location}/model_index.json names no {part} of a known library")
+        found = getattr(importlib.import_module(library), name, None)
+        if found is None:
+            raise UsageError(f"{self.reference.location}/model_index.json: {library} has no {sources.printable(name)}")
+        return found
+
+    def tokenizer(self, part: str, encoder: nn.Module) -> Any:
+        """A tokenizer that fits its text encoder.
+
+        By its own class: AutoTokenizer would ask for a config.json that a downloaded snapshot does not hold.
+        """
+        tokenizer = weights.load_part(self.reference, part, self.part_class(part).from_pretrained)
+        config: Any = encoder.config
+        # Without its files transformers builds a tokenizer of a handful of tokens and says nothing.
+        if not 16 <= len(tokenizer) <= config.vocab_size:
+            raise UsageError(
+                f"{self.reference.location}/{part} has {len(tokenizer)} tokens but the text encoder knows "
+                f"{config.vocab_size}: the tokenizer's files are missing or foreign"
+            )
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        return tokenizer
+
+    def text_encoder(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """A frozen text encoder with its weights."""
+        encoder = weights.load_part(self.reference, part, self.part_class(part).from_pretrained, dtype=dtype)
+        return encoder.eval().requires_grad_(False)
+
+    def meta_text_encoders(self, *parts: str) -> nn.Module:
+        """Text encoders without memory, on the meta device."""
+        with torch.device("meta"):
+            classes = {part: self.part_class(part) for part in parts}
+            return nn.ModuleList(
+                cls(cls.config_class(**sources.read_json(self.reference, f"{part}/config.json")))
+                for part, cls in classes.items()
+            )
 
     @abstractmethod
     def make_decoder(self, vae: nn.Module) -> Decoder:
@@ -234,54 +337,12 @@ class PipelineFamily(Family):
         files.write_json(folder / "model_index.json", index)
 
 
-class KLDecoder(Decoder):
-    """An AutoencoderKL or AutoencoderTiny; images are clamped as DMD2 and ReFL do: a saturated pixel has no gradient.
-
-    Args:
-        vae: The autoencoder.
-        shift: Added to the latents after they are scaled, from the pipeline's own decoding.
-        mean: Per-channel mean of the latents [C], where the pipeline normalizes with one.
-        std: Per-channel standard deviation [C].
-    """
-
-    block_names = ("ResnetBlock2D", "BasicTransformerBlock", "AutoencoderTinyBlock")
-
-    def __init__(
-        self, vae: nn.Module, shift: float = 0.0, mean: list[float] | None = None, std: list[float] | None = None
-    ) -> None:
-        super().__init__()
-        self.vae: Any = freeze_convs(vae)
-        self.scaling_factor = float(self.vae.config.scaling_factor)
-        self.shift = shift
-        self._mean = None if mean is None else torch.tensor(mean).reshape(1, -1, 1, 1)
-        self._std = None if std is None else torch.tensor(std).reshape(1, -1, 1, 1)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See :meth:`Decoder.decode`."""
-        weights_dtype = next(self.vae.parameters()).dtype
-        scaled = latents.float()
-        if self._mean is not None and self._std is not None:
-            scaled = scaled * self._std.to(scaled) / self.scaling_factor + self._mean.to(scaled)
-        else:
-            scaled = scaled / self.scaling_factor + self.shift
-        image = self.vae.decode(
-            scaled.to(weights_dtype).contiguous(memory_format=torch.channels_last), return_dict=False
-        )[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
-
-    def limit_memory(self, slicing: bool, tiling: bool) -> None:
-        """See :meth:`Decoder.limit_memory`."""
-        if slicing:
-            self.vae.enable_slicing()
-        if tiling:
-            self.vae.enable_tiling()
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """See :meth:`Decoder.encode`."""
-        weights_dtype = next(self.vae.parameters()).dtype
-        encoded = self.vae.encode(images.to(weights_dtype) * 2 - 1)
-        return (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents).float()
+def bare_pipeline(cls: Any, **parts: Any) -> Any:
+    """A diffusers pipeline of text encoders alone, for its ``encode_prompt``."""
+    names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    required = [n for n in names if inspect.signature(cls.__init__).parameters[n].default is inspect.Parameter.empty]
+    with quietly():
+        return cls(**dict.fromkeys(required) | parts)
 
 
 def _load_in_float32(config: Path) -> None:

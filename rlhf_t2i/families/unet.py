@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm.schedules import VPSchedule
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.families import sources, weights
+from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Config, Decoder
-from rlhf_t2i.families.pipeline import KLDecoder, PipelineFamily
-from rlhf_t2i.families.sources import ModelRef
-from rlhf_t2i.families.vp_schedulers import ExportScheduler, export_scheduler
+from rlhf_t2i.families.decoders import KLDecoder
+from rlhf_t2i.families.exported import ExportScheduler
+from rlhf_t2i.families.pipeline import PipelineFamily, bare_pipeline
+from rlhf_t2i.families.vp_schedulers import export_scheduler
 
 _ONE_STEP_TIMESTEP = 399.0  # DMD2's and DI*'s one-step SDXL
 
@@ -39,56 +40,6 @@ class UNetFamily(PipelineFamily):
                 f"{self.reference.location}/unet/config.json: {config.get('in_channels')} input and "
                 f"{config.get('out_channels')} output channels: only text-to-image UNets are supported"
             )
-
-    def check_decoder(self, source: ModelRef | None) -> None:
-        """Refuse a decoder for latents of another number of channels."""
-        config = self.decoder_config(source)
-        channels, scale = config.get("latent_channels", 4), config.get("scaling_factor", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-            raise UsageError(
-                f"{self._decoder_place(source)}/config.json: scaling_factor is {sources.printable(scale)}, not a "
-                "positive number: the file is damaged"
-            )
-        if channels != self._channels:
-            raise UsageError(
-                f"{self._decoder_place(source)}/config.json decodes latents of {channels} channels, but the UNet has "
-                f"{self._channels}: they do not belong together"
-            )
-
-    @property
-    def _channels(self) -> int:
-        channels = self.network_config.get("in_channels", 4)
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise UsageError(
-                f"{self.reference.location}/unet/config.json: in_channels is not a number: the file is damaged"
-            )
-        return channels
-
-    def native_size(self) -> tuple[int, int]:
-        """The UNet's sample size times the VAE's factor."""
-        size: Any = self.network_config.get("sample_size") or 128
-        sides = list(size) if isinstance(size, list | tuple) else [size, size]
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise UsageError(f"{self.reference.location}/unet/config.json: sample_size is not a size: damaged")
-        return sides[0] * self._factor(None), sides[1] * self._factor(None)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """See :meth:`Family.latent_shape`."""
-        factor = self._factor(None)
-        for name, pixels in (("height", height), ("width", width)):
-            if pixels % factor:
-                raise UsageError(f"models.{name}: {pixels} is not a multiple of the VAE's {factor}")
-        return self._channels, height // factor, width // factor
-
-    def _factor(self, source: ModelRef | None) -> int:
-        config = self.decoder_config(source)
-        levels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
-        if not isinstance(levels, list) or not 1 <= len(levels) <= 16:
-            raise UsageError(
-                f"{self._decoder_place(source)}/config.json: block_out_channels is no list: not the folder of a VAE, "
-                "or damaged"
-            )
-        return int(2 ** (len(levels) - 1))
 
     def schedule(self, height: int, width: int) -> VPSchedule:
         """See :meth:`Family.schedule`; the same for every size."""
@@ -126,31 +77,6 @@ class UNetFamily(PipelineFamily):
         """See :meth:`PipelineFamily.export_scheduler`."""
         return export_scheduler(self.scheduler_config, student)
 
-    def _tokenizer(self, part: str, encoder: nn.Module) -> Any:
-        """A CLIP tokenizer that fits its encoder.
-
-        AutoTokenizer would ask for a config.json that a downloaded snapshot does not hold.
-        """
-        from transformers import CLIPTokenizer
-
-        tokenizer = weights.load_part(self.reference, part, CLIPTokenizer.from_pretrained)
-        config: Any = encoder.config
-        # Without its files transformers builds a tokenizer of a handful of tokens and says nothing.
-        if not 16 <= len(tokenizer) <= config.vocab_size:
-            raise UsageError(
-                f"{self.reference.location}/{part} has {len(tokenizer)} tokens but the text encoder knows "
-                f"{config.vocab_size}: the tokenizer's files are missing or foreign"
-            )
-        tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
-        return tokenizer
-
-    def _encoder(self, part: str, cls: Any, dtype: torch.dtype) -> nn.Module:
-        return weights.load_part(self.reference, part, cls.from_pretrained, dtype=dtype)
-
-    def _meta_encoder(self, part: str, cls: Any) -> nn.Module:
-        with torch.device("meta"):
-            return cls(cls.config_class(**sources.read_json(self.reference, f"{part}/config.json")))
-
 
 class SD15Family(UNetFamily):
     """Stable Diffusion 1.5: one text encoder, its last hidden state; unconditional is the encoded empty prompt."""
@@ -160,16 +86,12 @@ class SD15Family(UNetFamily):
 
     def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
         """See :meth:`Family.load_conditioner`."""
-        from transformers import CLIPTextModel
-
-        encoder = self._encoder("text_encoder", CLIPTextModel, dtype)
-        return _SD15Conditioner(encoder, self._tokenizer("tokenizer", encoder))
+        encoder = self.text_encoder("text_encoder", dtype)
+        return _SD15Conditioner(encoder, self.tokenizer("tokenizer", encoder))
 
     def build_text_encoders(self) -> nn.Module:
         """See :meth:`Family.build_text_encoders`."""
-        from transformers import CLIPTextModel
-
-        return nn.ModuleList([self._meta_encoder("text_encoder", CLIPTextModel)])
+        return self.meta_text_encoders("text_encoder")
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
@@ -208,20 +130,14 @@ class SDXLFamily(UNetFamily):
 
     def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
         """See :meth:`Family.load_conditioner`."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        first = self._encoder("text_encoder", CLIPTextModel, dtype)
-        second = self._encoder("text_encoder_2", CLIPTextModelWithProjection, dtype)
-        tokenizers = self._tokenizer("tokenizer", first), self._tokenizer("tokenizer_2", second)
+        first, second = (self.text_encoder(part, dtype) for part in ("text_encoder", "text_encoder_2"))
+        tokenizers = self.tokenizer("tokenizer", first), self.tokenizer("tokenizer_2", second)
         zeros = bool(self.index.get("force_zeros_for_empty_prompt", True))
         return _SDXLConditioner((first, second), tokenizers, height, width, zeros)
 
     def build_text_encoders(self) -> nn.Module:
         """See :meth:`Family.build_text_encoders`."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-        classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        return nn.ModuleList([self._meta_encoder(part, cls) for part, cls in classes.items()])
+        return self.meta_text_encoders("text_encoder", "text_encoder_2")
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`; mean and std as StableDiffusionXLPipeline applies them."""
@@ -246,8 +162,10 @@ class _SD15Conditioner(Conditioner):
         from diffusers import StableDiffusionPipeline
 
         super().__init__()
-        self.encoder = encoder.eval().requires_grad_(False)
-        self._pipeline = _bare(StableDiffusionPipeline, text_encoder=encoder, tokenizer=tokenizer)
+        self.encoder = encoder
+        self._pipeline = bare_pipeline(
+            StableDiffusionPipeline, requires_safety_checker=False, text_encoder=encoder, tokenizer=tokenizer
+        )
 
     def encode_one(self, prompt: str) -> dict[str, Tensor]:
         """See :meth:`Conditioner.encode_one`."""
@@ -266,9 +184,9 @@ class _SDXLConditioner(Conditioner):
         from diffusers import StableDiffusionXLPipeline
 
         super().__init__()
-        self.encoders = nn.ModuleList(encoders).eval().requires_grad_(False)
+        self.encoders = nn.ModuleList(encoders)
         self._zeros, self._sizes = zeros, [float(n) for n in (height, width, 0, 0, height, width)]
-        self._pipeline = _bare(
+        self._pipeline = bare_pipeline(
             StableDiffusionXLPipeline, text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
         )  # fmt: skip
@@ -288,18 +206,6 @@ class _SDXLConditioner(Conditioner):
         if self._zeros:
             row |= {name: torch.zeros_like(row[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
         return row
-
-
-def _bare(cls: Any, **parts: Any) -> Any:
-    """A diffusers pipeline of text encoders alone, for its ``encode_prompt``."""
-    from rlhf_t2i.utils.quiet import quietly
-
-    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-    if cls.__name__ == "StableDiffusionPipeline":
-        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
-        parts["requires_safety_checker"] = False
-    with quietly():
-        return cls(**dict.fromkeys(names) | parts)
 
 
 def _embeds(family: UNetFamily, config: Config, batch: int, encoders: list[str], dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,6 @@ off where the student starts: for one step at 399 its betas end at 399.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +15,9 @@ import torch
 from rlhf_t2i.algorithm.schedules import VPSchedule
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.exported import ExportScheduler
 
 _KEPT = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas")
-
-
-@dataclass(frozen=True)
-class ExportScheduler:
-    """A scheduler, and the arguments that a pipeline call needs besides ``num_inference_steps``; usually none."""
-
-    scheduler: Any
-    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def export_scheduler(config: Mapping[str, Any], student: Student) -> ExportScheduler:

@@ -186,8 +186,8 @@ class Lora(Section):
 
     rank: int = Field(64, ge=1, le=4096, description="inner dimension of an adapter")
     alpha: Positive | None = Field(None, description="an adapter is scaled by alpha / rank; the rank when absent")
-    targets: list[Name] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="ends of the names of linear layers"
+    targets: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="ends of the names of linear layers; the attention layers of the model family when absent"
     )
 
 

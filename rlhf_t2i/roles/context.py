@@ -67,7 +67,8 @@ class RankContext:
             self.store.family.enable_checkpointing(module)
         module.train().requires_grad_(True)
         if optimizer.lora is not None:
-            adapters.add(module, optimizer.lora, self.recipe.seed)
+            targets = optimizer.lora.targets or self.store.family.adapter_targets
+            adapters.add(module, optimizer.lora, targets, self.recipe.seed)
         if self.distributed:
             return DeepSpeedEngine(module, optimizer, accumulation, micro, self.recipe.optimization)
         return LocalEngine(module, optimizer, accumulation)

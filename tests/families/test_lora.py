@@ -15,6 +15,7 @@ from rlhf_t2i.recipe.schema import Lora
 from tests import tiny
 
 SETTINGS = Lora(rank=4, alpha=8.0)
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def unet() -> nn.Module:
@@ -45,7 +46,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
 def test_fresh_adapters_change_nothing() -> None:
     network = unet()
     with_adapters = copy.deepcopy(network)
-    adapters.add(with_adapters, SETTINGS, seed=3)
+    adapters.add(with_adapters, SETTINGS, TARGETS, seed=3)
     torch.testing.assert_close(call(with_adapters), call(network), rtol=0, atol=0)
     merged = dict(adapters.merged(with_adapters, whole))
     state = network.state_dict()
@@ -57,7 +58,7 @@ def test_the_seed_sets_the_start_and_no_other_draw() -> None:
     one, same, other = (unet() for _ in range(3))
     before = torch.get_rng_state()
     for network, seed in ((one, 3), (same, 3), (other, 4)):
-        adapters.add(network, SETTINGS, seed)
+        adapters.add(network, SETTINGS, TARGETS, seed)
     assert torch.equal(torch.get_rng_state(), before)
     first = [name for name, _ in one.named_parameters() if ".lora_A." in name]
     assert first
@@ -68,7 +69,7 @@ def test_the_seed_sets_the_start_and_no_other_draw() -> None:
 
 def test_only_adapters_are_trained() -> None:
     network = unet()
-    adapters.add(network, SETTINGS, seed=0)
+    adapters.add(network, SETTINGS, TARGETS, seed=0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     call(network).square().mean().backward()
     trained = {name for name, p in network.named_parameters() if p.grad is not None}
@@ -82,7 +83,7 @@ def test_only_adapters_are_trained() -> None:
 
 def test_the_merge_is_the_adapted_network() -> None:
     network, plain = unet(), unet()
-    adapters.add(network, SETTINGS, seed=0)
+    adapters.add(network, SETTINGS, TARGETS, seed=0)
     train_a_little(network)
     plain.load_state_dict(dict(adapters.merged(network, whole)), strict=True)
     assert float((call(plain) - call(unet())).detach().norm()) > 1e-2
@@ -91,6 +92,6 @@ def test_the_merge_is_the_adapted_network() -> None:
 
 def test_wrong_targets_are_refused() -> None:
     with pytest.raises(UsageError, match="no layer 'to_queue'"):
-        adapters.add(unet(), Lora(targets=["to_queue"]), seed=0)
+        adapters.add(unet(), SETTINGS, ["to_queue"], seed=0)
     with pytest.raises(UsageError, match="'conv_in' is a Conv2d"):
-        adapters.add(unet(), Lora(targets=["conv_in"]), seed=0)
+        adapters.add(unet(), SETTINGS, ["conv_in"], seed=0)

@@ -7,6 +7,7 @@ import torch
 
 from rlhf_t2i.families import adapters
 from rlhf_t2i.families import published as published
+from rlhf_t2i.families.unet import SDXLFamily
 from rlhf_t2i.recipe.schema import Lora
 
 
@@ -32,7 +33,7 @@ def test_adapters_of_the_full_sdxl_unet() -> None:
     names = set(unet.state_dict())
     assert len(names) == 1680
     with torch.device("meta"):
-        adapters.add(unet, Lora(rank=64), seed=0)
+        adapters.add(unet, Lora(rank=64), SDXLFamily.adapter_targets, seed=0)
     trained = [p for p in unet.parameters() if p.requires_grad]
     assert len(trained) == 70 * 2 * 4 * 2
     assert sum(p.numel() for p in trained) == 92_897_280

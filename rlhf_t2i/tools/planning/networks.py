@@ -107,7 +107,11 @@ def adapter_sizes(config: Config | None, settings: Lora) -> Sizes:
     """Of a UNet's low-rank adapters, a matrix of ``rank x inputs`` and one of ``outputs x rank`` a layer."""
     if config is None:
         return Sizes(0)
-    return _adapters(json.dumps(config, sort_keys=True, default=str), settings.rank, tuple(settings.targets))
+    return _adapters(
+        json.dumps(config, sort_keys=True, default=str),
+        settings.rank,
+        tuple(settings.targets or ("to_q", "to_k", "to_v", "to_out.0")),
+    )
 
 
 @cache

@@ -1,0 +1,42 @@
+"""``rlhf-t2i families list|check``: which models are supported, and does a family read one as diffusers does?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+families_app = typer.Typer(help="List model families, and check one on a model.", no_args_is_help=True)
+
+
+@families_app.command("list")
+def list_families() -> None:
+    """Show every installed model family and the pipelines that it reads."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlhf_t2i.families import registry
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("family", "pipelines", "network folder"):
+        table.add_column(column, overflow="fold")
+    for name, cls in registry.registered().items():
+        table.add_row(name, ", ".join(cls.pipelines), cls.network_part)
+    Console().print(table)
+
+
+@families_app.command("check")
+def check(
+    model: Annotated[str, typer.Argument(help="A diffusers folder or a hub id.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    height: Annotated[int | None, typer.Option(min=8, max=8192, metavar="PIXELS", help="The model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=8, max=8192, metavar="PIXELS", help="The model's own.")] = None,
+) -> None:
+    """Compare a family with diffusers' own pipeline on a model, in float32. Exit code 1 if a check fails."""
+    from rlhf_t2i.commands.rewards import print_findings, torch_device
+    from rlhf_t2i.tools.family_check import check_family
+
+    findings = check_family(model, torch_device(device), height, width)
+    print_findings(f"families check {model}", findings)
+    if any(finding.outcome == "fail" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,344 @@
+"""``rlhf-t2i families check``: does a model family call a model as diffusers' own pipeline does?
+
+The pipeline's ``__call__`` is the oracle. It draws three guided steps while every call of the network is recorded; the
+family must make the same calls, and its x0-prediction, its guidance and its decoder must lead to the same latents and
+images. The exported generator is then drawn by a plain pipeline call in one and in four steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.algorithm.losses import guided
+from rlhf_t2i.algorithm.schedules import FlowSchedule, VPSchedule
+from rlhf_t2i.algorithm.student import sequential_noise
+from rlhf_t2i.families.base import Conditioning
+from rlhf_t2i.families.export import write_model
+from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe.schema import Models, StudentSettings
+from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
+from rlhf_t2i.utils.quiet import quietly
+
+PROMPT = "a red apple on a wooden table"
+_STEPS, _GUIDANCE, _SEED = 3, 3.0, 5
+_TOLERANCE = 1e-5
+
+
+def check_family(
+    model: str, device: torch.device, height: int | None = None, width: int | None = None
+) -> list[Finding]:
+    """Run every check on a model in float32.
+
+    Args:
+        model: A diffusers folder or hub id.
+        device: Where to run.
+        height: Of the images; the model's own when None.
+        width: Of the images; the model's own when None.
+
+    Raises:
+        UsageError: The model is of no known family, or damaged.
+    """
+    checker = _Checker(ModelStore(Models(reference=model, generator=model, height=height, width=width),
+                                  StudentSettings(), device))  # fmt: skip
+    checker.store.check()
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("family", checker.family),
+        ("prediction", checker.prediction),
+        ("latents", checker.latents),
+        ("network calls", checker.network_calls),
+        ("guided x0", checker.guided_x0),
+        ("decoded image", checker.decoded_image),
+        ("one step, exported", lambda: checker.exported(1)),
+        ("four steps, exported", lambda: checker.exported(4)),
+        ("gradient", checker.gradient),
+        ("adapters", checker.adapters),
+        ("checkpointing", checker.checkpointing),
+    ]
+    with quietly():
+        return run_checks(checks)
+
+
+@dataclass
+class _Call:
+    """One call of the network: its arguments by name, and its raw output."""
+
+    arguments: dict[str, Any]
+    output: Tensor
+
+
+@dataclass
+class _Recording:
+    """What the pipeline did: every network call, the final latents and the image."""
+
+    calls: list[_Call] = field(default_factory=list)
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))
+    image: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class _Recorder(nn.Module):
+    """Stands in for a network: keeps the arguments it is called with and returns a given output."""
+
+    def __init__(self, forward: Callable[..., Any], output: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._signature, self._output = inspect.signature(forward), output
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype))
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        self.arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+        return (self._output,)
+
+
+class _Checker:
+    def __init__(self, store: ModelStore) -> None:
+        self.store = store
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """Diffusers' pipeline of the reference, with a scheduler whose last step lands on the guided x0."""
+        import diffusers
+
+        source = self.store.family.reference
+        pipeline = self._load(source.location, **source.kwargs)
+        flow = isinstance(self.store.schedule, FlowSchedule)
+        cls = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.EulerDiscreteScheduler
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
+        return pipeline.to(self.store.device)
+
+    def _load(self, location: str, **kwargs: Any) -> Any:
+        """A pipeline in float32; parts that its index leaves out are passed as such, which some pipelines demand."""
+        import diffusers
+
+        absent = {name: None for name, entry in self.store.family.index.items() if entry == [None, None]}
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(location, dtype=torch.float32, **absent, **kwargs)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @cached_property
+    def network(self) -> Any:
+        return getattr(self.pipeline, self.store.family.network_part)
+
+    @cached_property
+    def recording(self) -> _Recording:
+        found, forward = _Recording(), self.network.forward
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            output = result[0] if isinstance(result, tuple) else result.sample
+            found.calls.append(_Call(dict(inspect.signature(forward).bind(*args, **kwargs).arguments), output))
+            return result
+
+        height, width = self.store.size
+        arguments = {
+            "num_inference_steps": _STEPS, "guidance_scale": _GUIDANCE, "height": height, "width": width,
+        }  # fmt: skip
+        with _replaced(self.network, "forward", record):
+            found.latents = self.pipeline(PROMPT, generator=_generator(), output_type="latent", **arguments).images
+        found.image = self.pipeline(PROMPT, generator=_generator(), output_type="pt", **arguments).images
+        return found
+
+    def family(self) -> str:
+        family, pipeline = self.store.family, self.store.family.index.get("_class_name")
+        count = sum(p.numel() for p in family.build_network().parameters())
+        return f"{family.name}: {pipeline}, network of {count:,} parameters"
+
+    def prediction(self) -> str:
+        schedule = self.store.schedule
+        if isinstance(schedule, VPSchedule):
+            return f"{schedule.prediction_type}, variance preserving, {len(schedule)} timesteps"
+        if isinstance(schedule, FlowSchedule):
+            value = "eps - x0" if schedule.sign == 1 else "x0 - eps"
+            return f"{value}, flow matching, shift {schedule.shift:g}, time as {schedule.time}"
+        return type(schedule).__name__
+
+    def latents(self) -> str:
+        height, width = self.store.size
+        return f"{' x '.join(map(str, self.store.latent_shape))} for {height} x {width} pixels"
+
+    def network_calls(self) -> str:
+        """The family's call for the same x_t, time and prompts has the recorded arguments."""
+        worst = 0.0
+        for call in self.recording.calls:
+            x_t, t = self._state(call)
+            recorder = _Recorder(self.network.forward, call.output, x_t.dtype)
+            self.store.predict(recorder, x_t, t, self._conditioning(len(x_t)))
+            worst = max(worst, _difference(call.arguments, recorder.arguments, "the network's arguments"))
+        if worst > _TOLERANCE:
+            raise CheckFailed(f"the arguments differ by {worst:.1g}")
+        return f"{len(self.recording.calls)} calls, arguments within {worst:.1g} of the pipeline's"
+
+    def guided_x0(self) -> str:
+        """The last step of an Euler sampler ends at the guided x0-prediction."""
+        call = self.recording.calls[-1]
+        x_t, t = self._state(call)
+        d = self.store.schedule.to_x0(call.output, x_t, t)
+        unconditional, conditional = d.chunk(2)
+        found = guided(conditional, unconditional, _GUIDANCE)
+        return _close(found, self._unpacked(self.recording.latents), "the last step's latents")
+
+    def decoded_image(self) -> str:
+        latents = self._unpacked(self.recording.latents)
+        return _close(self.store.decoder.decode(latents), self.recording.image, "the pipeline's image")
+
+    def exported(self, steps: int) -> str:
+        """A plain pipeline call on the exported folder draws what the student draws."""
+        store = ModelStore(self.store.models, StudentSettings(steps=steps), self.store.device)
+        network: Any = self.network.eval()
+        with torch.no_grad():
+            noise = sequential_noise(store.latent_shape, [_SEED], store.device)
+            ours = self.store.decoder.decode(store.generate(network, [PROMPT], noise))
+        with TemporaryDirectory() as folder:
+            write_model(store, network.state_dict(), Path(folder) / "model")
+            pipeline = self._load(str(Path(folder) / "model"), local_files_only=True)
+            height, width = store.size
+            generator = _generator()
+            with _replaced(pipeline.scheduler, "step", _with_generator(pipeline.scheduler.step, generator)):
+                theirs = pipeline.to(store.device)(
+                    PROMPT, num_inference_steps=steps, guidance_scale=0.0, generator=generator, output_type="pt",
+                    height=height, width=width,
+                ).images  # fmt: skip
+        return _close(ours, theirs, "the plain pipeline's image", 10 * _TOLERANCE)
+
+    def gradient(self) -> str:
+        """The directional derivative of D in float64 against central differences."""
+        network = self.network.double()
+        store = self.store
+        generator = torch.Generator().manual_seed(1)
+        x_t, direction = (
+            torch.randn(1, *store.latent_shape, generator=generator, dtype=torch.float64).to(store.device)
+            for _ in range(2)
+        )
+        t, cond = torch.tensor([500.0]), _double(store.conditioner.encode([PROMPT]))
+        time = store.schedule.network_time(t).to(store.device)
+
+        def predict(x: Tensor) -> Tensor:
+            return (store.schedule.to_x0(store.family.predict(network, x, time, cond), x, t) * direction).sum()
+
+        try:
+            leaf = x_t.clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(predict(leaf), leaf)
+            expected = float((slope * direction).sum())
+            with torch.no_grad():
+                errors = [
+                    abs(float(predict(x_t + h * direction) - predict(x_t - h * direction)) / (2 * h) - expected)
+                    for h in (1e-3, 1e-4, 1e-5)
+                ]
+        finally:
+            network.float()
+        if min(errors) > 1e-4 * abs(expected):
+            raise CheckFailed(f"off by {min(errors) / abs(expected):.1g} of its size from finite differences")
+        return f"agrees with finite differences to {min(errors) / abs(expected):.1g} of its size"
+
+    def adapters(self) -> str:
+        names = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
+        targets = self.store.family.adapter_targets
+        counts = {t: sum(name == t or name.endswith(f".{t}") for name in names) for t in targets}
+        missing = [target for target, count in counts.items() if not count]
+        if missing:
+            raise CheckFailed(f"the network has no linear layer {missing[0]!r}")
+        return f"{sum(counts.values())} linear layers: {', '.join(counts)}"
+
+    def checkpointing(self) -> str:
+        names = self.store.family.block_names
+        blocks = [m for m in self.network.modules() if type(m).__name__ in names]
+        if not names:
+            raise CheckSkipped("the family names no repeated blocks")
+        if not blocks:
+            raise CheckFailed(f"the network has no block called {' or '.join(names)}")
+        self.store.family.enable_checkpointing(self.network)
+        return f"{len(blocks)} repeated blocks"
+
+    def _conditioning(self, count: int) -> Conditioning:
+        """What the pipeline sends in one guided call: without the prompt first."""
+        encoder = self.store.conditioner
+        return Conditioning.cat([encoder.unconditional(count // 2), encoder.encode([PROMPT] * (count // 2))])
+
+    def _state(self, call: _Call) -> tuple[Tensor, Tensor]:
+        """x_t [B, ...] and t in thousandths of a recorded call."""
+        names = list(call.arguments)
+        x_t = call.arguments[names[0]]
+        time = torch.as_tensor(call.arguments["timestep"]).double().cpu().reshape(-1)
+        schedule = self.store.schedule
+        if isinstance(schedule, FlowSchedule):
+            time = {"thousandths": time, "sigma": 1000 * time, "one_minus_sigma": 1000 * (1 - time)}[schedule.time]
+        elif isinstance(schedule, VPSchedule) and len(schedule) != 1000:
+            time = 1000 * (time + 0.5) / len(schedule)
+        return x_t, time.expand(len(x_t))
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(_SEED)
+
+
+def _with_generator(step: Callable[..., Any], generator: torch.Generator) -> Callable[..., Any]:
+    """A scheduler's step with the image's generator, which not every pipeline passes on."""
+    takes = "generator" in inspect.signature(step).parameters
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **(kwargs | ({"generator": generator} if takes else {})))
+
+    return functools.wraps(step)(call)
+
+
+@contextmanager
+def _replaced(target: Any, name: str, value: Any) -> Any:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, before)
+
+
+def _double(cond: Conditioning) -> Conditioning:
+    return Conditioning({k: v.double() if v.is_floating_point() else v for k, v in cond.tensors.items()})
+
+
+def _close(found: Tensor, expected: Tensor, what: str, tolerance: float = _TOLERANCE) -> str:
+    if found.shape != expected.shape:
+        raise CheckFailed(f"shape {list(found.shape)}, but {what} has {list(expected.shape)}")
+    difference = float((found.detach().double().cpu() - expected.detach().double().cpu()).abs().max())
+    scale = max(1.0, float(expected.abs().max()))
+    if not difference <= tolerance * scale:
+        raise CheckFailed(f"{difference:.2g} away from {what}")
+    return f"within {difference:.1g} of {what}"
+
+
+def _difference(theirs: Any, ours: Any, place: str) -> float:
+    """The largest difference between two sets of arguments; what one lacks must be None in the other.
+
+    Raises:
+        CheckFailed: They differ in structure.
+    """
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        ignored = ("return_dict", "joint_attention_kwargs", "cross_attention_kwargs", "timestep_cond")
+        keys = [key for key in {**theirs, **ours} if key not in ignored]
+        return max((_difference(theirs.get(key), ours.get(key), f"{place}.{key}") for key in keys), default=0.0)
+    if isinstance(theirs, list | tuple) and isinstance(ours, list | tuple) and len(theirs) == len(ours):
+        return max((_difference(a, b, place) for a, b in zip(theirs, ours, strict=True)), default=0.0)
+    if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
+        a, b = theirs.detach().double().cpu(), ours.detach().double().cpu()
+        if a.numel() != b.numel() and 1 not in (a.numel(), b.numel()):
+            raise CheckFailed(f"{place} has shape {list(ours.shape)}, the pipeline's {list(theirs.shape)}")
+        return (
+            float((a - b).abs().max())
+            if a.numel() == 1 or b.numel() == 1
+            else float((a - b.reshape(a.shape)).abs().max())
+        )
+    if theirs is None and ours is None:
+        return 0.0
+    raise CheckFailed(f"{place} is {type(ours).__name__}, the pipeline's {type(theirs).__name__}")

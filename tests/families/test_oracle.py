@@ -1,0 +1,31 @@
+"""Every family against diffusers' own pipeline: the rows of ``rlhf-t2i families check`` on tiny random models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_t2i.tools.family_check import check_family
+from tests import tiny
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "sdxl": tiny.make_sdxl,
+    "sd15": tiny.make_sd15,
+    "sd3": tiny.make_sd3,
+    "sd3 without T5": lambda folder: tiny.make_sd3(folder, t5=False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_family_is_the_pipeline(name: str, tmp_path: Path) -> None:
+    findings = check_family(str(MODELS[name](tmp_path)), torch.device("cpu"))
+    assert {finding.outcome for finding in findings} == {"pass"}, findings
+    assert len(findings) == 11
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    findings = check_family(str(tiny.make_sd3(tmp_path)), torch.device("cpu"), height=16, width=8)
+    assert {finding.outcome for finding in findings} == {"pass"}, findings
