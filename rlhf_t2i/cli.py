@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands import ablate, evaluate, plan, rewards
+from rlhf_t2i.commands import ablate, evaluate, families, plan, rewards
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
 from rlhf_t2i.errors import RunError, Stopped, UsageError
@@ -30,6 +30,7 @@ app.command("eval")(evaluate.eval_command)
 app.command("ablate")(ablate.ablate_command)
 app.add_typer(rewards.rewards_app, name="rewards")
 app.add_typer(rewards.divergences_app, name="divergences")
+app.add_typer(families.families_app, name="families")
 
 
 @app.callback(invoke_without_command=True)

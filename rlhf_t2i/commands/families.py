@@ -33,7 +33,7 @@ def check(
     width: Annotated[int | None, typer.Option(min=8, max=8192, metavar="PIXELS", help="The model's own.")] = None,
 ) -> None:
     """Compare a family with diffusers' own pipeline on a model, in float32. Exit code 1 if a check fails."""
-    from rlhf_t2i.commands.rewards import print_findings, torch_device
+    from rlhf_t2i.commands.output import print_findings, torch_device
     from rlhf_t2i.tools.family_check import check_family
 
     findings = check_family(model, torch_device(device), height, width)

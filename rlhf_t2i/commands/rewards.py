@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from rlhf_t2i.commands import output
 from rlhf_t2i.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 rewards_app = typer.Typer(help="List, check and write reward plugins.", no_args_is_help=True)
 divergences_app = typer.Typer(help="List divergence plugins.", no_args_is_help=True)
@@ -45,15 +43,13 @@ def check(
     """Test a reward: shape, determinism, gradient, cost. Exit code 1 if a check fails."""
     chosen = parse_options(options or [])
 
-    import torch
-
     from rlhf_t2i.plugins import registry
     from rlhf_t2i.tools.reward_check import check_reward
 
-    where = _device(device, torch)
+    where = output.torch_device(device)
     built = registry.reward(reward, **chosen)
     findings = check_reward(built, where, size)
-    _print_findings(reward, findings)
+    output.print_findings(f"rewards check {reward}", findings)
     failed = sum(finding.outcome == "fail" for finding in findings)
     if failed:
         raise typer.Exit(1)
@@ -93,34 +89,3 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             raise UsageError(f"--options {mistakes.shown(pair)!r} is not KEY=VALUE")
         parsed[key.strip()] = reading.parse_value(value, f"--options {mistakes.shown(pair)}")
     return parsed
-
-
-def _device(name: str, torch: Any) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r}: cpu, cuda or auto")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here")
-    return torch.device(name)
-
-
-def _print_findings(reward: str, findings: list[Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"rewards check {escape(reward)}", title_justify="left")
-    table.add_column("check", no_wrap=True)
-    table.add_column("result", no_wrap=True)
-    table.add_column("detail", overflow="fold")
-    colors = {"pass": "green", "fail": "bold red", "skip": "dim"}
-    for finding in findings:
-        color = colors[finding.outcome]
-        table.add_row(finding.name, f"[{color}]{finding.outcome}[/]", escape(finding.detail))
-    console = Console()
-    console.print(table)
-    failed = sum(finding.outcome == "fail" for finding in findings)
-    skipped = sum(finding.outcome == "skip" for finding in findings)
-    passed = len(findings) - failed - skipped
-    console.print(f"{passed} passed, {failed} failed, {skipped} skipped", highlight=False)

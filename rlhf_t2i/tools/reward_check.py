@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_t2i.plugins.base import LatentReward, Reward
 from rlhf_t2i.roles.reward import RewardRole, freeze
+from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
 
 PROMPTS = ("a red apple on a wooden table", "two dogs running along a beach", "a castle at night, oil painting")
-Outcome = Literal["pass", "fail", "skip"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check's outcome, with a sentence that says what was measured or what is wrong."""
-
-    name: str
-    outcome: Outcome
-    detail: str
-
-
-class _FailError(Exception):
-    """A check that did not hold; its text is the finding's detail."""
-
-
-class _SkipError(Exception):
-    """A check that does not apply."""
 
 
 class _Identity:
@@ -92,18 +74,7 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[F
         ("time", checker.time),
         ("memory", checker.memory),
     ]
-    return [_run(name, check) for name, check in checks]
-
-
-def _run(name: str, check: Callable[[], str]) -> Finding:
-    try:
-        return Finding(name, "pass", check())
-    except _FailError as failure:
-        return Finding(name, "fail", str(failure))
-    except _SkipError as skipped:
-        return Finding(name, "skip", str(skipped))
-    except Exception as error:
-        return Finding(name, "fail", f"{type(error).__name__}: {error}")
+    return run_checks(checks)
 
 
 class _Checker:
@@ -136,29 +107,29 @@ class _Checker:
         values = self._score(self.inputs)
         low, high = self.reward.value_range
         if float(values.min()) < low - 1e-4 or float(values.max()) > high + 1e-4:
-            raise _FailError(f"{float(values.min()):.4g} to {float(values.max()):.4g}, declared {low:g} to {high:g}")
+            raise CheckFailed(f"{float(values.min()):.4g} to {float(values.max()):.4g}, declared {low:g} to {high:g}")
         return f"{float(values.min()):.4g} to {float(values.max()):.4g} {self.reward.unit}".rstrip()
 
     def determinism(self) -> str:
         difference = float((self._score(self.inputs) - self._score(self.inputs)).abs().max())
         if difference > 1e-6:
-            raise _FailError(f"the same call gave values that differ by {difference:.2g} (dropout? random crops?)")
+            raise CheckFailed(f"the same call gave values that differ by {difference:.2g} (dropout? random crops?)")
         return "the same call gives the same values"
 
     def batch_invariance(self) -> str:
         if self.on_latents:
-            raise _SkipError("the noise of a call belongs to the whole batch")
+            raise CheckSkipped("the noise of a call belongs to the whole batch")
         together = self._score(self.inputs)
         alone = torch.cat([self._score(self.inputs[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
         difference = float((together - alone).abs().max())
         if difference > 1e-4 * max(1.0, float(alone.abs().max())):
-            raise _FailError(f"a sample's value depends on its batch by {difference:.2g} (batch norm? a mean over B?)")
+            raise CheckFailed(f"a sample's value depends on its batch by {difference:.2g} (batch norm? a mean over B?)")
         return f"alone or together: {difference:.1g} apart"
 
     def dtype(self) -> str:
         full, half = self._score(self.inputs), self._score(self.inputs, dtype=torch.bfloat16)
         if not bool(half.isfinite().all()):
-            raise _FailError("not finite in bfloat16")
+            raise CheckFailed("not finite in bfloat16")
         return f"float32 and bfloat16 differ by {float((full - half).abs().max()):.2g}"
 
     def nan_behavior(self) -> str:
@@ -172,9 +143,9 @@ class _Checker:
         except Exception as error:
             return f"raises {type(error).__name__}"
         if bool(values[1].isfinite()):
-            raise _FailError(f"a sample of NaN gets {float(values[1]):.4g}: the failure is hidden (nan_to_num? clamp?)")
+            raise CheckFailed(f"a sample of NaN gets {float(values[1]):.4g}: it hides the failure (nan_to_num? clamp?)")
         if not bool(values[[0, 2]].isfinite().all()):
-            raise _FailError("one sample of NaN makes the others NaN")
+            raise CheckFailed("one sample of NaN makes the others NaN")
         return "a sample of NaN gives NaN, its neighbors are untouched"
 
     def _raw(self, inputs: Tensor) -> Tensor:
@@ -185,7 +156,7 @@ class _Checker:
     def gradient(self) -> str:
         """Directional derivatives in float64 against central differences at the best of four step sizes."""
         if not self.reward.differentiable:
-            raise _SkipError("declares none: it can measure (eval_rewards) but not train")
+            raise CheckSkipped("declares none: it can measure (eval_rewards) but not train")
         inputs = self.inputs.double()
         role = self._role(torch.float64)
         try:
@@ -203,18 +174,18 @@ class _Checker:
             freeze(self.reward, self.device, torch.float32)
         size = float(expected.abs().max())
         if size == 0.0:
-            raise _FailError("the gradient is zero everywhere")
+            raise CheckFailed("the gradient is zero everywhere")
         if min(errors) > 1e-3 * size:
-            raise _FailError(f"off by {min(errors) / size:.1g} of its size from finite differences (a detach inside?)")
+            raise CheckFailed(f"off by {min(errors) / size:.1g} of its size from finite differences (a detach inside?)")
         return f"agrees with finite differences to {min(errors) / size:.1g} of its size"
 
     def image_sensitivity(self) -> str:
         if self.on_latents:
-            raise _SkipError("the noise of a call differs by sample")
+            raise CheckSkipped("the noise of a call differs by sample")
         values = self._score(self.inputs, [PROMPTS[0]] * 3)
         spread = float(values.max() - values.min())
         if spread == 0.0:
-            raise _FailError("three different images get the same value")
+            raise CheckFailed("three different images get the same value")
         return f"three images for one prompt lie {spread:.3g} apart"
 
     def prompt_sensitivity(self) -> str:
@@ -227,10 +198,10 @@ class _Checker:
             spread = float(values.max() - values.min())
         if not self.reward.uses_prompt:
             if spread > 1e-5:
-                raise _FailError(f"uses_prompt is False, but three prompts for one image lie {spread:.3g} apart")
-            raise _SkipError("declares that it does not read the prompt")
+                raise CheckFailed(f"uses_prompt is False, but three prompts for one image lie {spread:.3g} apart")
+            raise CheckSkipped("declares that it does not read the prompt")
         if spread < 1e-7:
-            raise _FailError(
+            raise CheckFailed(
                 "three prompts for one image get the same value; if that is meant, set uses_prompt = False"
             )
         return f"three prompts for one image lie {spread:.3g} apart"

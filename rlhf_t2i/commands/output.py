@@ -1,0 +1,50 @@
+"""What several commands print or parse alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf_t2i.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlhf_t2i.tools.findings import Finding
+
+_COLORS = {"pass": "green", "fail": "bold red", "skip": "dim"}
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a ``--device`` option: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+
+    Raises:
+        UsageError: Another word, or CUDA where torch finds none.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r}: cpu, cuda or auto")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def print_findings(title: str, findings: Sequence[Finding]) -> None:
+    """Print the rows of a check as a table, and how many passed."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("check", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    table.add_column("detail", overflow="fold")
+    for finding in findings:
+        table.add_row(finding.name, f"[{_COLORS[finding.outcome]}]{finding.outcome}[/]", escape(finding.detail))
+    console = Console()
+    console.print(table)
+    counts = {outcome: sum(finding.outcome == outcome for finding in findings) for outcome in _COLORS}
+    console.print(f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped", highlight=False)
