@@ -245,7 +245,7 @@ def test_a_foreign_tokenizer_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None
 
 
 def test_resolution_must_fit_the_vae(tiny_sdxl: Path) -> None:
-    with pytest.raises(UsageError, match="17 is not a multiple of the VAE's 2"):
+    with pytest.raises(UsageError, match="17 is not a multiple of 2"):
         _ = store(tiny_sdxl, height=17).latent_shape
 
 
