@@ -22,13 +22,20 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 Weighting = Literal["unit_x0", "inv_mean_abs", "score", "eps"]
 
 
+class _Force(Divergence):
+    """Acts on x_t like the KL force: the weight of (3.6)."""
+
+    needs_vjp = False
+    order = 1
+
+
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     """Reshape [B] to broadcast over ``like`` [B, ...]."""
     return value.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def weight(
-    divergence: Divergence, weighting: Weighting, x0: Tensor, t: Tensor, d_reference: Tensor, schedule: Schedule
+    divergence: Divergence, weighting: Weighting, x0: Tensor, t: Tensor, normalizer: Tensor, schedule: Schedule
 ) -> Tensor:
     """The coefficient of the x0-form loss for each sample, [B, 1, ...], without gradient.
 
@@ -38,12 +45,13 @@ def weight(
     * ``score``: w(t) = 1 in (3.4).
     * ``eps``: coefficient 1 in the eps form, w(t) = g^p.
     * ``unit_x0``: coefficient 1 in the x0 form, w(t) = (g^2/a)^p (for KL g^2/a^2). The default.
-    * ``inv_mean_abs``: ``1 / mean|x0 - D_reference|`` in the x0 form (DMD2, SiD).
+    * ``inv_mean_abs``: ``1 / mean|x0 - D|`` in the x0 form (DMD2, SiD), D the guided prediction of the reference, which
+      is ``normalizer``.
     """
     if weighting == "unit_x0":
         return torch.ones_like(_per_sample(x0.flatten(1)[:, 0], x0))
     if weighting == "inv_mean_abs":
-        mean_abs = (x0 - d_reference).detach().abs().flatten(1).mean(1)
+        mean_abs = (x0 - normalizer).detach().abs().flatten(1).mean(1)
         return _per_sample(1.0 / mean_abs.clamp_min(1e-5), x0)
     alpha, sigma = schedule.coefficients(t, x0)
     power = divergence.order
@@ -63,18 +71,29 @@ def divergence_loss_from_predictions(
     d_reference: Tensor,
     schedule: Schedule,
     weighting: Weighting = "unit_x0",
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     """The regularizer of (3.4) [B] from both denoisers' x0-predictions at the same x_t.
 
-    With ``needs_vjp``: ``-w d'(D_psi - D_ref)^T (D_psi - x_0)``, whose gradient flows through both predictions.
-    Without: the KL surrogate ``w sg[D_psi - D_ref]^T x_0`` (section 3.1).
+    With ``needs_vjp``: ``-w d'(D_psi - D_ref)^T (D_psi - x_0)``, whose gradient flows through both predictions, plus
+    ``path_weight w d(D_psi - D_ref)``. Without: the KL surrogate ``w sg[D_psi - D_ref]^T x_0`` (section 3.1).
+
+    Args:
+        divergence: The plugin.
+        x0: Generated latents [B, ...].
+        t: Timesteps [B] in thousandths.
+        d_assistant: The assistant's prediction.
+        d_reference: The reference's.
+        schedule: The noise schedule of both.
+        weighting: See :func:`weight`.
+        normalizer: The prediction in ``inv_mean_abs``; ``d_reference`` when None.
 
     Raises:
         RuntimeError: The divergence needs vector-Jacobian products but no prediction depends on x_t. Training on that
             would silently optimize KL, or the reward alone (algorithm.md 1.4, fact 3).
     """
     delta = d_assistant - d_reference
-    w = weight(divergence, weighting, x0, t, d_reference, schedule)
+    w = weight(divergence, weighting, x0, t, d_reference if normalizer is None else normalizer, schedule)
     if not divergence.needs_vjp:
         return (w * divergence.derivative(delta).detach() * x0).flatten(1).sum(1)
     if x0.requires_grad and not (d_assistant.requires_grad or d_reference.requires_grad):
@@ -82,7 +101,44 @@ def divergence_loss_from_predictions(
             "neither prediction has a graph back to x_t: equation (3.4) differentiates through both denoisers, "
             "so they must not run under no_grad or on a detached x_t"
         )
-    return -(w * divergence.derivative(delta) * (d_assistant - x0)).flatten(1).sum(1)
+    loss = -(w * divergence.derivative(delta) * (d_assistant - x0)).flatten(1).sum(1)
+    if divergence.path_weight:
+        loss = loss + divergence.path_weight * w.flatten() * divergence.value(delta)
+    return loss
+
+
+def outer_divergence_loss(
+    divergence: Divergence,
+    x0: Tensor,
+    t: Tensor,
+    d_assistant: Tensor,
+    conditional: Tensor,
+    unconditional: Tensor,
+    schedule: Schedule,
+    guidance_scale: float,
+    weighting: Weighting = "unit_x0",
+) -> Tensor:
+    """The regularizer under outer guidance [B]: (3.4) without guidance plus ``guidance_scale`` times (3.6).
+
+    Both terms have one weight. For the KL force the sum is that of inner guidance with omega = 1 + guidance_scale.
+
+    Args:
+        divergence: The plugin.
+        x0: Generated latents [B, ...], requiring grad.
+        t: Timesteps [B] in thousandths.
+        d_assistant: The assistant's prediction.
+        conditional: The reference's prediction with the prompt.
+        unconditional: The reference's prediction without it; used without gradient.
+        schedule: The noise schedule of both.
+        guidance_scale: alpha_cfg.
+        weighting: See :func:`weight`.
+    """
+    normalizer = guided(conditional, unconditional, 1.0 + guidance_scale).detach()
+    loss = divergence_loss_from_predictions(
+        divergence, x0, t, d_assistant, conditional, schedule, weighting, normalizer
+    )
+    force = implicit_cfg_loss(x0, t, conditional, unconditional, schedule, weighting, normalizer)
+    return loss + guidance_scale * force
 
 
 def divergence_loss(
@@ -135,7 +191,8 @@ def implicit_cfg_loss(
     conditional: Tensor,
     unconditional: Tensor,
     schedule: Schedule,
-    weighting: Literal["unit_x0", "score", "eps"] = "unit_x0",
+    weighting: Weighting = "unit_x0",
+    normalizer: Tensor | None = None,
 ) -> Tensor:
     """Equation (3.6) [B]: ``w {s_ref(sg[x_t]|0) - s_ref(sg[x_t]|c)}^T x_t``, minus the implicit reward's gradient.
 
@@ -145,11 +202,16 @@ def implicit_cfg_loss(
         conditional: The reference's x0-prediction with the prompt; used without gradient.
         unconditional: The reference's x0-prediction without it; used without gradient.
         schedule: The noise schedule.
-        weighting: ``score`` is w(t) = 1; ``unit_x0`` (default) and ``eps`` scale it as the KL force is scaled.
+        weighting: As of the KL force, see :func:`weight`; ``score`` is w(t) = 1.
+        normalizer: The guided prediction in ``inv_mean_abs``.
+
+    Raises:
+        ValueError: ``inv_mean_abs`` without a normalizer.
     """
-    alpha, sigma = schedule.coefficients(t, x0)
-    coefficient = {"score": alpha**2 / sigma**2, "eps": alpha**2 / sigma, "unit_x0": torch.ones_like(alpha)}[weighting]
-    force = (coefficient * (unconditional - conditional)).detach()
+    if weighting == "inv_mean_abs" and normalizer is None:
+        raise ValueError("inv_mean_abs divides by the distance to the guided prediction: give it as normalizer")
+    w = weight(_Force(), weighting, x0, t, conditional if normalizer is None else normalizer, schedule)
+    force = (w * (unconditional - conditional)).detach()
     return (force * x0).flatten(1).sum(1)
 
 

@@ -167,6 +167,12 @@ class Divergence:
     needs their values, so no vector-Jacobian product is computed."""
     order: ClassVar[int] = 1
     """The homogeneity degree of ``d``: powers of ``a_t / g_t^2`` between x0 space and score space."""
+    path_weight: float = 0.0
+    """How much of ``d`` itself is added to the loss of (3.4), with its gradient along x_t; set it in ``__init__``.
+
+    0: the gradient of the divergence with the distribution of x_t held fixed (DI*, SIM). 1: the gradient of the whole
+    expectation ``E[d(delta)]``, x_t included (algorithm.md 1.4). Only read if :attr:`needs_vjp`; ``value`` must then
+    be differentiable."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = options if options is not None else self.Options()

@@ -137,16 +137,16 @@ class LearnerRole:
             DenoiserCall(self._reference, "both" if outer else "guided"),
         ]
         d_assistant, d_reference = denoise(calls, request_id, x_t, t, prompts, self._divergence.needs_vjp)
-        unconditional = None
         if outer:
             d_reference, unconditional = d_reference.unbind(1)
-        loss = losses.divergence_loss_from_predictions(
-            self._divergence, x0, t, d_assistant, d_reference, self.schedule, algorithm.weighting
-        )
-        if unconditional is not None:
-            weighting = "unit_x0" if algorithm.weighting == "inv_mean_abs" else algorithm.weighting
-            force = losses.implicit_cfg_loss(x0, t, d_reference, unconditional, self.schedule, weighting)
-            loss = loss + algorithm.cfg.guidance_scale * force
+            loss = losses.outer_divergence_loss(
+                self._divergence, x0, t, d_assistant, d_reference, unconditional, self.schedule,
+                algorithm.cfg.guidance_scale, algorithm.weighting,
+            )  # fmt: skip
+        else:
+            loss = losses.divergence_loss_from_predictions(
+                self._divergence, x0, t, d_assistant, d_reference, self.schedule, algorithm.weighting
+            )
         gradient = losses.two_stage_gradient(loss, x0)
         delta = (d_assistant - d_reference).detach()
         _measure(measured, "divergence", self._divergence.value(delta))

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_t2i.algorithm.losses import divergence_loss, guidance_omega, guided, implicit_cfg_loss, two_stage_gradient
+from rlhf_t2i.algorithm.losses import (
+    divergence_loss,
+    divergence_loss_from_predictions,
+    guidance_omega,
+    guided,
+    implicit_cfg_loss,
+    outer_divergence_loss,
+    two_stage_gradient,
+)
+from rlhf_t2i.plugins import registry
 from tests.math.gaussian import MU, SCHEDULE, TIMES, S, coefficients, denoiser, expected, golden
 from tests.math.test_forms import Smooth, inputs
 
@@ -62,7 +71,7 @@ def test_implicit_loss_ignores_graphs_of_the_predictions() -> None:
     torch.testing.assert_close(two_stage_gradient(live, x0), two_stage_gradient(frozen, x0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("weighting", ["unit_x0", "score", "eps"])
+@pytest.mark.parametrize("weighting", ["unit_x0", "score", "eps", "inv_mean_abs"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 7.5])
 def test_kl_choice_1_equals_choice_2(alpha: float, weighting: Any) -> None:
     """Choice 1 with alpha_cfg == Choice 2 with omega = 1 + alpha_cfg, sample by sample, for the KL force."""
@@ -75,10 +84,31 @@ def test_kl_choice_1_equals_choice_2(alpha: float, weighting: Any) -> None:
         return guided(cond(x, t), uncond(x, t), guidance_omega(alpha, "one_plus"))
 
     inner = divergence_loss("kl", x0, times, noise, psi, guided_reference, SCHEDULE, weighting)
-    outer = divergence_loss("kl", x0, times, noise, psi, cond, SCHEDULE, weighting)
-    outer = outer + alpha * implicit_cfg_loss(x0, times, cond(x_t, times), uncond(x_t, times), SCHEDULE, weighting)
+    outer = outer_divergence_loss(
+        registry.divergence("kl"), x0, times, psi(x_t, times), cond(x_t, times), uncond(x_t, times), SCHEDULE, alpha,
+        weighting,
+    )  # fmt: skip
     torch.testing.assert_close(outer, inner, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(two_stage_gradient(outer, x0), two_stage_gradient(inner, x0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["unit_x0", "score", "eps"])
+def test_outer_guidance_is_the_sum_of_its_terms(weighting: Any) -> None:
+    x0, noise = inputs()
+    times = torch.tensor([20, 499, 979])
+    x_t = SCHEDULE.add_noise(x0, noise, times)
+    psi, cond, uncond = (Smooth(seed)(x_t, times) for seed in (1, 2, 3))
+    divergence = registry.divergence("pseudo_huber")
+    outer = outer_divergence_loss(divergence, x0, times, psi, cond, uncond, SCHEDULE, 2.0, weighting)
+    terms = divergence_loss_from_predictions(divergence, x0, times, psi, cond, SCHEDULE, weighting)
+    terms = terms + 2.0 * implicit_cfg_loss(x0, times, cond, uncond, SCHEDULE, weighting)
+    torch.testing.assert_close(outer, terms, rtol=0, atol=0)
+
+
+def test_the_implicit_force_needs_its_normalizer() -> None:
+    x0, _ = inputs()
+    with pytest.raises(ValueError, match="give it as normalizer"):
+        implicit_cfg_loss(x0, torch.tensor([20, 499, 979]), x0, x0, SCHEDULE, "inv_mean_abs")
 
 
 @pytest.mark.parametrize("name", ["l2", "pseudo_huber"])
