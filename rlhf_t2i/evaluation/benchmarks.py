@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.algorithm import prompts as prompt_files
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.utils import inputs
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 COCO_IMAGES = 30_000
@@ -43,7 +41,7 @@ def load(name: str, column: str = "prompt") -> PromptList:
     if benchmark in _READERS and (colon or not Path(name).exists()):
         return _READERS[benchmark](path)
     world = _zoo(name)
-    return _plain(prompt_files.read(world or name, column))
+    return _plain(prompt_files.read(world or name, column, "--prompts: "))
 
 
 def _plain(found: list[str]) -> PromptList:
@@ -63,10 +61,9 @@ def _zoo(name: str) -> Path | None:
 
 def _parti(path: str) -> PromptList:
     """PartiPrompts (P2): 1,632 prompts; the column Prompt, grouped by Category."""
-    text = _text(path or _hub("nateraw/parti-prompts", "PartiPrompts.tsv", "parti"))
-    rows = list(csv.DictReader(io.StringIO(text), delimiter="\t"))
-    if not rows or "Prompt" not in rows[0]:
-        raise UsageError(f"--prompts parti: {path or 'PartiPrompts.tsv'} is no PartiPrompts TSV: no column 'Prompt'")
+    file = Path(path or _hub("nateraw/parti-prompts", "PartiPrompts.tsv", "parti"))
+    text = inputs.read_text(file, "prompt file", inputs.PROMPTS, "--prompts parti: ")
+    rows = prompt_files.rows(file.with_suffix(".tsv"), text, "Prompt", "--prompts parti: ")
     rows = [row for row in rows if (row["Prompt"] or "").strip()]
     return PromptList([row["Prompt"].strip() for row in rows], [row.get("Category") or "" for row in rows])
 
@@ -96,7 +93,7 @@ def _coco(path: str) -> PromptList:
             "text file with one caption a line"
         )
     if not path.endswith(".json"):
-        return _plain(prompt_files.read(path))
+        return _plain(prompt_files.read(path, place="--prompts coco: "))
     data = _json(Path(path), "coco")
     try:
         captions: dict[int, tuple[int, str]] = {}
@@ -111,20 +108,8 @@ def _coco(path: str) -> PromptList:
 _READERS = {"parti": _parti, "hpsv2": _hpsv2, "coco": _coco}
 
 
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"--prompts: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts: {path} is not UTF-8 text (byte {error.start})") from None
-
-
 def _json(path: str | Path, benchmark: str) -> Any:
-    try:
-        return json.loads(_text(path))
-    except ValueError:
-        raise UsageError(f"--prompts {benchmark}: {path} is not valid JSON") from None
+    return inputs.read_json(Path(path), "prompt file", inputs.PROMPTS, f"--prompts {benchmark}: ")
 
 
 def _hub(repository: str, file: str, benchmark: str) -> str:

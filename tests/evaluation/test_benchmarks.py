@@ -32,7 +32,7 @@ def test_hpsv2_json_per_style(tmp_path):
     (tmp_path / "photo.json").write_text("{}")
     with pytest.raises(UsageError, match="not a JSON list"):
         benchmarks.load(f"hpsv2:{tmp_path}")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="no such prompt file"):
         benchmarks.load(f"hpsv2:{tmp_path / 'absent'}")
 
 
