@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -12,11 +13,12 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     GLOO_SOCKET_IFNAME="lo",
+    # Ray's workers do not import from the working folder: actors of tests are found here.
+    PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,12 +85,12 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
     """A small Ray instance, shared: starting one takes seconds."""
-    ray = pytest.importorskip("ray")
-    from rlhf_t2i.cluster.connect import start_local_ray
+    pytest.importorskip("ray")
+    from rlhf_t2i.cluster.connect import start_local_ray, stop
 
     start_local_ray(8)
     yield
-    ray.shutdown()
+    stop()
 
 
 @pytest.fixture

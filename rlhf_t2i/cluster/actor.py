@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ import ray
 
 if TYPE_CHECKING:
     from rlhf_t2i.cluster.clients import RemoteClient
+
+_TIMEOUT_MARGIN_S = 60.0
 
 
 class WorkerActor:
@@ -27,7 +30,7 @@ class WorkerActor:
         from rlhf_t2i.roles.worker import set_threads
 
         self._spec, self._weight_store = spec, weight_store
-        set_threads(spec.threads)
+        set_threads(spec.threads or fair_threads(spec.neighbors))
         self._worker: Any = None
         self._store: Any = None  # kept alive for as long as the process lives
         self._call, self._since = "starting", time.monotonic()
@@ -54,9 +57,13 @@ class WorkerActor:
         from rlhf_t2i.cluster.isolated import start_isolated
         from rlhf_t2i.roles.worker import Worker
 
+        # The controller's own limit comes first: it says what every process was doing.
+        timeout = timedelta(seconds=self._spec.recipe.placement.step_timeout_s + _TIMEOUT_MARGIN_S)
         if master is not None:
-            _join(self._spec.rank, self._spec.world, master)
+            join_group(self._spec.rank, self._spec.world, master, timeout)
         self._worker = Worker(self._spec, start_isolated)
+        if master is not None:
+            set_collective_timeout(timeout)
         return str(self._worker.device)
 
     def connect(self, clients: dict[str, list[RemoteClient]]) -> None:
@@ -113,6 +120,11 @@ class WeightStore:
         return self._newest
 
 
+def fair_threads(processes: int) -> int:
+    """This node's cores, divided by the number of a run's processes on it."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def network_interface(address: str) -> str | None:
     """The interface of this machine that holds an address, as ``lo`` does 127.0.0.1."""
     for name, held in psutil.net_if_addrs().items():
@@ -121,8 +133,8 @@ def network_interface(address: str) -> str | None:
     return None
 
 
-def _join(rank: int, world: int, master: tuple[str, int]) -> None:
-    """Join the group's torch.distributed world through DeepSpeed."""
+def join_group(rank: int, world: int, master: tuple[str, int], timeout: timedelta) -> None:
+    """Join the group's torch.distributed world through DeepSpeed; ``timeout`` is that of its collectives."""
     import torch
 
     from rlhf_t2i.engines.deepspeed import import_deepspeed
@@ -139,4 +151,12 @@ def _join(rank: int, world: int, master: tuple[str, int]) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(0)
-    import_deepspeed().init_distributed("nccl" if cuda else "gloo", verbose=False)
+    import_deepspeed().init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timeout)
+
+
+def set_collective_timeout(timeout: timedelta) -> None:
+    """Set the timeout of every process group, also of those that DeepSpeed makes with torch's default of 10 minutes."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timeout, group)

@@ -81,7 +81,7 @@ def translate_ray_errors(role: str, limit: Limit | None = None) -> Iterator[None
 def _store_full(role: str, error: BaseException) -> RunError:
     return RunError(
         f"Ray's object store is full, and so is the disk it spills to, while the {role} worked "
-        f"({first_line(error)}): make room below /tmp/ray, or give Ray more shared memory"
+        f"({first_line(error)}): make room in its temporary folder (TMPDIR), or give Ray more shared memory"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -9,19 +10,24 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
     maybe_enable_token_auth_if_token_available,
 )
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.job_config import JobConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlhf_t2i.cluster.ray_folder import RayFolder
 from rlhf_t2i.errors import RunError, UsageError, first_line
 
-_ANSWER_TIMEOUT_S = 10.0  # of a port, before Ray's own patience of minutes
+_ANSWER_TIMEOUT_S = 10.0  # of a port; Ray itself would wait for minutes
+_own: list[RayFolder] = []  # of the Ray that this process started
 
 
 def start_local_ray(processes: int) -> None:
@@ -39,16 +45,53 @@ def start_local_ray(processes: int) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     cpus = max(os.cpu_count() or 1, processes)
-    # "local": a RAY_ADDRESS in the environment is not --address.
     try:
-        with _own_sigterm():
-            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        _own.append(RayFolder())
+        with _own_sigterm(), _out_of_reach():
+            ray.init(
+                "local",  # a RAY_ADDRESS in the environment is not --address
+                num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False,
+                job_config=_JobConfig(), _temp_dir=str(_own[-1].ray), object_spilling_directory=str(_own[-1].spill),
+            )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise RunError(f"Ray does not start on this machine: {first_line(error)}") from error
     bound = ray.util.get_node_ip_address()
     if not bound.startswith("127."):
-        ray.shutdown()
+        stop()
         raise RunError(f"Ray {ray.__version__} listens on {bound} instead of 127.0.0.1: use the version we test with")
+
+
+@atexit.register
+def stop() -> None:
+    """Leave Ray; one that this process started ends, and its folder is removed."""
+    ray.shutdown()
+    while _own:
+        _own.pop().remove()
+
+
+class _JobConfig(JobConfig):
+    """Keeps the working folder off the import path of Ray's workers.
+
+    Ray would put it first: a file named ``statistics.py`` in it ends every worker, and its code runs there.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Start Ray's own processes in sessions of their own.
+
+    A signal for the run's process group, or a terminal that closes, would end them before a checkpoint is written. They
+    end with this process all the same, by ``PR_SET_PDEATHSIG``.
+    """
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def join(address: str) -> None:
@@ -65,7 +108,7 @@ def join(address: str) -> None:
     try:
         _introduce(place, address)
         with _own_sigterm():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
+            ray.init(address=address, log_to_driver=False, configure_logging=False, job_config=_JobConfig())
     except ray.exceptions.AuthenticationError as error:
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise UsageError(
@@ -78,6 +121,11 @@ def join(address: str) -> None:
             f"--address {address}: something listens there, but no Ray cluster that answers this process "
             f"({first_line(error)}): compare the versions of Ray and the TLS settings (RAY_USE_TLS is {tls})"
         ) from None
+
+
+def same_node() -> NodeAffinitySchedulingStrategy:
+    """Place an actor on the node of this process, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def cluster_resources(address: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ import ray
 import torch
 from torch import Tensor
 
+from rlhf_t2i.cluster.connect import same_node
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.plugins import registry
@@ -119,14 +120,16 @@ class IsolatedReward(Reward):
         self.differentiable = cls.differentiable
         self._name, self._timeout_s = name, timeout_s
         python = overlay_python(cls.pip)
-        # The device is shared with the group's process, so it is passed on instead of asked for from Ray.
-        passed = {k: v for k, v in os.environ.items() if k in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME")}
+        # Shared with this process: passed on instead of asked for from Ray, which would hide all devices.
+        names = ("CUDA_VISIBLE_DEVICES", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "HF_HUB_OFFLINE", "HF_HOME")
+        passed = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} | {k: os.environ[k] for k in names if k in os.environ}
         self._actor = (
             ray.remote(IsolatedActor)
             .options(
                 num_cpus=0,
                 max_restarts=-1,
                 max_task_retries=3,
+                scheduling_strategy=same_node(),
                 runtime_env={"py_executable": str(python), "env_vars": passed},
             )
             .remote(name, options, str(dtype).removeprefix("torch."), sources.revisions())

@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.clients import Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
-from rlhf_t2i.cluster.connect import join, start_local_ray
+from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
-_START_LIMIT = Limit(600.0, "a limit of ours")
+_START_LIMIT = Limit(600.0, "the limit for starting")
 _PLACE_TIMEOUT_S = 120.0  # of what is free already: nothing has to start
 _STATUS_TIMEOUT_S = 10.0
 _RELEASE_TIMEOUT_S = 15.0
@@ -96,38 +98,36 @@ class RayCluster(Cluster):
     def _create(self) -> None:
         if self._roles["generator"][0] != self._roles["learner"][0]:
             self._weight_store = start_weight_store(_WEIGHT_STORE.format(self._group.id.hex()))
-        bundle = 0
-        for group, specs in self._specs.items():
-            self._actors[group] = []
-            for spec in specs:
-                # By name: Ray warns of restarts whose arguments hold references.
-                weight_store = (
-                    _WEIGHT_STORE.format(self._group.id.hex())
-                    if self._weight_store and "generator" in spec.roles
-                    else None
-                )
-                actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
-                    num_cpus=0 if self._gpus else 1,
-                    num_gpus=self._share if self._gpus else 0,
-                    max_restarts=0 if spec.trains else -1,
-                    max_task_retries=0 if spec.trains else _CALL_RETRIES,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
-                    runtime_env={"env_vars": _actor_environment(spec, alone=len(self._all_specs) == 1)},
-                )
-                self._actors[group].append(actor.remote(spec, weight_store))
-                bundle += 1
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        neighbors = Counter(nodes.values())
+        for bundle, spec in enumerate(self._all_specs):
+            spec = replace(spec, neighbors=neighbors[nodes[bundle]])
+            # By name: Ray warns of restarts whose arguments hold references.
+            weight_store = (
+                _WEIGHT_STORE.format(self._group.id.hex()) if self._weight_store and "generator" in spec.roles else None
+            )
+            actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
+                num_cpus=0 if self._gpus else 1,
+                num_gpus=self._share if self._gpus else 0,
+                max_restarts=0 if spec.trains else -1,
+                max_task_retries=0 if spec.trains else _CALL_RETRIES,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
+                runtime_env={"env_vars": _actor_environment(spec)},
+            )
+            self._actors.setdefault(spec.group, []).append(actor.remote(spec, weight_store))
 
     def _build(self) -> None:
         masters = {
             group: self._actors[group][0].rendezvous.remote() for group, specs in self._specs.items() if specs[0].trains
         }
-        addresses = dict(zip(masters, get(list(masters.values()), _START_LIMIT, "first process"), strict=True))
+        found = self._wait(list(masters.values()), "first process of a group", _START_LIMIT)
+        addresses = dict(zip(masters, found, strict=True))
         building = {
             group: [actor.build.remote(addresses.get(group)) for actor in actors]
             for group, actors in self._actors.items()
         }
         for group, references in building.items():
-            get(references, _START_LIMIT, f"group {group!r}")
+            self._wait(references, f"group {group!r}", _START_LIMIT)
 
     def _introduce(self) -> None:
         """Give every trained role its clients."""
@@ -137,7 +137,7 @@ class RayCluster(Cluster):
                 continue
             for spec, actor in zip(specs, self._actors[group], strict=True):
                 waiting.append(actor.connect.remote(self._clients_of(group, spec.rank, spec.world)))
-        get(waiting, _START_LIMIT, "connecting processes")
+        self._wait(waiting, "trained roles", _START_LIMIT)
 
     def _clients_of(self, group: str, rank: int, world: int) -> dict[str, list[RemoteClient]]:
         """The remote clients of one process: every role that does not live in its own group."""
@@ -187,10 +187,10 @@ class RayCluster(Cluster):
             self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
         return self.clients(role)[0].submit_all(method, *stored).result()
 
-    def _wait(self, references: list[Any], role: str) -> list[Any]:
-        """The answers, with the errors of :meth:`_classify_errors`."""
+    def _wait(self, references: list[Any], role: str, limit: Limit | None = None) -> list[Any]:
+        """The answers, with the errors of :meth:`_classify_errors`; ``limit`` defaults to ``step_timeout_s``."""
         with self._classify_errors(role):
-            return list(get(references, self._limit, role))
+            return list(get(references, limit or self._limit, role))
 
     @contextmanager
     def _classify_errors(self, role: str) -> Iterator[None]:
@@ -266,7 +266,7 @@ class RayCluster(Cluster):
             remove_placement_group(self._group)
             self._group = None
         if self._started_ray:
-            ray.shutdown()
+            stop()
             self._started_ray = False
 
 
@@ -289,8 +289,7 @@ def start_weight_store(name: str) -> Any:
 
     Left to Ray it may share the node of a generator, which would take the weights along that it should start from.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(WeightStore).options(num_cpus=0, name=name, scheduling_strategy=here).remote()
+    return ray.remote(WeightStore).options(num_cpus=0, name=name, scheduling_strategy=same_node()).remote()
 
 
 def _available(kind: str, needed: int) -> float:
@@ -305,8 +304,6 @@ def _available(kind: str, needed: int) -> float:
 def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | None) -> dict[str, list[WorkerSpec]]:
     """One spec a process, by group."""
     groups = recipe.placement.groups
-    total = sum(group.devices for group in groups.values())
-    fair = max(1, (os.cpu_count() or 1) // total)
     specs: dict[str, list[WorkerSpec]] = {}
     for name, group in groups.items():
         held = list(group.roles)
@@ -314,21 +311,20 @@ def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | N
             held.append("generator")
         specs[name] = [
             WorkerSpec(
-                recipe, name, tuple(held), rank, group.devices, group.threads or fair, distributed=True,
-                failures=failures,
+                recipe, name, tuple(held), rank, group.devices, group.threads, distributed=True, failures=failures
             )
             for rank in range(group.devices)
         ]  # fmt: skip
     return specs
 
 
-def _actor_environment(spec: WorkerSpec, alone: bool) -> dict[str, str]:
+def _actor_environment(spec: WorkerSpec) -> dict[str, str]:
     """Environment of an actor's process, set before it imports torch."""
-    threads = spec.threads
-    kept = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR") if name in os.environ}
-    kept["RLHF_T2I_PROCESS"] = f"{spec.group}/{spec.rank}"  # so that `ps e` tells who is who
-    if threads is not None:
-        kept["OMP_NUM_THREADS"] = str(threads)
-        if not alone:  # threads that spin while they wait steal the cores of the other processes
-            kept["OMP_WAIT_POLICY"] = "PASSIVE"
-    return kept
+    names = ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR")
+    environment = {name: os.environ[name] for name in names if name in os.environ}
+    environment["RLHF_T2I_PROCESS"] = f"{spec.group}/{spec.rank}"  # `ps e` shows it
+    if spec.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(spec.threads)
+    if spec.neighbors > 1:  # threads that spin while they wait take the cores of the other processes
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    return environment

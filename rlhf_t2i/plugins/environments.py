@@ -63,7 +63,7 @@ def create_overlay(folder: Path) -> Path:
 
 def install(python: Path, packages: Sequence[str]) -> None:
     """Install packages into the environment of ``python`` with the running environment's pip."""
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", *packages]
+    command = [sys.executable, "-P", "-m", "pip", "--python", str(python), "install", "--quiet", *packages]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]

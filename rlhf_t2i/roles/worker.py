@@ -42,7 +42,8 @@ class WorkerSpec:
         roles: The roles it holds; ``reward:LABEL`` for one reward.
         rank: Its rank in the group.
         world: Processes in the group.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads; None: a fair share of the node's cores over Ray, torch's choice in ``placement: local``.
+        neighbors: Processes of the run on the same node, this one included.
         distributed: Whether trained roles use DeepSpeed.
         failures: Where a failing sample is saved.
     """
@@ -53,6 +54,7 @@ class WorkerSpec:
     rank: int = 0
     world: int = 1
     threads: int | None = None
+    neighbors: int = 1
     distributed: bool = False
     failures: Path | None = None
 

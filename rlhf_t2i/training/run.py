@@ -108,6 +108,7 @@ class _Run:
     address: str | None
     callback: TrainCallback
     signals: SignalHandler
+    restarts: int = 0
 
     def go(self, resume: bool, allow_recipe_change: bool, command: str) -> TrainState:
         """Start the roles and train; returns the final state."""
@@ -121,7 +122,7 @@ class _Run:
             self.folder.create(self.recipe)
         try:
             self.callback.on_phase("starting the roles")
-            cluster = self._start()
+            cluster = self._start(saved)
         except BaseException:
             if not resume:
                 self.folder.discard()
@@ -129,10 +130,25 @@ class _Run:
         with self.folder.record(self.recipe, command):
             return self._train_with_restarts(cluster, saved, state)
 
-    def _start(self) -> Cluster:
+    def _start(self, saved: Path | None) -> Cluster:
+        """Start the roles; a process lost meanwhile is one restart."""
         from rlhf_t2i.cluster.start import start
 
-        return start(self.recipe, self.folder.failures, self.address)
+        while True:
+            try:
+                return start(self.recipe, self.folder.failures, self.address)
+            except ProcessLost as lost:
+                self._count_restart(lost, saved)
+
+    def _count_restart(self, lost: ProcessLost, saved: Path | None) -> None:
+        limit = self.recipe.placement.max_restarts
+        if self.restarts == limit:
+            raise RunError(f"{lost}; restored {self.restarts} times already (placement.max_restarts)") from lost
+        self.restarts += 1
+        self.callback.on_message(
+            f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
+            f"(restart {self.restarts} of {limit})"
+        )
 
     def _train_with_restarts(self, cluster: Cluster, saved: Path | None, state: TrainState) -> TrainState:
         """Train; when a process that trains is lost, continue from the newest checkpoint on a fresh cluster.
@@ -140,23 +156,14 @@ class _Run:
         Raises:
             RunError: Processes were lost more often than ``placement.max_restarts``.
         """
-        limit, restarts = self.recipe.placement.max_restarts, 0
-        running: Cluster | None = cluster
         while True:
             try:
-                running = running or self._start()  # a process lost during the start is one more restart
-                self._train(running, saved, state)
+                self._train(cluster, saved, state)
                 return state
             except ProcessLost as lost:
-                if restarts == limit:
-                    raise RunError(f"{lost}; restored {restarts} times already (placement.max_restarts)") from lost
-                restarts += 1
                 saved, state = self._newest()
-                self.callback.on_message(
-                    f"{lost}; starting again from {saved.name if saved else 'the beginning'} "
-                    f"(restart {restarts} of {limit})"
-                )
-                running = None
+                self._count_restart(lost, saved)
+            cluster = self._start(saved)
 
     def _train(self, cluster: Cluster, saved: Path | None, state: TrainState) -> None:
         """Train on a fresh cluster, from a checkpoint or the beginning; always closes the cluster."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import ray  # imported before the run's own code, as a plugin might
 
-from rlhf_t2i.cluster.actor import WorkerActor, _join
-from rlhf_t2i.cluster.connect import start_local_ray
+from rlhf_t2i.cluster.actor import WorkerActor, join_group
+from rlhf_t2i.cluster.connect import start_local_ray, stop
 
 
 class Peer(WorkerActor):
@@ -22,7 +23,7 @@ class Peer(WorkerActor):
         """Join the group's world and sum a one over its ranks."""
         import torch
 
-        _join(self._spec.rank, self._spec.world, master)
+        join_group(self._spec.rank, self._spec.world, master, timedelta(seconds=60))
         one = torch.ones(1)
         torch.distributed.all_reduce(one)
         return float(one)
@@ -56,7 +57,7 @@ def main() -> None:
         "usage_stats": usage_stats_enabled(),
         "token": os.environ.get("RAY_AUTH_MODE") == "token",
     }
-    ray.shutdown()
+    stop()
     sys.stdout.write(json.dumps(found) + "\n")
 
 

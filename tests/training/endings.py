@@ -1,5 +1,7 @@
 """Runs over Ray in one process, each of which ends in another way; the last one kills this process.
 
+It must lead a process group of its own.
+
 ``python -m tests.training.endings RECIPE FOLDER``. For each it prints one line of JSON with what it has started, one
 with how it ended, and waits for a line on its standard input.
 """
@@ -64,15 +66,15 @@ def say(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def send(number: int) -> None:
-    """A signal to this process, a moment from now: in the middle of a step."""
-    threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+def send(number: int, to: Callable[[int, int], None] = os.kill) -> None:
+    """A signal to this process or its group, a moment from now: in the middle of a step."""
+    threading.Timer(0.1, to, (os.getpid(), number)).start()
 
 
 ENDINGS: dict[str, Callable[[], None]] = {
     "done": lambda: None,
     "failed": lambda: None,
-    "SIGTERM": lambda: send(signal.SIGTERM),
+    "SIGTERM to the group": lambda: send(signal.SIGTERM, os.killpg),  # as Slurm and systemd send it
     "second Ctrl-C": lambda: send(signal.SIGINT),
     "SIGKILL": lambda: send(signal.SIGKILL),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from torch import Tensor
 
@@ -114,15 +116,29 @@ def test_separate_generator_group_gets_the_learners_weights(
 ) -> None:
     groups = (
         "{learn: {roles: [learner, reference, reward], threads: 1}, "
-        "sample: {devices: 2, roles: [generator], threads: 1}, assist: {devices: 2, roles: [assistant], threads: 1}}"
+        "sample: {devices: 2, roles: [generator], threads: 1}, assist: {devices: 2, roles: [assistant]}}"
     )
     local = LocalCluster(make_recipe())
     expected = train(local, 3)
-    cluster = start_ray(make_recipe(placement__mode="ray", placement__groups=groups))
+    cluster: Any = start_ray(
+        make_recipe(placement__mode="ray", placement__groups=groups, placement__step_timeout_s=7200)
+    )
     try:
         assert relative(train(cluster, 3), expected) < 1e-5
         keys = [(0, "sample", i) for i in range(3)]
         ours, theirs = (c.sample(PROMPTS[:3], keys, "raw") for c in (cluster, local))
         assert relative(ours, theirs) < 1e-5
+        found = ray.get(cluster._actors["assist"][1].__ray_call__.remote(settings))
     finally:
         cluster.close()
+    threads, timeouts = found
+    assert threads == max(1, len(os.sched_getaffinity(0)) // 5)  # a fair share for each of five processes on this node
+    assert len(timeouts) > 1  # torch's world and DeepSpeed's groups
+    assert set(timeouts) == {7200.0 + 60.0}
+
+
+def settings(actor: Any) -> tuple[int, list[float]]:
+    """Threads of an actor's process, and the timeout of each of its process groups."""
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return torch.get_num_threads(), [backend.options._timeout.total_seconds() for backend in backends]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ from tests.training.endings import ENDINGS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
-EXPECTED = {"done": "done", "failed": "RewardFailure", "SIGTERM": "Stopped", "second Ctrl-C": "Stopped"}
+EXPECTED = {"done": "done", "failed": "RewardFailure", "SIGTERM to the group": "Stopped", "second Ctrl-C": "Stopped"}
 # When the driver is killed they try to tell Ray's control store for a minute, a limit fixed in Ray's code; make chaos
 # sees to it that they end then.
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
@@ -31,9 +35,11 @@ PATIENCE_S = 20.0
 def test_nothing_is_left_of_a_run_however_it_ends(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     make_recipe()
     shared = set(Path("/dev/shm").iterdir())
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.training.endings", str(tmp_path / "recipe.yaml"), str(tmp_path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        start_new_session=True, env=os.environ | {"TMPDIR": str(temporary)},
     )  # fmt: skip
     assert child.stdin is not None
     assert child.stdout is not None
@@ -50,6 +56,11 @@ def test_nothing_is_left_of_a_run_however_it_ends(make_recipe: Callable[..., Rec
             while (rest := left(expected, shared)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert rest == [], how
+            folders = list(temporary.glob("rlhf-t2i-*"))
+            assert len(folders) == (how == "SIGKILL"), how
+            assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+            if how == "SIGTERM to the group":
+                assert "checkpoint" in json.loads(ended)["told"]
             if how != "SIGKILL":
                 child.stdin.write("\n")
                 child.stdin.flush()
@@ -58,6 +69,7 @@ def test_nothing_is_left_of_a_run_however_it_ends(make_recipe: Callable[..., Rec
             if process.is_running():  # compares its start, too: a number may be another process's by now
                 process.kill()
         child.wait()
+        shutil.rmtree(temporary)
 
 
 @dataclass

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -109,6 +113,45 @@ def test_a_process_lost_while_starting_again_is_one_more_restart(
     assert all("step_000001" in note for note in restarts)
     assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+
+
+def test_a_learner_killed_during_the_first_start_is_restarted(
+    ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
+    recipe = make_recipe(placement="{mode: ray, groups: " + groups + "}", steps=1)
+    killed: list[int] = []
+
+    def kill() -> None:
+        """The process of the group, as soon as it loads its roles."""
+        while not killed:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.cmdline()[0].startswith("ray::WorkerActor.build"):
+                        process.kill()
+                        killed.append(process.pid)
+            time.sleep(0.02)
+
+    killer = Killer(monkeypatch, {})
+    thread = threading.Thread(target=kill)
+    thread.start()
+    run.run(recipe, tmp_path / "out", callback=killer)
+    thread.join()
+    (restart,) = [note for note in killer.notes if "restart" in note]
+    assert "starting again from the beginning (restart 1 of 3)" in restart
+    assert (tmp_path / "out/model").is_dir()
+
+
+def test_a_start_that_always_loses_a_process_ends(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*args: Any) -> Any:
+        raise ProcessLost("a process of group 'all' died")
+
+    monkeypatch.setattr(starting, "start", start)
+    with pytest.raises(RunError, match=r"restored 3 times already \(placement.max_restarts\)"):
+        run.run(make_recipe(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # nothing was begun
 
 
 @pytest.mark.parametrize(("zero", "devices"), [(1, 1), (2, 2), (3, 2)])

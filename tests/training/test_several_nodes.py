@@ -34,7 +34,13 @@ CHILD = """
 import json, sys
 from ray.util import placement_group_table
 from rlhf_t2i import cli
+from rlhf_t2i.cluster import ray_cluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
+environment = ray_cluster._actor_environment
+def told(spec):
+    print("neighbors", spec.neighbors, flush=True)
+    return environment(spec)
+ray_cluster._actor_environment = told
 reserve = RayCluster._reserve
 def noted(self):
     reserve(self)
@@ -112,6 +118,7 @@ def test_a_run_spreads_over_the_nodes_and_equals_local(
     folder, out = joined
     (placed,) = [line for line in out.splitlines() if line.startswith("nodes ")]
     assert len(set(json.loads(placed.removeprefix("nodes ")).values())) == NODES
+    assert [line for line in out.splitlines() if line.startswith("neighbors")] == ["neighbors 1"] * NODES
 
     run.run(reading.load(recipe, ["placement=local"]), tmp_path / "local")
     start = load_file(tiny_sdxl / "unet/diffusion_pytorch_model.safetensors")
@@ -163,6 +170,40 @@ def test_the_keeper_of_weights_stays_beside_the_driver(address: str) -> None:
         [sys.executable, "-c", KEEPERS, address], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.stdout.split() == ["True"], done.stderr
+
+
+BESIDE = """
+import sys
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rlhf_t2i.cluster.connect import join, same_node
+join(sys.argv[1])
+
+@ray.remote(num_cpus=0)
+class Child:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+@ray.remote(num_cpus=0)
+class Parent:
+    def same(self):
+        children = [Child.options(scheduling_strategy=same_node()).remote() for _ in range(3)]
+        return {ray.get(child.node.remote()) for child in children} == {ray.get_runtime_context().get_node_id()}
+
+nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+parents = [Parent.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, False)).remote() for n in nodes]
+print(len(nodes), *{ray.get(parent.same.remote()) for parent in parents})
+"""
+
+
+def test_what_a_process_starts_beside_itself_is_on_its_node(address: str) -> None:
+    """A reward in an environment of its own shares the device of the process that hosts it."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE, address], capture_output=True, text=True, timeout=200, check=False
+    )
+    nodes, *same = done.stdout.split()
+    assert int(nodes) >= NODES, done.stderr
+    assert same == ["True"]
 
 
 def steps_done(folder: Path) -> int:

@@ -24,8 +24,8 @@ from rlhf_t2i.tools.ablation import schema
 from rlhf_t2i.tools.ablation.schema import Ablation, Row
 from rlhf_t2i.utils import files
 
-TRAIN = (sys.executable, "-m", "rlhf_t2i.cli", "run")
-EVALUATE = (sys.executable, "-m", "rlhf_t2i.evaluation")
+TRAIN = (sys.executable, "-P", "-m", "rlhf_t2i.cli", "run")
+EVALUATE = (sys.executable, "-P", "-m", "rlhf_t2i.evaluation")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Executor:
         log = task.run.with_name(f"{task.run.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot else {})
-        launcher = [sys.executable, "-m", "rlhf_t2i.tools.ablation.child", str(os.getpid()), *command]
+        launcher = [sys.executable, "-P", "-m", "rlhf_t2i.tools.ablation.child", str(os.getpid()), *command]
         with log.open("ab") as stream:
             with self._guard:
                 if self._stopping:

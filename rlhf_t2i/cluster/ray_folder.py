@@ -1,0 +1,81 @@
+"""The folder of a Ray that a run starts: its sockets, logs and spilled objects."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = "rlhf-t2i-"
+_SOCKET_BYTES = 107  # the longest path of a Unix socket
+_INSIDE = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12"
+_STALE_S = 3600.0
+
+
+class RayFolder:
+    """Private folders (mode 0700) for one Ray, removed by :meth:`remove`.
+
+    Ray's default, a folder named ``ray`` in the temporary folder, is writable by everybody, and so is every folder that
+    it is given: it gets one inside. Slurm's temporary folders are too long for the paths of sockets: then only spilled
+    objects go there.
+
+    Attributes:
+        ray: For sockets and logs.
+        spill: For objects that do not fit into shared memory, in ``TMPDIR``.
+
+    Raises:
+        OSError: No temporary folder can be written.
+    """
+
+    def __init__(self) -> None:
+        temporary = Path(tempfile.gettempdir())
+        private = self._make([temporary, Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")])
+        self._lock = os.open(private, os.O_RDONLY)  # held as long as this process lives
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        roomy = private if private.parent == temporary else Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self.ray, self.spill = private / "ray", roomy / "spill"
+
+    @staticmethod
+    def _make(parents: list[Path]) -> Path:
+        problem: OSError | None = None
+        for parent in parents:
+            if not fits(parent):
+                continue
+            for folder in _stale(parent):
+                shutil.rmtree(folder, ignore_errors=True)
+            try:
+                return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            except OSError as error:
+                problem = problem or error
+        raise problem or OSError(f"no temporary folder has a path short enough for sockets: {parents[0]}")
+
+    def remove(self) -> None:
+        """Remove both folders."""
+        for folder in (self.ray, self.spill):
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        os.close(self._lock)
+
+
+def fits(parent: Path) -> bool:
+    """Whether the paths of Ray's sockets stay short enough in a folder below ``parent``."""
+    return len(os.fsencode(parent / f"{_PREFIX}12345678")) + len(_INSIDE) <= _SOCKET_BYTES
+
+
+def _stale(parent: Path) -> Iterator[Path]:
+    """This user's folders of runs that were killed, one hour after the last change."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _STALE_S:
+                continue
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield folder
+            finally:
+                os.close(descriptor)

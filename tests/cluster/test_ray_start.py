@@ -1,0 +1,104 @@
+"""The Ray that a run starts: private files, short sockets; no code of the working folder runs in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_t2i.cluster import ray_folder
+
+# Started as the installed command is: the working folder is not on the import path of this process.
+SCRIPT = """
+import json, os, subprocess, sys
+import numpy as np, psutil, ray
+from rlhf_t2i.cluster import connect
+
+connect.start_local_ray(2)
+folder = connect._own[0]
+
+@ray.remote
+def worker():
+    import statistics
+    return statistics.__file__, sys.path, os.getcwd()
+
+kept = [ray.put(np.zeros(2**20)) for _ in range(3)]
+module, path, cwd = ray.get(worker.remote())
+sockets = [c.laddr for p in psutil.Process().children(recursive=True) for c in p.net_connections("unix") if c.laddr]
+facts = {
+    "module": module, "path": path, "cwd": cwd, "ray": str(folder.ray), "spill": str(folder.spill),
+    "mode": [os.stat(f.parent).st_mode & 0o777 for f in (folder.ray, folder.spill)],
+    "sockets": [s for s in sockets if "plasma_store" in s],
+    "group": os.getpgid(0),
+    "groups": [os.getpgid(p.pid) for p in psutil.Process().children(recursive=True)],
+}
+connect.stop()
+print(json.dumps(facts))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_hostile_working_folder_and_a_long_temporary_folder(tmp_path: Path) -> None:
+    working, long = tmp_path / "work", tmp_path / ("x" * 60)
+    working.mkdir()
+    long.mkdir()
+    for name in ("statistics", "sitecustomize", "selectors"):
+        (working / f"{name}.py").write_text("raise SystemExit('code of the working folder runs')\n", "utf-8")
+    (tmp_path / "start.py").write_text(SCRIPT, "utf-8")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "start.py"], cwd=working, env=os.environ | {"TMPDIR": str(long)},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert not facts["module"].startswith(str(tmp_path))
+    assert str(working) not in facts["path"]
+    assert facts["cwd"] == str(working)  # relative paths keep their meaning
+    assert facts["mode"] == [0o700, 0o700]
+    assert facts["spill"].startswith(str(long))
+    assert facts["sockets"]
+    assert max(len(os.fsencode(socket)) for socket in facts["sockets"]) <= 107
+    assert all(socket.startswith(facts["ray"]) for socket in facts["sockets"])
+    assert facts["group"] not in facts["groups"]
+    assert not Path(facts["ray"]).parent.exists()
+    assert list(long.iterdir()) == []
+
+
+def test_no_code_of_the_working_folder_runs_where_pip_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m`` puts it first on the import path."""
+    from rlhf_t2i.errors import UsageError
+    from rlhf_t2i.plugins.environments import install
+
+    (tmp_path / "statistics.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", "utf-8")
+    (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="cannot be made"):
+        install(Path(sys.executable), ["--no-index", "a-package-that-is-not-there"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folders_of_killed_runs_are_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_folder.tempfile, "gettempdir", lambda: "/tmp")
+    old, young = (Path(ray_folder.tempfile.mkdtemp(prefix="rlhf-t2i-", dir="/tmp")) for _ in range(2))
+    mine = ray_folder.RayFolder()
+    try:
+        for folder in (old, mine.ray.parent):
+            os.utime(folder, (0, 0))
+        other = ray_folder.RayFolder()
+        other.remove()
+        assert not old.exists()
+        assert young.exists()  # somebody may still want to read its logs
+        assert mine.ray.parent.exists()  # locked
+        assert stat.S_IMODE(mine.ray.parent.stat().st_mode) == 0o700
+    finally:
+        young.rmdir()
+        mine.remove()
+    assert not mine.ray.parent.exists()
