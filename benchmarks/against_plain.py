@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from baseline_diffusers import Noise, PlainLoop
 from gpu_sections import StepTimes, Timer, batch, spacious
-from rlhf_t2i.families.loading import ModelStore
-from rlhf_t2i.families.networks import DTYPES, one_step, predict
 from torch import Tensor
 
-from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.losses import assistant_loss, guidance_omega
-from rlhf_t2i.families.frozen import FrozenConv2d, freeze
+from rlhf_t2i.algorithm.student import keyed_noise
+from rlhf_t2i.families.frozen import FrozenConv2d, freeze_convs
 from rlhf_t2i.families.recomputing import checkpoint_layers
+from rlhf_t2i.families.store import DTYPES, ModelStore
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
@@ -44,7 +43,7 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
         worker = Worker(WorkerSpec(recipe, "local", ROLES))
     worker.connect({})
     loop = plain_loop(recipe, worker)
-    agreement = check(recipe, worker, loop, dtype)
+    agreement = check(recipe, worker, loop)
     framework = StepTimes(recipe, worker.call, [])
     micro = recipe.optimization.micro_batch or recipe.optimization.batch_size
     taken: dict[str, list[float]] = {"framework": [], "plain": []}
@@ -75,7 +74,7 @@ def side_by_side(recipe: Recipe, steps: int) -> dict[str, Any]:
 @contextmanager
 def _training_in(dtype: torch.dtype) -> Iterator[None]:
     """Let the store give trained networks in the compute precision."""
-    originals = {name: getattr(ModelStore, name) for name in ("generator_unet", "assistant_unet")}
+    originals = {name: getattr(ModelStore, name) for name in ("generator_network", "assistant_network")}
     for name, original in originals.items():
         setattr(ModelStore, name, lambda self, original=original: original(self).to(dtype))
     try:
@@ -93,7 +92,7 @@ def _as_diffusers_has_them(worker: Worker) -> Iterator[None]:
     one graph of everything fits no smaller one.
     """
     roles, vae = worker.roles, worker._context.store.decoder.vae
-    reference = roles["reference"]._unet
+    reference = roles["reference"]._network
     unets = [roles["learner"].engine.module, roles["assistant"]._engine.module, reference]
     before = [(unet, unet.is_gradient_checkpointing, unet.training) for unet in (*unets, vae)]
     layered = [module for module in vae.modules() if isinstance(vars(module).get("forward"), partial)]
@@ -112,7 +111,7 @@ def _as_diffusers_has_them(worker: Worker) -> Iterator[None]:
         yield
     finally:
         for frozen in (reference, vae):
-            freeze(frozen.to(memory_format=torch.channels_last))
+            freeze_convs(frozen.to(memory_format=torch.channels_last))
         for network, checkpointed, training in before:
             network.enable_gradient_checkpointing() if checkpointed else network.disable_gradient_checkpointing()
             network.train(training)
@@ -124,15 +123,15 @@ def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
     """The plain loop over a worker's networks and optimizers."""
     learner, assistant, store = worker.roles["learner"], worker.roles["assistant"], worker._context.store
     choice = recipe.algorithm.rewards[0]
-    clip = worker.roles["reward"].role.rewards[choice.key].clip
-    cfg, timesteps = recipe.algorithm.cfg, recipe.algorithm.timesteps
+    clip = worker.roles["reward"].rewards[choice.key].clip
+    cfg, ranges = recipe.algorithm.cfg, (learner._range, assistant._range)
     return PlainLoop(
         generator=learner.engine.module,
         assistant=assistant._engine.module,
-        reference=worker.roles["reference"]._unet,
+        reference=worker.roles["reference"]._network,
         vae=store.decoder.vae,
         text_encoders=list(store.conditioner.encoders),
-        tokenizers=store.conditioner._tokenizers,
+        tokenizers=[store.conditioner._pipeline.tokenizer, store.conditioner._pipeline.tokenizer_2],
         clip=clip.model,
         clip_tokenizer=clip.tokenizer,
         generator_optimizer=learner.engine._optimizer,
@@ -140,17 +139,14 @@ def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
         abar=store.schedule.alphas_cumprod,
         guidance=guidance_omega(cfg.guidance_scale, cfg.convention),
         reward_scale=choice.scale,
-        resolution=recipe.models.resolution,
-        timestep=recipe.models.generator_timestep,
-        ranges=(
-            (timesteps.generator[0], timesteps.generator[1]),
-            (timesteps.assistant[0], timesteps.assistant[1]),
-        ),
+        resolution=store.size[0],
+        timestep=int(store.student.timesteps[0]),
+        ranges=tuple((int(first), int(last)) for first, last in ranges),
         max_grad_norm=recipe.optimization.generator.max_grad_norm,
     )
 
 
-def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -> dict[str, float]:
+def check(recipe: Recipe, worker: Worker, loop: PlainLoop) -> dict[str, float]:
     """Relative differences of the assistant's loss, the latents and the gradient at x_0, on the same noise.
 
     Raises:
@@ -159,15 +155,16 @@ def check(recipe: Recipe, worker: Worker, loop: PlainLoop, dtype: torch.dtype) -
     prompts = batch(recipe, 0)[: recipe.optimization.micro_batch]
     keys = [(recipe.seed, "check", i) for i in range(len(prompts))]
     learner, assistant, store = worker.roles["learner"], worker.roles["assistant"], worker._context.store
-    z = rng.normal(store.latent_shape, [(*k, "z") for k in keys]).to(worker.device)
+    drawn = keyed_noise(store.latent_shape, [(*k, "z") for k in keys], worker.device)
+    z = drawn(0)
     t, eps = learner.draw(keys, z)
     noise = Noise(z, t, eps)
     cond = store.conditioner.encode(prompts)
     with torch.no_grad():
-        x0 = one_step(learner.engine, z, cond, recipe.models.generator_timestep, store.schedule, dtype)
+        x0 = store.generate(learner.engine, prompts, drawn)
         x_t = store.schedule.add_noise(x0, eps, t)
-        raw = predict(assistant._engine, x_t, t, cond, dtype)
-        ours = assistant_loss(raw, x_t, t, eps, store.schedule).mean()
+        raw = store.predict(assistant._engine, x_t, t, cond)
+        ours = assistant_loss(raw, x0, eps, t, store.schedule).mean()
         theirs = loop.assistant_loss(prompts, noise)
         embeds = loop.encode(prompts)
         plain_x0 = loop.one_step(z, embeds)

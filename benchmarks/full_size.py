@@ -23,17 +23,15 @@ from typing import Any
 import torch
 from against_plain import _training_in
 from gpu_sections import Settings, Timer, batch, build, load
-from rlhf_t2i.families.networks import DTYPES
 from role_memory import MeasuredWorker
 
 from rlhf_t2i.algorithm import rng
-from rlhf_t2i.families import flops
-from rlhf_t2i.recipe import placement as geometry
+from rlhf_t2i.families.store import DTYPES
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.local_calls import Deferred
 from rlhf_t2i.roles.worker import WorkerSpec
-from rlhf_t2i.tools import planning
-from rlhf_t2i.tools.planning import Rates, calibration
+from rlhf_t2i.tools.planning import calibration, plan
+from rlhf_t2i.tools.planning.devices import Rates
 
 PARTS: dict[str, tuple[str, str]] = {
     "generator: drawing": ("generator", "generator"),
@@ -67,7 +65,7 @@ class NoiseGenerator:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape
 
-    def submit(self, _method: Callable[..., Any], _prompts: Any, keys: Any, _weights: str) -> Deferred[Any]:
+    def submit(self, _method: Callable[..., Any], _prompts: Any, keys: Any, *_: Any) -> Deferred[Any]:
         """Start a call."""
         return Deferred(lambda: rng.normal(self._shape, keys))
 
@@ -125,16 +123,15 @@ def measure(settings: Settings, part: str, checkpointing: str) -> dict[str, floa
 def predict(settings: Settings, rates: Rates, part: str, checkpointing: str) -> dict[str, float]:
     """What the plan says of a part."""
     recipe = load(settings, f"optimization.gradient_checkpointing={checkpointing}")
-    seconds = planning.step_time(recipe, geometry.check_placement(recipe), flops.of_recipe(recipe), rates)
-    assert seconds is not None
-    (group,) = planning.make(recipe).groups
+    seconds = plan.step_time(recipe, rates)
+    (group,) = plan.make(recipe).groups
     role, does = PARTS[part]
-    names = ("reward",) if does == "score" else (role,)
+    names = ("reward", "decoder") if does == "score" else (role,)
     kept = sum(item.memory.activations for item in group.roles if item.role.startswith(names))
     if does in ("generator", "train"):
         return {"seconds": seconds.assistant_roles[role], "activations": float(kept)}
-    timed = ("decoder", "rewards") if does == "score" else (role,)
-    return {"seconds": sum(seconds.generator_roles[name] for name in timed), "activations": float(kept)}
+    timed = [value for name, value in seconds.generator_roles.items() if name.startswith(names)]
+    return {"seconds": sum(timed), "activations": float(kept)}
 
 
 def child(what: str, settings: Settings) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def apart(what: str, settings: Settings) -> dict[str, Any]:
 def table(rates: dict[str, float], rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        f"rates: UNets {rates['unet'] / 1e9:.0f} GFLOP/s, decoder {rates['decoder'] / 1e9:.0f} GFLOP/s\n",
+        f"rates: networks {rates['network'] / 1e9:.0f} GFLOP/s, decoder {rates['decoder'] / 1e9:.0f} GFLOP/s\n",
         "| part | activations | predicted, s | measured, s | ratio | predicted, GB | measured, GB | ratio |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]

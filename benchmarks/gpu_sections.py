@@ -108,8 +108,11 @@ def spacious() -> bool:
 
 def count(settings: Settings) -> dict[str, Any]:
     """FLOPs an image, with one assistant round."""
-    work = flops.of_recipe(load(settings))
-    return {"generator": work.generator, "assistant": work.assistant, "image": work.update(1, 1)}
+    recipe = load(settings)
+    found: dict[str, Any] = {"image": flops.of_update(recipe, 1) / recipe.optimization.batch_size}
+    for phase, works in (("generator", flops.generator_step(recipe)), ("assistant", flops.assistant_step(recipe))):
+        found[phase] = {work.role: work.flops(flops.forwards(recipe)[work.part]) for work in works}
+    return found
 
 
 def steps(settings: Settings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from role_memory import MeasuredWorker, Row, compare, markdown
 
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import WorkerSpec
-from rlhf_t2i.tools import planning
+from rlhf_t2i.tools.planning import plan
 
 _BF16 = "optimization.precision=bf16"
 CASES: dict[str, list[str]] = {
@@ -54,7 +54,7 @@ def resident(settings: Settings) -> tuple[int, int]:
     from rlhf_t2i.cluster.ray_cluster import RayCluster
 
     recipe = load(settings)
-    (group,) = planning.make(recipe).groups
+    (group,) = plan.make(recipe).groups
     cluster = RayCluster(recipe)
     try:
         for number in range(2):

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from rlhf_t2i.families import published
-from rlhf_t2i.families.published import CLIP_H, SDXL, Config
+from rlhf_t2i.families import sources
+
+Config = dict[str, Any]
 
 _TOKENIZER = Path(__file__).parents[1] / "zoo/emoji64/reference/tokenizer"
 _CONTEXT = 77
@@ -27,14 +28,22 @@ class Sizes:
     resolution: int
 
 
-FULL = Sizes(SDXL.parts, CLIP_H, SDXL.resolution)
+_SDXL, _PICKSCORE = (
+    sources.parse(name) for name in ("stabilityai/stable-diffusion-xl-base-1.0", "yuvalkirstain/PickScore_v1")
+)
+_PARTS = {
+    part: sources.read_json(_SDXL, f"{part}/config.json") for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+}
+_SCHEDULER = sources.read_json(_SDXL, "scheduler/scheduler_config.json")
+CLIP_H = sources.read_json(_PICKSCORE, "config.json")
+FULL = Sizes({**_PARTS, "scheduler": _SCHEDULER}, CLIP_H, 1024)
 """The published architectures."""
 
 
 def small(channels: int = 32, vae_channels: int = 16, resolution: int = 64) -> Sizes:
     """SDXL's layout with a UNet of ``channels`` at its first level, for a CPU."""
     unet = {
-        **published.SDXL_UNET,
+        **_PARTS["unet"],
         "sample_size": resolution // 8,
         "block_out_channels": [channels, 2 * channels, 4 * channels],
         "attention_head_dim": [2, 4, 8],
@@ -44,15 +53,15 @@ def small(channels: int = 32, vae_channels: int = 16, resolution: int = 64) -> S
         "projection_class_embeddings_input_dim": 64 + 6 * 256,
     }
     widths = [vae_channels, *[2 * vae_channels] * 3]
-    vae = {**published.VAE, "block_out_channels": widths, "sample_size": resolution, "norm_num_groups": 8}
+    vae = {**_PARTS["vae"], "block_out_channels": widths, "sample_size": resolution, "norm_num_groups": 8}
     tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {**tower, "vocab_size": 2048, "projection_dim": 64}
     parts = {
         "unet": unet,
         "vae": vae,
-        "text_encoder": {**published.CLIP_L_TEXT, **text},
-        "text_encoder_2": {**published.CLIP_BIGG_TEXT, **text},
-        "scheduler": SDXL.parts["scheduler"],
+        "text_encoder": {**_PARTS["text_encoder"], **text},
+        "text_encoder_2": {**_PARTS["text_encoder_2"], **text},
+        "scheduler": _SCHEDULER,
     }
     clip = {
         **CLIP_H,
@@ -82,8 +91,7 @@ def build(folder: Path, sizes: Sizes, device: str, dtype: torch.dtype) -> dict[s
         _random(sizes.parts[name], device, dtype, seed).save_pretrained(pipeline / name)
     _tokenizers(pipeline)
     (pipeline / "scheduler").mkdir()
-    scheduler = {**sizes.parts["scheduler"], "_class_name": "EulerDiscreteScheduler"}
-    (pipeline / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler), "utf-8")
+    (pipeline / "scheduler/scheduler_config.json").write_text(json.dumps(sizes.parts["scheduler"]), "utf-8")
     (pipeline / "model_index.json").write_text(json.dumps(_INDEX), "utf-8")
     generator = folder / "dmd2_sdxl_1step_unet_fp16.bin"
     state = _random(unet, device, torch.float16, seed=1).state_dict()

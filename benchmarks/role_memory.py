@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from rlhf_t2i.families.networks import one_step
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
-from rlhf_t2i.tools import planning
+from rlhf_t2i.tools.planning import plan
+from rlhf_t2i.tools.planning.memory import Memory
 
 
 @dataclass
@@ -170,7 +170,7 @@ class MeasuredWorker(Worker):
         warm_up: bool = True,
     ) -> None:
         """Every role's forward and input gradient by itself on ``prompts``, the roles' own micro-batch."""
-        store, recipe = self._context.store, self.spec.recipe
+        store = self._context.store
         keys = [(0, "memory", i) for i in range(len(prompts))]
         z = rng.normal(store.latent_shape, keys).to(self.device)
         t = torch.full((len(prompts),), 500, device=self.device)
@@ -184,9 +184,7 @@ class MeasuredWorker(Worker):
         def drawn() -> None:
             leaf = z.clone().requires_grad_(True)
             module = self.roles["learner"].engine.module
-            timestep = recipe.models.generator_timestep
-            cond = store.conditioner.encode(prompts)
-            x0 = one_step(module, leaf, cond, timestep, store.schedule, self._context.dtype)
+            x0 = store.denoise(module, leaf, t, store.conditioner.encode(prompts))
             torch.autograd.grad(x0.sum(), leaf)
 
         calls: dict[str, Callable[[], Any]] = {
@@ -207,7 +205,7 @@ def network(role: str, built: Any) -> Any:
         return built.engine.module
     if role == "assistant":
         return built._engine.module
-    return built._unet if role == "reference" else built._networks["raw"]
+    return built._network if role == "reference" else built._networks["raw"]
 
 
 @dataclass
@@ -226,13 +224,11 @@ class Row:
 
 def compare(recipe: Recipe, worker: MeasuredWorker) -> list[Row]:
     """Rows by role and kind, and the sum of the states; a one-process recipe only."""
-    (group,) = planning.make(recipe).groups
-    predicted: dict[str, planning.Memory] = {}
+    (group,) = plan.make(recipe).groups
+    predicted: dict[str, Memory] = {}
     for item in group.roles:
-        role = "reward" if item.role.startswith("reward") else item.role
-        known = predicted.get(role, planning.Memory())
-        names = planning.Memory.__dataclass_fields__
-        predicted[role] = planning.Memory(*(getattr(known, k) + getattr(item.memory, k) for k in names))
+        role = "reward" if item.role.startswith(("reward", "decoder")) else item.role
+        predicted[role] = predicted.get(role, Memory()) + item.memory
     rows: list[Row] = []
     for role, memory in predicted.items():
         held = worker.held.get(role, Held())

@@ -58,12 +58,25 @@ class Network:
 
     def flops(self) -> int:
         """FLOPs of one sample's forward; a multiply-add counts two."""
+        return self._forward()[0]
 
-        def counted() -> int:
-            network = self.build()
-            return flops(lambda: self.call(network))
+    def _forward(self) -> tuple[int, int]:
+        """(FLOPs, peak bytes of activations) of one sample's forward without gradient."""
 
-        return self._once(("flops",), counted)
+        def counted() -> tuple[int, int]:
+            network = self._frozen()
+            alive = _Alive(network)
+
+            def call() -> None:
+                with alive:
+                    self.call(network)
+
+            return flops(call), alive.highest
+
+        return self._once(("forward",), counted)
+
+    def _frozen(self) -> nn.Module:
+        return freeze_convs(self.build()).to(memory_format=torch.channels_last)
 
     def activations(self, mode: Mode, recomputed: bool = False) -> int:
         """Peak bytes of one sample's activations, without parameters and their gradients.
@@ -74,35 +87,31 @@ class Network:
         """
 
         def counted() -> int:
-            network = self.build()
-            if mode != "train":
-                freeze_convs(network).to(memory_format=torch.channels_last)
+            network = self.build() if mode == "train" else self._frozen()
             if recomputed:
                 self.recompute(network)
-            return peak(network, lambda: self.call(network), gradient=mode != "forward")
+            return peak(network, lambda: self.call(network))
 
-        return self._once((mode, recomputed), counted)
+        return self._forward()[1] if mode == "forward" else self._once((mode, recomputed), counted)
 
 
 def flops(call: Callable[[], Any]) -> int:
     """FLOPs of a call without gradient: matrix products, convolutions and attention."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flash_attention() as attention, FlopCounterMode(display=False) as counter:
         call()
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) + attention.flops
 
 
-def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]], gradient: bool = True) -> int:
+def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> int:
     """Peak bytes alive in a forward and the backward to its input, on meta tensors or real ones.
 
     Args:
         network: Its parameters and buffers are left out, and so are gradients of parameters.
         call: Makes the input and gives (input, output).
-        gradient: Whether there is a backward; else nothing is kept for one.
     """
-    with flash_attention(), _Alive(network) as alive, torch.set_grad_enabled(gradient):
+    with flash_attention(), _Alive(network) as alive, torch.enable_grad():
         leaf, output = call()
-        if gradient:
-            torch.autograd.grad(output, leaf, torch.empty_like(output))
+        torch.autograd.grad(output, leaf, torch.empty_like(output))
         del leaf, output
     return alive.highest
 
@@ -118,12 +127,13 @@ class _Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self._known:
+        for made in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(made, Tensor):
                 storage = made.untyped_storage()
-                self._known.add(storage._cdata)
-                self._now += storage.nbytes()
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+                if storage._cdata not in self._known:
+                    self._known.add(storage._cdata)
+                    self._now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
         self.highest = max(self.highest, self._now)
         return result
 
@@ -146,16 +156,28 @@ class _Flash(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
+@dataclass
+class Attention:
+    """What :func:`flash_attention` saw.
+
+    Attributes:
+        flops: Of all calls.
+    """
+
+    flops: int = 0
+
+
 @contextmanager
-def flash_attention() -> Iterator[None]:
+def flash_attention() -> Iterator[Attention]:
     """On the meta device torch takes the path that keeps the whole attention matrix; GPUs and CPUs do not."""
-    original = functional.scaled_dot_product_attention
+    original, seen = functional.scaled_dot_product_attention, Attention()
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        seen.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return _Flash.apply(query, key, value)
 
     functional.scaled_dot_product_attention = attention
     try:
-        yield
+        yield seen
     finally:
         functional.scaled_dot_product_attention = original

@@ -1,123 +1,129 @@
-"""Model FLOPs of a training step: forwards counted on the meta device, backwards derived from them.
+"""Work of a training step: which network each role runs, how often per image, and model FLOPs per second.
 
-A multiply-add counts two. A forward is what torch's ``FlopCounterMode`` finds in matrix products, convolutions and
-attention; normalizations, activations and the text encoders (under 1% of a step at 1024 px) are left out. The work of
-a backward follows from its forward F, whose every product ``y = x w`` has two gradients of the cost of F:
-
-- a trained network needs both, ``dx`` and ``dw``: 3 F with the forward;
-- a frozen one through which a gradient flows (assistant and reference in the generator step, decoder, reward) needs
-  ``dx`` alone: 2 F; so does one whose adapters alone are trained, whose own products are small beside it;
-- one that only predicts (the generator drawing samples, denoisers under the KL): F.
-
-Recomputed activations are the implementation's choice and do not count: this is the model's work, not the machine's.
+A multiply-add counts two FLOPs. Forwards are counted on the meta device (:mod:`rlhf_t2i.families.counting`); the text
+encoders (under 1% of a step at 1024 px) are left out. Every product ``y = x w`` of a forward F has two gradients of the
+cost of F, ``dx`` and ``dw``: a trained network needs both (3 F with the forward), a frozen one through which a gradient
+flows ``dx`` alone (2 F), and so does one whose adapters alone are trained, whose own products are small beside it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from rlhf_t2i.algorithm.losses import guidance_omega
 from rlhf_t2i.plugins import traits
-from rlhf_t2i.plugins.base import Footprint
-from rlhf_t2i.recipe.schema import Guidance, Optimizer, Recipe
+from rlhf_t2i.recipe.schema import Guidance, Recipe
 
-TRAINED, PULLED, PREDICTED = 3, 2, 1
-"""Forwards' worth of work of a trained network, of a frozen one with a gradient through it, and of a prediction."""
-
-SDXL_AT_1024 = 6_761_236_398_080
-"""SDXL's UNet at 1024 px: its shapes take seconds to flow through 70 transformer blocks. A slow test counts it."""
+NETWORK, DECODER = "network", "decoder"
+"""Names of parts; a reward's is ``reward:LABEL``."""
 
 
 @dataclass(frozen=True)
-class Forward:
-    """FLOPs of one sample's forward; a network whose configuration is not at hand counts 0.
+class Work:
+    """What one role does with one network per image of an update.
 
     Attributes:
-        unet: The UNet (generator, assistant and reference share an architecture).
-        decoder: The VAE's decoder.
-        rewards: By label, the reward's image tower.
+        role: The role, ``decoder`` or ``reward:LABEL``.
+        part: The network.
+        forwards: Forwards.
+        backwards: Gradients in the network's input.
+        weights: Gradients in the network's weights.
     """
 
-    unet: int
-    decoder: int
-    rewards: dict[str, int]
+    role: str
+    part: str
+    forwards: float
+    backwards: float = 0.0
+    weights: float = 0.0
+
+    def flops(self, forward: float, recomputed: bool = False) -> float:
+        """FLOPs per image.
+
+        Args:
+            forward: FLOPs of one forward.
+            recomputed: Whether every backward runs the forward again: work of the machine, not of the model.
+        """
+        return forward * (self.forwards + self.backwards * (2.0 if recomputed else 1.0) + self.weights)
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """FLOPs an image by role, in the generator step and in one assistant step."""
-
-    generator: dict[str, int]
-    assistant: dict[str, int]
-
-    def update(self, images: int, rounds: float) -> float:
-        """FLOPs of a generator update of ``images`` and ``rounds`` assistant updates of as many."""
-        return images * (sum(self.generator.values()) + rounds * sum(self.assistant.values()))
-
-
-def of_recipe(recipe: Recipe) -> StepFlops:
-    """Count the networks a recipe names; counted once, since it is asked at every step.
-
-    Raises:
-        UsageError: A damaged model folder, or a resolution the VAE cannot produce.
-    """
-    return _of_recipe(recipe.model_dump_json())
-
-
-@cache
-def _of_recipe(text: str) -> StepFlops:
-    from rlhf_t2i.tools.planning.networks import Networks
-
-    recipe = Recipe.model_validate_json(text)
-    return of_networks(recipe, Networks(recipe))
-
-
-def of_networks(recipe: Recipe, networks: Any) -> StepFlops:
-    """As :func:`of_recipe`, from the configurations found already (a ``planning.networks.Networks``)."""
-    trained = [choice.key for choice in recipe.algorithm.rewards]
-    size = networks.latents[1]
-    forward = Forward(
-        unet=unet(networks.unet, size) if networks.unet else 0,
-        decoder=decoder(networks.vae, size) if networks.vae and trained else 0,
-        rewards={label: image_tower(networks.rewards[label], recipe.models.height or 1024) for label in trained},
-    )
-    return of_step(recipe, forward)
-
-
-def of_step(recipe: Recipe, forward: Forward) -> StepFlops:
-    """The work of Algorithm 1 from one forward of each network (algorithm.md 2.1)."""
-
-    def trained(optimizer: Optimizer) -> int:
-        return PULLED if optimizer.lora else TRAINED
-
-    algorithm = recipe.algorithm
-    resolved = traits.resolve(recipe)
-    gradient = PULLED if resolved.divergence.needs_vjp else PREDICTED
-    cfg = algorithm.cfg
-    reference = guided_branches(cfg) * gradient
-    if cfg.mode == "outer" and cfg.guidance_scale > 0:
-        reference += PREDICTED  # the branch without the prompt carries no gradient
-    generator = {
-        "learner": trained(recipe.optimization.generator) * forward.unet,
-        "assistant": gradient * forward.unet,
-        "reference": (reference + 2 * PREDICTED * resolved.reference_calls) * forward.unet,
-    }
-    images = [reward.key for reward in resolved.trained_on_images]
-    if images:
+def generator_step(recipe: Recipe) -> list[Work]:
+    """Work per image of a generator update (algorithm.md 2.1)."""
+    algorithm, plugins = recipe.algorithm, traits.resolve(recipe)
+    through = 1.0 if plugins.divergence.needs_vjp else 0.0
+    branches = guided_branches(algorithm.cfg)
+    # Outer guidance: the branch without the prompt carries no gradient.
+    outer = 1.0 if algorithm.cfg.mode == "outer" and algorithm.cfg.guidance_scale > 0 else 0.0
+    steps = student_steps(recipe)
+    found = [
+        # Of K steps the one that is trained is uniform in 1..K; those before it run without a graph.
+        Work("learner", NETWORK, 1 + (steps - 1) / 2, 1.0, 0.0 if recipe.optimization.generator.lora else 1.0),
+        Work("assistant", NETWORK, 1.0, through),
+        Work("reference", NETWORK, branches + outer + 2 * plugins.reference_calls, branches * through),
+    ]
+    rewards = [reward.key for reward in plugins.trained_on_images]
+    if rewards:
         # One decode serves all rewards; each pulls its own gradient back through the decoder.
-        generator["decoder"] = (PREDICTED + len(images) * (PULLED - PREDICTED)) * forward.decoder
-        generator["rewards"] = PULLED * sum(forward.rewards[label] for label in images)
-    assistant = trained(recipe.optimization.assistant) * forward.unet
-    return StepFlops(generator, {"generator": PREDICTED * forward.unet, "assistant": assistant})
+        found.append(Work(DECODER, DECODER, 1.0, float(len(rewards))))
+    return found + [Work(f"reward:{key}", f"reward:{key}", 1.0, 1.0) for key in rewards]
+
+
+def assistant_step(recipe: Recipe) -> list[Work]:
+    """Work per image of one assistant update."""
+    trained = 0.0 if recipe.optimization.assistant.lora else 1.0
+    return [
+        Work("generator", NETWORK, (student_steps(recipe) + 1) / 2),
+        Work("assistant", NETWORK, 1.0, 1.0, trained),
+    ]
+
+
+def measuring(recipe: Recipe) -> list[Work]:
+    """Work per image of evaluation and monitors."""
+    rewards = [reward.key for reward in traits.resolve(recipe).rewards if not reward.on_latents]
+    drawing = [Work("generator", NETWORK, float(student_steps(recipe))), Work(DECODER, DECODER, 1.0)]
+    return drawing + [Work(f"reward:{key}", f"reward:{key}", 1.0) for key in rewards]
+
+
+def student_steps(recipe: Recipe) -> int:
+    """K, network calls per generated image."""
+    return len(recipe.student.timesteps or ()) or recipe.student.steps
 
 
 def guided_branches(cfg: Guidance) -> int:
     """Branches of the reference that carry a gradient in a generator step."""
     return 1 if cfg.mode == "outer" or guidance_omega(cfg.guidance_scale, cfg.convention) == 1.0 else 2
+
+
+def forwards(recipe: Recipe) -> Mapping[str, int]:
+    """FLOPs of one forward of every network in a step, by part; 0 for a reward whose network is not known.
+
+    Raises:
+        UsageError: A damaged model folder, or a size that the decoder cannot produce.
+    """
+    return _forwards(recipe.model_dump_json())
+
+
+@cache
+def _forwards(text: str) -> Mapping[str, int]:
+    from rlhf_t2i.families.footprints import Footprints
+
+    recipe = Recipe.model_validate_json(text)
+    networks = Footprints(recipe)
+    found = {NETWORK: networks.network().flops(), DECODER: networks.decoder().flops()}
+    for key, (_, network) in networks.rewards.items():
+        found[f"reward:{key}"] = 0 if network is None else network.flops()
+    return found
+
+
+def of_update(recipe: Recipe, rounds: float) -> float:
+    """Model FLOPs of a generator update and ``rounds`` assistant updates; recomputed activations do not count."""
+    counted = forwards(recipe)
+
+    def total(works: Iterable[Work]) -> float:
+        return sum(work.flops(counted[work.part]) for work in works)
+
+    return recipe.optimization.batch_size * (total(generator_step(recipe)) + rounds * total(assistant_step(recipe)))
 
 
 def utilization(flops: float, seconds: float, rates: Sequence[float | None]) -> float | None:
@@ -151,65 +157,3 @@ def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
     end.record()
     torch.cuda.synchronize()
     return repeats * 2 * size**3 / (start.elapsed_time(end) / 1000)
-
-
-def count(call: Callable[[], Any]) -> int:
-    """FLOPs of a call on meta tensors."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()
-    return int(counter.get_total_flops())
-
-
-def unet(config: dict[str, Any], size: int, context: int = 77) -> int:
-    """A UNet's forward on one sample of ``size`` x ``size`` latents and ``context`` text tokens."""
-    from rlhf_t2i.families.published import SDXL_UNET
-
-    if (size, context) == (128, 77) and all(config.get(key) == value for key, value in SDXL_UNET.items()):
-        return SDXL_AT_1024
-    return fresh_unet(config, size, context)
-
-
-def fresh_unet(config: dict[str, Any], size: int, context: int = 77) -> int:
-    """As :func:`unet`, counted now in any case."""
-    return _unet(json.dumps(config, sort_keys=True), size, context)
-
-
-@cache
-def _unet(text: str, size: int, context: int) -> int:
-    from rlhf_t2i.families.published import build_on_meta, unet_inputs
-
-    config = json.loads(text)
-    network, inputs = build_on_meta(config), unet_inputs(config, size, context=context)
-    return count(lambda: network(**inputs))
-
-
-def decoder(config: dict[str, Any], size: int) -> int:
-    """The VAE decoder's forward on one sample of ``size`` x ``size`` latents."""
-    return _decoder(json.dumps(config, sort_keys=True), size)
-
-
-@cache
-def _decoder(text: str, size: int) -> int:
-    import torch
-
-    from rlhf_t2i.families.published import build_on_meta
-
-    config = json.loads(text)
-    network = build_on_meta(config)
-    with torch.device("meta"):
-        latents = torch.empty(1, config.get("latent_channels", 4), size, size)
-        return count(lambda: network.decode(latents, return_dict=False))
-
-
-def image_tower(footprint: Footprint | None, size: int = 224) -> int:
-    """The forward of a reward's network on one image of ``size`` pixels; 0 where the network is not known."""
-    import torch
-
-    if footprint is None:
-        return 0
-    with torch.device("meta"):
-        network, images = footprint.build(), torch.empty(1, 3, size, size)
-        return count(lambda: network(images))

@@ -62,8 +62,7 @@ def step_metrics(
     metrics["timing"] = {**seconds, **_timing(seconds["step"], readings)}
     rates = [reading["matmul_rate"] for reading in readings.values()]
     if all(rates):
-        work = flops.of_recipe(recipe).update(optimization.batch_size, len(assistant))
-        mfu = flops.utilization(work, seconds["step"], rates)
+        mfu = flops.utilization(flops.of_update(recipe, len(assistant)), seconds["step"], rates)
         if mfu is not None:
             metrics["mfu"] = mfu
     metrics["memory"] = {process: reading["memory"] for process, reading in readings.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.families import counting, sources
-from rlhf_t2i.families.frozen import freeze
+from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.plugins import registry
 from tests import tiny
@@ -66,7 +66,7 @@ def test_the_meta_count_is_what_a_real_backward_needs(frozen: bool, recompute: b
     expected = network.activations(mode, recompute)
     real = tiny.sdxl_unet()
     if frozen:
-        freeze(real).to(memory_format=torch.channels_last)
+        freeze_convs(real).to(memory_format=torch.channels_last)
     if recompute:
         diffusers_way(real)
         assert expected < network.activations(mode)

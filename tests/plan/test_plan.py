@@ -19,7 +19,8 @@ from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import ROLES, Recipe
-from rlhf_t2i.tools import planning
+from rlhf_t2i.tools.planning import plan as planning
+from rlhf_t2i.tools.planning.memory import RolePlan
 from tests import tiny
 
 LATENT_BYTES = 4 * 4 * 8 * 8
@@ -52,8 +53,8 @@ def test_parameters_are_the_built_networks(tiny_sdxl: Path, tiny_clip: Path) -> 
     recipe = build(tiny_sdxl, tiny_clip)
     plan = planning.make(recipe)
     models = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
-    assert plan.parts["unet"] == size(models.generator_network())
-    assert plan.parts["vae"] == size(models.decoder.vae)
+    assert plan.parts["network"] == size(models.generator_network())
+    assert plan.parts["decoder"] == size(models.decoder.vae)
     assert plan.parts["text encoders"] == size(models.conditioner)
     assert plan.parts["reward:pickscore"] == size(CLIPModel.from_pretrained(tiny_clip))
     assert plan.latents == tiny.LATENTS
@@ -90,7 +91,7 @@ def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_c
     def activations(plan: planning.Plan, role: str) -> int:
         return next(i.memory.activations for g in plan.groups for i in g.roles if i.role == role)
 
-    for role in ("learner", "assistant", "reference", "reward: VAE", "reward:pickscore"):
+    for role in ("learner", "assistant", "reference", "decoder", "reward:pickscore"):
         assert activations(whole, role) == 4 * activations(small, role) > 0
     frugal = build(tiny_sdxl, tiny_clip, placement=APART, optimization={"gradient_checkpointing": True})
     assert activations(planning.make(frugal), "learner") < activations(whole, "learner")
@@ -99,7 +100,7 @@ def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_c
 def test_an_update_of_several_micro_batches_keeps_its_sum(tiny_sdxl: Path) -> None:
     """While other roles work; and one process without Ray is plain torch, whatever ``zero_stage`` says."""
 
-    def learner(mode: str, micro_batch: int | None) -> planning.RolePlan:
+    def learner(mode: str, micro_batch: int | None) -> RolePlan:
         settings = {"zero_stage": 2, "micro_batch": micro_batch}
         placement = {"mode": mode, "groups": {"all": {"roles": list(ROLES)}}}
         (group,) = planning.make(build(tiny_sdxl, placement=placement, optimization=settings)).groups
@@ -118,7 +119,7 @@ def test_traffic_of_an_image(tiny_sdxl: Path, tiny_clip: Path) -> None:
     assert found["learner", "assistant"] == found["learner", "reference"] == (3 * LATENT_BYTES, 2 * LATENT_BYTES)
     assert found["learner", "reward (pickscore)"] == (LATENT_BYTES, LATENT_BYTES + 4)
     assert found["assistant", "generator"] == (0, LATENT_BYTES)
-    assert plan.weights_sync == 4 * (plan.parts["unet"] or 0)
+    assert plan.weights_sync == 4 * (plan.parts["network"] or 0)
 
 
 def test_kl_and_outer_guidance_change_the_traffic(tiny_sdxl: Path) -> None:
@@ -133,7 +134,7 @@ def test_kl_and_outer_guidance_change_the_traffic(tiny_sdxl: Path) -> None:
 def test_a_reward_s_own_micro_batch_bounds_the_decoder(tiny_sdxl: Path, tiny_clip: Path) -> None:
     """One decoding serves all rewards of a call; those that only measure keep no graph, and no training has any."""
 
-    def rewards(micro_batch: int | None, kind: str = "rewards") -> list[planning.RolePlan]:
+    def rewards(micro_batch: int | None, kind: str = "rewards") -> list[RolePlan]:
         choice = {"name": "pickscore", "options": {"model": str(tiny_clip)}, "micro_batch": micro_batch}
         algorithm: dict[str, Any] = {"rewards": [], kind: [choice]}
         recipe = build(tiny_sdxl, algorithm=algorithm, evaluation={"batch_size": 8})
@@ -198,9 +199,9 @@ def test_published_sizes_need_no_network() -> None:
     )
     plan = planning.make(recipe)
     assert plan.parts == {
-        "unet": 2_567_463_684,
+        "network": 2_567_463_684,
         "text encoders": 123_060_480 + 694_659_840,
-        "vae": 83_653_863,
+        "decoder": 83_653_863,
         "reward:pickscore": 986_109_441,
     }
     assert plan.latents == (4, 128, 128)
@@ -208,13 +209,80 @@ def test_published_sizes_need_no_network() -> None:
     assert 20e9 < plan.groups[0].memory.device < 80e9
 
 
-def test_unknown_hub_models_are_noted_not_guessed() -> None:
+def test_unknown_hub_models_are_refused() -> None:
     recipe = Recipe.model_validate(
         {"steps": 1, "models": {"reference": "who/knows", "generator": "who/knows"}, "data": {"prompts": "p"}}
     )
-    plan = planning.make(recipe)
-    assert plan.parts["unet"] is None
-    assert any("who/knows" in note for note in plan.notes)
+    with pytest.raises(UsageError, match="who/knows cannot be read from the hub"):
+        planning.make(recipe)
+
+
+UNKNOWN = """
+from rlhf_t2i import plugins
+
+
+class Mine(plugins.Reward):
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+"""
+
+
+def test_a_reward_of_unknown_cost_is_told_not_zero(tiny_sdxl: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(UNKNOWN)
+    plan = planning.make(build(tiny_sdxl, algorithm={"rewards": [{"name": f"{file}:Mine", "label": "mine"}]}))
+    assert plan.parts["reward:mine"] is None
+    assert plan.notes == ("reward:mine: its network is not known here: its memory and time are not counted",)
+    (role,) = [role for role in plan.groups[0].roles if role.role == "reward:mine"]
+    assert role.parameters is None
+
+
+def test_the_average_is_planned(tiny_sdxl: Path) -> None:
+    """In host memory on the learner's first rank; on the generator's device once it is sampled."""
+
+    def roles(**optimization: Any) -> dict[str, RolePlan]:
+        plan = planning.make(build(tiny_sdxl, placement=APART, optimization=optimization))
+        return {
+            role.role: role for group in plan.groups for role in group.roles if role.role in ("learner", "generator")
+        }
+
+    plain, average = roles(), roles(ema={"half_life_kimg": 1.0})
+    count = plain["learner"].parameters or 0
+    assert average["learner"].memory.host - plain["learner"].memory.host == 4 * count
+    assert average["generator"].memory.weights == 2 * plain["generator"].memory.weights == 8 * count
+
+
+def test_without_rewards_the_decoder_is_there_for_previews(tiny_sdxl: Path) -> None:
+    (group,) = planning.make(build(tiny_sdxl)).groups
+    (decoder,) = [role for role in group.roles if role.role == "decoder"]
+    assert decoder.memory.weights > 0 == decoder.memory.activations < decoder.measuring
+
+
+def test_adapters_keep_less_than_whole_training(tiny_sdxl: Path) -> None:
+    """What is counted is the network with its adapters, which alone want gradients."""
+    lora = {"rank": 2}
+
+    def learner(**optimization: Any) -> RolePlan:
+        (group,) = planning.make(build(tiny_sdxl, optimization=optimization)).groups
+        return next(role for role in group.roles if role.role == "learner")
+
+    whole, adapted = learner(), learner(generator={"lora": lora})
+    assert adapted.memory.gradients < 0.5 * whole.memory.gradients
+    assert adapted.memory.weights > whole.memory.weights
+    assert adapted.memory.activations != whole.memory.activations
+
+
+def test_disk_follows_the_checkpoints(tiny_sdxl: Path) -> None:
+    def disk(**checkpoints: Any) -> Any:
+        recipe = build(tiny_sdxl, steps=10, checkpoints=checkpoints)
+        return planning.make(recipe).disk
+
+    few = disk(every=5, keep=5)  # two are written
+    assert few.checkpoints == 2 * few.checkpoint
+    many = disk(every=1, keep=3, keep_best=False)  # and the one being written
+    assert many.checkpoints == 4 * many.checkpoint
+    assert disk(every=1, keep=3).checkpoints == 5 * many.checkpoint
+    assert many.total == many.checkpoints + many.model + many.samples
 
 
 def test_a_reward_has_the_compute_precision_and_the_vae_does_not(tiny_sdxl: Path, tiny_clip: Path) -> None:
@@ -224,10 +292,11 @@ def test_a_reward_has_the_compute_precision_and_the_vae_does_not(tiny_sdxl: Path
         by_precision[precision] = {role.role: role.memory.weights for role in plan.groups[0].roles}
     full, half = by_precision["fp32"], by_precision["bf16"]
     assert half["reward:pickscore"] == full["reward:pickscore"] / 2 > 0
-    assert half["reward: VAE"] == full["reward: VAE"] > 0
+    assert half["decoder"] == full["decoder"] > 0
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{")
     with pytest.raises(UsageError, match=r"unet/config\.json is damaged"):
@@ -240,9 +309,11 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def file(tiny_sdxl: Path, tiny_clip: Path, tmp_path: Path) -> Path:
+def file(tiny_sdxl: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+    data = build(tiny_sdxl, tiny_clip, placement=APART).model_dump()
+    data["data"]["prompts"] = str(tiny.make_prompts(tmp_path_factory.mktemp("prompts")))
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(build(tiny_sdxl, tiny_clip, placement=APART).model_dump()))
+    recipe.write_text(yaml.safe_dump(data))
     return recipe
 
 
@@ -264,12 +335,22 @@ def test_the_table_fits_eighty_columns(file: Path, app: typer.Typer) -> None:
 
 def test_json_is_the_plan(file: Path, app: typer.Typer) -> None:
     ran = CliRunner().invoke(app, [str(file), "--json", "--set", "optimization.micro_batch=2"])
-    data = json.loads(ran.output)
+    assert "counting the networks" in ran.stderr
+    data = json.loads(ran.stdout)
     assert data["devices"] == 6
     assert data["batch"]["learner"] == {"global": 8, "ranks": 2, "micro": 2, "accumulation": 2}
     train = next(group for group in data["groups"] if group["name"] == "train")
     kinds = ("weights", "gradients", "optimizer", "activations", "buffers")
     assert train["memory"]["device"] == sum(train["memory"][kind] for kind in kinds) > 0
+
+
+@pytest.mark.parametrize("key", ["prompts", "held_out"])
+def test_missing_prompts_are_refused_after_the_plan(key: str, file: Path, app: typer.Typer) -> None:
+    """What `run` refuses, `plan` refuses too; the plan itself needs no prompts."""
+    ran = CliRunner().invoke(app, [str(file), "--set", f"data.{key}=./absent.txt"])
+    assert isinstance(ran.exception, UsageError)
+    assert str(ran.exception).startswith(f"data.{key}: no such prompt file: ")
+    assert "each process" in ran.stdout
 
 
 def test_errors_are_usage_errors(file: Path, app: typer.Typer) -> None:

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlhf_t2i.families import published
+from rlhf_t2i.families import registry, sources
 from rlhf_t2i.tools.planning import zero
 from rlhf_t2i.tools.planning.memory import GroupPlan, Memory, RolePlan, trained_memory
-from rlhf_t2i.tools.planning.networks import parameter_sizes
 
 SIZES = zero.Sizes(1000, largest=100)
 
@@ -105,8 +104,13 @@ def test_zero_3_keeps_small_parameters_whole() -> None:
     assert sums(setting(3, ranks=1), "weights", sizes=sizes) == (2 * 200_006,)
 
 
+def sdxl() -> zero.Sizes:
+    network = registry.find(sources.parse("stabilityai/stable-diffusion-xl-base-1.0")).build_network()
+    return zero.sizes_of([p.numel() for p in network.parameters()])
+
+
 def test_sizes_of_sdxl_s_unet() -> None:
-    sizes = parameter_sizes(published.SDXL_UNET)
+    sizes = sdxl()
     assert sizes.total == 2_567_463_684
     assert sizes.largest == 1280 * 2560 * 9
     assert 0 < sizes.small < 0.001 * sizes.total
@@ -114,7 +118,7 @@ def test_sizes_of_sdxl_s_unet() -> None:
 
 def test_sdxl_s_update_takes_more_than_its_recomputed_activations() -> None:
     """On one GPU: gradients flat and in float32, at a moment when no activations are held."""
-    sizes = parameter_sizes(published.SDXL_UNET)
+    sizes = sdxl()
     memory = trained_memory(sizes, setting(2, ranks=1, bucket=500_000_000), activations=800_000_000)
     assert memory.gradients == 2 * sizes.total
     assert memory.activations + memory.buffers == 6 * sizes.total
@@ -135,3 +139,21 @@ def test_a_process_needs_the_largest_of_its_phases() -> None:
     # Held-out prompts are measured when nothing else runs.
     judge = RolePlan("reward:y", 1, Memory(weights=1), measuring=100)
     assert GroupPlan("all", 1, (*together.roles, judge)).memory == Memory(weights=32, optimizer=60, activations=100)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected", "overlaps"),
+    [
+        # 1000 parameters in bf16 on 4 ranks, 5 micro-batches; a ring passes 3/4 of a buffer, an all-reduce twice.
+        (None, 0, False),
+        (0, 2 * 1500, False),
+        (1, 2 * 1500 + 1500, False),
+        (2, 5 * 2 * 1500 + 1500, False),
+        (3, 5 * 3 * 1500, True),
+    ],
+)
+def test_what_ranks_exchange(stage: int | None, expected: int, overlaps: bool) -> None:
+    sent = zero.collectives(SIZES, setting(stage), micro_batches=5)
+    assert sum(item.bytes for item in sent) == expected
+    assert all(item.overlaps == overlaps for item in sent)
+    assert zero.collectives(SIZES, setting(stage, ranks=1), micro_batches=5) == []

@@ -11,7 +11,7 @@ import pytest
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.placement import check_placement
-from rlhf_t2i.tools import planning
+from rlhf_t2i.tools.planning import plan as planning
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith("ablation_table2.yaml"))

@@ -11,11 +11,9 @@ import pytest
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import flops
-from rlhf_t2i.families.flops import Forward
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools import planning
-from rlhf_t2i.tools.planning import time
+from rlhf_t2i.tools.planning import plan as planning
 from rlhf_t2i.tools.planning.devices import Rates
 from tests import tiny
 
@@ -40,16 +38,8 @@ def build(pipeline: Path, **algorithm: Any) -> Recipe:
 
 def everything(recipe: Recipe) -> tuple[Any, ...]:
     """All that planning and the FLOPs of metrics.jsonl say about a recipe."""
-    work = flops.of_step(recipe, Forward(7, 3, {reward.key: 2 for reward in recipe.algorithm.rewards}))
-    plan = planning.make(recipe)
-    seconds = time.of_recipe(recipe, time_groups(recipe), work, Rates(1.0, 1.0))
-    return work, plan.groups, plan.parts, plan.traffic, plan.notes, seconds
-
-
-def time_groups(recipe: Recipe) -> dict[str, tuple[str, int]]:
-    from rlhf_t2i.recipe.placement import check_placement
-
-    return check_placement(recipe)
+    work = [*flops.generator_step(recipe), *flops.assistant_step(recipe)]
+    return work, planning.make(recipe), planning.step_time(recipe, Rates(1.0, 1.0))
 
 
 def test_a_copy_of_kl_is_planned_and_counted_like_kl(tiny_sdxl: Path, tmp_path: Path) -> None:

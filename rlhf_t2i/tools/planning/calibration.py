@@ -1,27 +1,25 @@
 """Rates of this machine, from running the heaviest block of a recipe's own networks (``plan --device here``).
 
 A block runs as it does in a step: in the recipe's precision, its micro-batch and its layouts, forward and backward. So
-its rate, in model FLOPs a second, holds norms, activations and launches besides the products.
+its rate, in model FLOPs per second, includes norms, activations and launches besides the products.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.errors import UsageError
-from rlhf_t2i.families import flops
+from rlhf_t2i.families import counting
 from rlhf_t2i.families.compiling import compile_blocks
+from rlhf_t2i.families.counting import Network
+from rlhf_t2i.families.footprints import Footprints
 from rlhf_t2i.families.frozen import freeze_convs
-from rlhf_t2i.families.published import build_on_meta, unet_inputs
-from rlhf_t2i.families.store import DTYPES
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning.devices import Rates
-from rlhf_t2i.tools.planning.networks import Networks
 from rlhf_t2i.utils.device import default_device
 
 _SECONDS, _MOST = 3.0, 10
@@ -29,44 +27,59 @@ _SECONDS, _MOST = 3.0, 10
 
 
 def rates(recipe: Recipe, micro: int) -> Rates:
-    """Measure the UNet's and the decoder's rate here, on the GPU where there is one.
+    """Measure the rates of the denoising network and of the decoder here, on the GPU if there is one.
 
     Args:
-        recipe: Names networks, precisions and resolution.
+        recipe: Names networks, precisions and sizes.
         micro: Images at once.
 
     Raises:
-        UsageError: A configuration is not at hand.
+        UsageError: A configuration is missing or damaged.
     """
-    networks = Networks(recipe)
-    if networks.unet is None or networks.vae is None:
-        raise UsageError("--device here: the configurations of UNet and VAE must be at hand, and one is not")
-    size, compiled = networks.latents[1], recipe.optimization.compile
-    device = default_device()
-    unet = _unet_block(networks.unet, size, micro)
-    decoder = _decoder_block(networks.vae, size, micro)
+    networks = Footprints(recipe)
+    family, compiled = networks.store.family, recipe.optimization.compile
+
+    def rate(network: Network, block_names: tuple[str, ...], train: bool) -> float:
+        return _Block(network, micro).rate(block_names if compiled else (), train)
+
+    decoder = networks.store.family.build_decoder(networks.store.vae)
     return Rates(
-        unet.rate(device, DTYPES[recipe.optimization.precision], compiled, train=True),
-        decoder.rate(device, DTYPES[recipe.models.vae_precision], compiled, train=False),
+        rate(networks.network(), family.block_names, True), rate(networks.decoder(), decoder.block_names, False)
     )
 
 
 class _Block:
-    """One block of a network on the meta device, with the inputs a forward gives it."""
+    """The block with the most FLOPs in a forward of a network, with the inputs that the forward gives it."""
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.module, self._args, self._kwargs = module, args, kwargs
-        self.flops = flops.count(lambda: module(*args, **kwargs))
+    def __init__(self, network: Network, batch: int) -> None:
+        built, seen = network.build(), dict[nn.Module, tuple[Any, Any]]()
+        hooks = [
+            block.register_forward_pre_hook(lambda m, args, kwargs: seen.update({m: (args, kwargs)}), with_kwargs=True)
+            for block in _outermost_blocks(built)
+        ]
+        with torch.no_grad():
+            network.call(built)
+        for hook in hooks:
+            hook.remove()
 
-    def rate(self, device: torch.device, dtype: torch.dtype, compiled: bool, train: bool) -> float:
-        """Model FLOPs a second of a forward and backward, trained or frozen."""
-        module = _filled(nn.Module.to(self.module, dtype), device).train(train).requires_grad_(train)
+        def flops(block: nn.Module) -> int:
+            args, kwargs = seen[block]
+            return counting.flops(lambda: block(*args, **kwargs))
+
+        self._module = max(seen, key=flops)
+        self._flops = batch * flops(self._module)
+        self._args, self._kwargs = seen[self._module]
+        self._batch = batch
+
+    def rate(self, compiled: tuple[str, ...], train: bool) -> float:
+        """Model FLOPs per second of a forward and backward, trained or frozen."""
+        device = default_device()
+        module = _filled(self._module, device).train(train).requires_grad_(train)
         if not train:
             freeze_convs(module)
         if compiled:
-            compile_blocks(module, ("ResnetBlock2D", "BasicTransformerBlock"))
-        args = _on(self._args, device, dtype)
-        kwargs = _on(self._kwargs, device, dtype)
+            compile_blocks(module, compiled)
+        args, kwargs = (_filled_inputs(value, self._batch, device) for value in (self._args, self._kwargs))
 
         def run() -> None:
             output = module(*args, **kwargs)
@@ -74,39 +87,25 @@ class _Block:
             output.backward(torch.ones_like(output))
             module.zero_grad(set_to_none=True)
 
-        return (flops.TRAINED if train else flops.PULLED) * self.flops / _seconds(run, device)
+        return (3 if train else 2) * self._flops / _seconds(run, device)
 
 
-def _heaviest(blocks: Iterable[nn.Module], call: Callable[[], Any]) -> _Block:
-    """The block with the most FLOPs in a forward of the whole network, all on the meta device."""
-    seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-    hooks = [
-        block.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append((module, args, kwargs)), with_kwargs=True
-        )
-        for block in blocks
+def _outermost_blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """The entries of a network's outermost ``nn.ModuleList``; the network itself where it has none."""
+    lists: list[nn.ModuleList] = []
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                lists.append(child)
+            else:
+                search(child)
+
+    search(network)
+    found = [
+        block for entries in lists for block in entries if block is not None and any(True for _ in block.parameters())
     ]
-    with torch.no_grad():
-        call()
-    for hook in hooks:
-        hook.remove()
-    return max((_Block(*item) for item in seen), key=lambda block: block.flops)
-
-
-def _unet_block(config: dict[str, Any], size: int, batch: int) -> _Block:
-    network, inputs = build_on_meta(config), unet_inputs(config, size, batch)
-    blocks = [*network.down_blocks, network.mid_block, *network.up_blocks]
-    return _heaviest(blocks, lambda: network(**inputs))
-
-
-def _decoder_block(config: dict[str, Any], size: int, batch: int) -> _Block:
-    network = build_on_meta(config)
-    inner = network.decoder
-    # A tiny autoencoder is a sequence of layers without blocks.
-    blocks = [inner.mid_block, *inner.up_blocks] if hasattr(inner, "up_blocks") else [inner]
-    with torch.device("meta"):
-        latents = torch.empty(batch, config.get("latent_channels", 4), size, size)
-        return _heaviest(blocks, lambda: network.decode(latents, return_dict=False))
+    yield from found or [network]
 
 
 def _filled(module: nn.Module, device: torch.device) -> nn.Module:
@@ -121,16 +120,21 @@ def _filled(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _on(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Random tensors in place of meta ones, channels last where they are pictures, all wanting gradients."""
+def _filled_inputs(value: Any, batch: int, device: torch.device) -> Any:
+    """Random tensors of ``batch`` samples for meta ones of one; channels last where they are images."""
     if isinstance(value, Tensor):
-        made = torch.randn(value.shape, device=device).to(dtype)
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype, device=device)
+        shape = (batch, *value.shape[1:]) if value.ndim and value.shape[0] == 1 else value.shape
+        made = torch.randn(shape, device=device).to(value.dtype)
         if made.ndim == 4:
             made = made.contiguous(memory_format=torch.channels_last)
         return made.requires_grad_(True)
     if isinstance(value, tuple):
-        return tuple(_on(item, device, dtype) for item in value)
-    return {key: _on(item, device, dtype) for key, item in value.items()} if isinstance(value, dict) else value
+        return tuple(_filled_inputs(item, batch, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _filled_inputs(item, batch, device) for key, item in value.items()}
+    return value
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:

@@ -1,13 +1,14 @@
-"""Does a plan fit a device, and if not, what is the cheapest change that makes it fit.
+"""Whether a plan fits a device, and if not, the cheapest change that makes it fit.
 
 Changes are tried by planning again with them, in this order, each alone and then all up to it together:
 
-1. smaller micro-batches (the same update; less parallel work a call)
-2. bf16 (float32 master weights stay)
-3. activation checkpointing (about a third more time)
-4. ZeRO-2, then ZeRO-3, where a group has several devices (more traffic)
-5. optimizer states in host memory (slower updates; needs ZeRO 1 or more)
-6. twice, then four and eight times the devices of the group that does not fit
+1. fewer images at once in evaluation
+2. smaller micro-batches (the same update; less parallel work per call)
+3. bf16 (float32 master weights stay)
+4. activation checkpointing (about a third more time)
+5. ZeRO-2, then ZeRO-3, where a group has several devices (more traffic)
+6. optimizer states in host memory (slower updates; needs ZeRO 1 or more)
+7. twice, then four and eight times the devices of the group that does not fit
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class Fit:
     Attributes:
         limit: Bytes a process may fill.
         group: The first group that does not fit; None when all do.
-        role: The largest role in it, and its ``kind`` of memory that weighs most.
+        role: The role in it with the largest ``kind`` of memory.
         needed: Bytes of that group's process.
-        change: Overrides of the recipe that make everything fit, ``{}`` where none found does or none is needed.
+        change: Overrides of the recipe that make everything fit; ``{}`` if no tried change does.
     """
 
     limit: float
@@ -48,17 +49,17 @@ class Fit:
     needed: int = 0
     change: Change | None = None
 
-    def sentence(self) -> str:
-        """For people."""
-        limit = f"{self.limit / 2**30:.3g} GiB usable of a device"
+    def describe(self) -> str:
+        """One sentence."""
+        limit = f"the {self.limit / 2**30:.3g} GiB that a device has to use"
         if self.group is None:
-            return f"fits: every process needs less than the {limit}"
+            return f"fits: every process needs less than {limit}"
         missing = (
-            f"does not fit: a process of group {self.group!r} needs {self.needed / 2**30:.3g} GiB, {limit}; "
+            f"does not fit: a process of group {self.group!r} needs {self.needed / 2**30:.3g} GiB, more than {limit}; "
             f"most of it is the {self.kind} of {self.role}"
         )
         if not self.change:
-            return f"{missing}; no change this plan knows makes it fit"
+            return f"{missing}; none of the changes that this command tries makes it fit"
         options = (shlex.quote(f"{key}={_yaml(value)}") for key, value in self.change.items())
         return f"{missing}; cheapest that fits: " + " ".join(f"--set {option}" for option in options)
 
@@ -109,7 +110,10 @@ def _without_needless(recipe: Recipe, change: Change, limit: float) -> Change:
 
 def _changes(recipe: Recipe, group: GroupPlan) -> Iterator[Change]:
     """One at a time, cheapest first."""
-    settings = recipe.optimization
+    settings, drawn = recipe.optimization, recipe.evaluation.batch_size // 2
+    while drawn:
+        yield {"evaluation.batch_size": drawn}
+        drawn //= 2
     # micro_batch absent means a rank's whole share, however many ranks.
     whole = settings.micro_batch or settings.batch_size
     yield from ({"optimization.micro_batch": n} for n in range(whole - 1, 0, -1) if settings.batch_size % n == 0)

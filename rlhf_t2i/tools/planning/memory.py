@@ -1,22 +1,22 @@
 """Memory of a process by role and kind, before anything starts.
 
-Parameters are counted on the meta device from configurations, activations by letting shapes flow through the networks
-there. The CUDA context, fragmentation and library workspaces are not included.
+Parameters and activations are counted by running the networks on the meta device. The CUDA context, fragmentation and
+library workspaces are not included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import zero
-from rlhf_t2i.tools.planning.networks import Networks, adapter_sizes, parameter_sizes
 
 if TYPE_CHECKING:
-    from rlhf_t2i.families.activations import Peak
+    from rlhf_t2i.families.counting import Network
+    from rlhf_t2i.families.footprints import Footprints
 
 TRAINED = ("learner", "assistant")
 
@@ -28,7 +28,7 @@ class Memory:
     Attributes:
         weights: Stay.
         gradients: Wait for an update, or for the next micro-batch.
-        optimizer: Stays; ZeRO-3's gradients and bucket are among it, since they do, too.
+        optimizer: Stays; with the gradients and the bucket of ZeRO-3, which stay too.
         activations: Of a forward and its backward.
         buffers: What ZeRO borrows over gradients and activations (:mod:`rlhf_t2i.tools.planning.zero`).
         host: Stays.
@@ -56,10 +56,10 @@ class RolePlan:
 
     Attributes:
         role: Its name.
-        parameters: Of its networks; 0 where they are another role's.
+        parameters: Of its networks; 0 where they are another role's, None where they are not known.
         memory: At its own worst moment.
         summed: Of its gradients, what waits while other roles work for its next micro-batch.
-        measuring: Activations of a reward or a decoder that measures between steps, without gradient.
+        measuring: Activations of a role that draws, decodes or scores between steps, without gradient.
     """
 
     role: str
@@ -88,18 +88,19 @@ class GroupPlan:
 
         Both trained roles work by themselves once: the assistant in its own updates, when the learner has no gradient,
         and the learner in its backward and update, when the assistant has none. Before its backward the learner's
-        graph, and what it has summed, wait for the answers of rewards and of denoisers, one after the other. Between
-        steps held-out prompts are measured.
+        graph, and what it has summed, wait for the answers of rewards and of denoisers: in one process, one after the
+        other. Between steps images are drawn, then decoded and scored.
         """
         alone = [replace(r.memory, weights=0, optimizer=0, host=0) for r in self.roles if r.role in TRAINED]
         graph = Memory(
             gradients=sum(r.summed for r in self.roles if r.role == "learner"),
             activations=sum(r.memory.activations for r in self.roles if r.role == "learner"),
         )
-        rewards = sum(r.memory.activations for r in self.roles if r.role.startswith("reward"))
+        rewards = sum(r.memory.activations for r in self.roles if r.role.startswith(("reward", "decoder")))
         denoisers = sum(r.memory.activations for r in self.roles if r.role in ("assistant", "reference"))
-        measuring = Memory(activations=sum(r.measuring for r in self.roles))
-        return [*alone, graph + Memory(activations=max(rewards, denoisers)), measuring]
+        scoring = Memory(activations=sum(r.measuring for r in self.roles if r.role != "generator"))
+        drawing = Memory(activations=sum(r.measuring for r in self.roles if r.role == "generator"))
+        return [*alone, graph + Memory(activations=max(rewards, denoisers)), scoring, drawing]
 
 
 def trained_memory(sizes: zero.Sizes, setting: zero.Setting, activations: int = 0) -> Memory:
@@ -118,128 +119,147 @@ def trained_memory(sizes: zero.Sizes, setting: zero.Setting, activations: int = 
     )
 
 
-def _trained(recipe: Recipe, role: str, unet: int, devices: int, networks: Networks, activations: int) -> RolePlan:
-    """A trained role: its network, or its adapters beside the frozen network."""
+def zero_setting(recipe: Recipe, devices: int) -> zero.Setting:
+    """How a network is trained in a group of so many devices."""
     from rlhf_t2i.engines.deepspeed import REDUCE_BUCKET
 
     settings = recipe.optimization
-    distributed = recipe.placement.mode == "ray"
-    optimizer = settings.generator if role == "learner" else settings.assistant
-    adapters = optimizer.lora
-    sizes = parameter_sizes(networks.unet) if adapters is None else adapter_sizes(networks.unet, adapters)
-    setting = zero.Setting(
+    return zero.Setting(
         ranks=devices,
-        stage=settings.zero_stage if distributed else None,
+        stage=settings.zero_stage if recipe.placement.mode == "ray" else None,
         precision=settings.precision,
         bucket=REDUCE_BUCKET,
         offload=settings.offload_optimizer,
         accumulates=settings.micro_batch is not None and settings.micro_batch * devices < settings.batch_size,
     )
-    memory = trained_memory(sizes, setting, activations)
-    if optimizer.kind == "adamw_8bit":
-        # Both moments take a byte instead of four; their scales, one number in 256, are left out.
-        ranks = devices if setting.stage else 1
-        memory = replace(memory, optimizer=memory.optimizer - 6 * -(-sizes.total // ranks))
-    if adapters is not None:
-        width = zero.BYTES[settings.precision] if distributed else 4
-        memory = replace(memory, weights=memory.weights + width * unet)
-    if role == "learner" and settings.ema is not None:
-        memory = replace(memory, host=memory.host + 4 * unet)
-    return RolePlan(role, unet or None, memory, zero.total(zero.terms(sizes, setting), "summed"))
 
 
-def of_group(
-    recipe: Recipe,
-    name: str,
-    devices: int,
-    roles: list[str],
-    networks: Networks,
-    parts: Mapping[str, int | None],
-    micro: int,
-    ranks: Mapping[str, int],
+@dataclass(frozen=True)
+class _Group:
+    """One group while it is planned: ``micro`` is the learner's micro-batch, ``ranks`` are the learner's."""
+
+    recipe: Recipe
+    devices: int
+    roles: tuple[str, ...]
+    networks: Footprints
+    micro: int
+    ranks: int
+
+    @cached_property
+    def images(self) -> int:
+        """Per process and call: several servers share a micro-batch; one of several learner ranks has all of theirs."""
+        return -(-self.micro * self.ranks // self.devices)
+
+    @cached_property
+    def drawn(self) -> int:
+        """Images per process that are drawn and scored at once between steps."""
+        return -(-self.recipe.evaluation.batch_size // self.devices)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the compute precision."""
+        return zero.BYTES[self.recipe.optimization.precision]
+
+    def recomputed(self, role: str) -> bool:
+        return self.recipe.optimization.checkpoints(role)
+
+    def plans(self) -> list[RolePlan]:
+        make = {"learner": self._trained, "assistant": self._trained, "generator": self._generator}
+        make["reference"] = self._reference
+        plans = [make[role](role) for role in self.roles if role in make]
+        if plans:
+            text = self.networks.text_encoders().parameters()
+            plans.append(RolePlan("text encoders", text, Memory(weights=self.width * text)))
+        return plans + self._rewards()
+
+    def _trained(self, role: str) -> RolePlan:
+        """A trained role: its network, or its adapters beside the frozen network."""
+        settings = self.recipe.optimization
+        optimizer = settings.generator if role == "learner" else settings.assistant
+        network, whole = self.networks.network(optimizer.lora), self.networks.network().parameters()
+        sizes, setting = zero.sizes_of(network.sizes()), zero_setting(self.recipe, self.devices)
+        # The assistant trains on micro-batches of its own, and serves the learner's.
+        own = settings.micro_batch or settings.batch_size // self.devices
+        batch = self.micro if role == "learner" else max(self.images, own)
+        memory = trained_memory(sizes, setting, batch * network.activations("train", self.recomputed(role)))
+        if optimizer.kind == "adamw_8bit":
+            # Both moments take a byte instead of four; their scales, one number in 256, are left out.
+            share = -(-sizes.total // (self.devices if setting.stage else 1))
+            memory = replace(memory, optimizer=memory.optimizer - 6 * share)
+        if optimizer.lora is not None:
+            memory = replace(memory, weights=memory.weights + (4 if setting.stage is None else self.width) * whole)
+        if role == "learner" and settings.ema is not None:  # rank 0 averages on the host
+            memory = replace(memory, host=memory.host + 4 * whole)
+        return RolePlan(role, whole, memory, zero.total(zero.terms(sizes, setting), "summed"))
+
+    def _generator(self, role: str) -> RolePlan:
+        """float32 weights of its own where the learner is elsewhere, and of the average once it is sampled."""
+        network = self.networks.network()
+        copies = int("learner" not in self.roles) + int(self.recipe.optimization.ema is not None)
+        held, drawing = copies * network.parameters(), network.activations("forward")
+        return RolePlan(role, held, Memory(weights=4 * held), measuring=self.drawn * drawing)
+
+    def _reference(self, role: str) -> RolePlan:
+        from rlhf_t2i.families import flops
+
+        network, branches = self.networks.network(), flops.guided_branches(self.recipe.algorithm.cfg)
+        kept = 0
+        if traits.resolve(self.recipe).divergence.needs_vjp:
+            kept = self.images * branches * network.activations("input", self.recomputed(role))
+        return RolePlan(role, network.parameters(), Memory(weights=self.width * network.parameters(), activations=kept))
+
+    def _rewards(self) -> list[RolePlan]:
+        """The decoder and the rewards of a process; rewards that name one model share it.
+
+        One decoding serves all of them, so the smallest of their own micro-batches bounds it. A reward call is over
+        when it returns; rewards that only measure keep no graph.
+        """
+        labels = [role.partition(":")[2] for role in self.roles if role.startswith("reward:")]
+        hosted = [label for label in labels if label in self.networks.rewards]
+        if not hosted and "reward" not in self.roles:
+            return []
+        algorithm = self.recipe.algorithm
+        on_images = {reward.key for reward in traits.resolve(self.recipe).trained_on_images}
+        trained = [choice for choice in algorithm.rewards if choice.key in hosted and choice.key in on_images]
+        measured = [choice for choice in (*algorithm.rewards, *algorithm.eval_rewards) if choice.key in hosted]
+        batch = min(self.micro, self.images) if trained else 0
+        learned = min([batch, *(choice.micro_batch for choice in trained if choice.micro_batch)])
+        shown = min([self.drawn, *(choice.micro_batch for choice in measured if choice.micro_batch)])
+
+        def plan(role: str, network: Network | None, width: int, images: int, fresh: bool = True) -> RolePlan:
+            if network is None:
+                return RolePlan(role, None, Memory())
+            kept = images * network.activations("input", self.recomputed("reward")) if images else 0
+            held = network.parameters() if fresh else 0
+            measuring = shown * network.activations("forward")
+            return RolePlan(role, held, Memory(weights=width * held, activations=kept), measuring=measuring)
+
+        plans = [plan("decoder", self.networks.decoder(), self._decoder_width, learned)]
+        seen: set[str] = set()
+        for label in hosted:
+            weights, network = self.networks.rewards[label]
+            trains = label in [choice.key for choice in trained]
+            plans.append(plan(f"reward:{label}", network, self.width, learned * trains, weights not in seen))
+            seen.add(weights)
+        return plans
+
+    @property
+    def _decoder_width(self) -> int:
+        return zero.BYTES[self.recipe.models.vae_precision]
+
+
+def group_plan(
+    recipe: Recipe, name: str, devices: int, roles: list[str], networks: Footprints, micro: int, ranks: int
 ) -> GroupPlan:
-    """What every process of a group holds; ``micro`` is the learner's micro-batch, ``ranks`` those of trained roles."""
-    from rlhf_t2i.families import activations
-    from rlhf_t2i.families.flops import guided_branches
+    """What every process of a group holds.
 
-    settings = recipe.optimization
-    width = zero.BYTES[settings.precision]
-    unet = parts["unet"] or 0
-    # Several servers share a micro-batch; a server of several learner ranks keeps the graphs of all, but a reward call
-    # is over when it returns.
-    images = -(-micro * ranks["learner"] // devices)
-    scored = min(micro, images)
-    saved = activations.of_recipe(
-        networks.unet, networks.vae, networks.latents[1], settings.precision, recipe.models.vae_precision
-    )
-
-    def kept(kind: str, role: str) -> int:
-        item = saved.get(kind)
-        return 0 if item is None else (item.checkpointed if settings.checkpoints(role) else item.plain)
-
-    plans = []
-    needs_vjp = traits.resolve(recipe).divergence.needs_vjp
-    for role in roles:
-        if role in TRAINED:
-            # The assistant trains on micro-batches of its own, and serves the learner's.
-            batch = micro if role == "learner" else max(images, settings.micro_batch or settings.batch_size // devices)
-            plans.append(_trained(recipe, role, unet, devices, networks, batch * kept("train", role)))
-        elif role == "generator":
-            shared = "learner" in roles
-            own = Memory() if shared else Memory(weights=4 * unet)
-            plans.append(RolePlan(role, 0 if shared else unet or None, own))
-        elif role == "reference":
-            active = images * guided_branches(recipe.algorithm.cfg) * kept("frozen", role) if needs_vjp else 0
-            plans.append(RolePlan(role, unet or None, Memory(weights=width * unet, activations=active)))
-    if any(r.role in ("learner", "generator", "assistant", "reference") for r in plans):
-        text = parts["text encoders"]
-        plans.append(RolePlan("text encoders", text, Memory(weights=width * (text or 0))))
-    plans += _rewards(recipe, roles, devices, networks, parts, saved.get("decoder"), scored)
-    return GroupPlan(name, devices, tuple(plans))
-
-
-def _rewards(
-    recipe: Recipe,
-    roles: list[str],
-    devices: int,
-    networks: Networks,
-    parts: Mapping[str, int | None],
-    decoder: Peak | None,
-    images: int,
-) -> list[RolePlan]:
-    """The VAE and the rewards of a process; rewards that name one model share it.
-
-    One decoding serves all of them, so the smallest of their own micro-batches bounds it. Those that only measure keep
-    no graph.
+    Args:
+        recipe: The recipe.
+        name: The group's.
+        devices: Its processes.
+        roles: Of the group: ``reward:LABEL`` for each reward, ``reward`` where previews are decoded.
+        networks: Of the recipe.
+        micro: The learner's micro-batch.
+        ranks: The learner's processes.
     """
-    hosted = [role.partition(":")[2] for role in roles if role.startswith("reward:")]
-    if not hosted:
-        return []
-    from rlhf_t2i.families import activations
-
-    algorithm, width = recipe.algorithm, zero.BYTES[recipe.optimization.precision]
-    on_images = {reward.key for reward in traits.resolve(recipe).trained_on_images}
-    trained = [choice for choice in algorithm.rewards if choice.key in hosted and choice.key in on_images]
-    measured = [choice for choice in (*algorithm.rewards, *algorithm.eval_rewards) if choice.key in hosted]
-    learned = min([images, *(choice.micro_batch for choice in trained if choice.micro_batch)]) if trained else 0
-    drawn = -(-recipe.evaluation.batch_size // devices)
-    shown = min([drawn, *(choice.micro_batch for choice in measured if choice.micro_batch)])
-
-    def plan(role: str, weights: int, counted: int | None, saved: Peak | None, learned: int) -> RolePlan:
-        saved = saved or activations.Peak(0, 0)
-        kept = saved.checkpointed if recipe.optimization.checkpoints("reward") else saved.plain
-        return RolePlan(role, counted, Memory(weights=weights, activations=learned * kept), 0, shown * saved.forward)
-
-    vae = parts["vae"]
-    plans = [plan("reward: VAE", zero.BYTES[recipe.models.vae_precision] * (vae or 0), vae, decoder, learned)]
-    seen: set[str] = set()
-    for label in hosted:
-        footprint = networks.rewards[label]
-        source = footprint.weights if footprint else label
-        fresh = source not in seen
-        seen.add(source)
-        saved = activations.of_reward(footprint, recipe.optimization.precision, recipe.models.height or 1024)
-        trains = label in [choice.key for choice in trained]
-        role, held = f"reward:{label}", parts[f"reward:{label}"] if fresh else 0
-        plans.append(plan(role, width * (held or 0), held, saved, learned if trains else 0))
-    return plans
+    return GroupPlan(name, devices, tuple(_Group(recipe, devices, tuple(roles), networks, micro, ranks).plans()))

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 from rlhf_t2i.recipe.placement import batch_geometry, check_placement
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools.planning import memory, traffic
+from rlhf_t2i.tools.planning import cost, memory, time, traffic
+from rlhf_t2i.tools.planning.devices import Rates
 from rlhf_t2i.tools.planning.memory import TRAINED, GroupPlan
-from rlhf_t2i.tools.planning.networks import Networks, count_footprint, count_parameters
 from rlhf_t2i.tools.planning.traffic import Traffic
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything :func:`make` found out."""
+    """Result of :func:`make`."""
 
     mode: str
     share_devices: bool
@@ -28,6 +28,7 @@ class Plan:
     parts: Mapping[str, int | None]
     traffic: tuple[Traffic, ...]
     weights_sync: int
+    disk: cost.Disk
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -40,46 +41,56 @@ def make(recipe: Recipe) -> Plan:
     """Plan a run.
 
     Raises:
-        UsageError: Roles or batches that do not divide, a resolution the VAE cannot produce, a damaged model folder.
+        UsageError: Roles or batches that do not divide, a size the decoder cannot produce, a model folder that is
+            missing, damaged or of an unknown family.
     """
-    placed = check_placement(recipe)
-    networks = Networks(recipe)
+    from rlhf_t2i.families.footprints import Footprints
+
+    placed, networks = check_placement(recipe), Footprints(recipe)
     settings = recipe.optimization
-    ranks = {role: placed[role][1] for role in TRAINED}
     batch = {}
     for role in TRAINED:
-        micro, accumulation = batch_geometry(settings.batch_size, ranks[role], settings.micro_batch, role)
-        batch[role] = {
-            "global": settings.batch_size,
-            "ranks": ranks[role],
-            "micro": micro,
-            "accumulation": accumulation,
-        }
+        ranks = placed[role][1]
+        micro, accumulation = batch_geometry(settings.batch_size, ranks, settings.micro_batch, role)
+        batch[role] = {"global": settings.batch_size, "ranks": ranks, "micro": micro, "accumulation": accumulation}
+    rewards = {f"reward:{label}": network for label, (_, network) in networks.rewards.items()}
     parts = {
-        "unet": count_parameters(networks.unet),
-        "text encoders": sum(c for c in (count_parameters(config) for config in networks.text) if c)
-        if networks.text
-        else None,
-        "vae": count_parameters(networks.vae),
-        **{f"reward:{label}": count_footprint(footprint) for label, footprint in networks.rewards.items()},
+        "network": networks.network().parameters(),
+        "text encoders": networks.text_encoders().parameters(),
+        "decoder": networks.decoder().parameters(),
+        **{role: None if network is None else network.parameters() for role, network in rewards.items()},
     }
-    names = dict.fromkeys(group for group, _ in placed.values())
     groups = []
-    for name in names:
+    for name, devices in dict.fromkeys(placed.values()):
         roles = [role for role, (group, _) in placed.items() if group == name]
-        devices = next(count for group, count in placed.values() if group == name)
-        groups.append(memory.of_group(recipe, name, devices, roles, networks, parts, batch["learner"]["micro"], ranks))
+        if recipe.placement.mode == "local" or "reward" in recipe.placement.groups[name].roles:
+            roles.append("reward")
+        micro, ranks = batch["learner"]["micro"], batch["learner"]["ranks"]
+        groups.append(memory.group_plan(recipe, name, devices, roles, networks, micro, ranks))
+    apart = placed["generator"][0] != placed["learner"][0]
     return Plan(
         mode=recipe.placement.mode,
         share_devices=recipe.placement.share_devices,
         precision=settings.precision,
         zero_stage=settings.zero_stage if recipe.placement.mode == "ray" else 0,
         offload=settings.offload_optimizer and recipe.placement.mode == "ray",
-        latents=networks.latents,
+        latents=networks.store.latent_shape,
         batch=batch,
         groups=tuple(groups),
         parts=parts,
-        traffic=traffic.of_image(recipe, placed, networks.latents),
-        weights_sync=0 if placed["generator"][0] == placed["learner"][0] else 4 * (parts["unet"] or 0),
-        notes=tuple(networks.notes),
+        traffic=traffic.per_image(recipe, placed, networks.store.latent_shape),
+        weights_sync=4 * networks.network().parameters() if apart else 0,
+        disk=cost.disk(recipe, placed, networks),
+        notes=tuple(
+            f"{role}: its network is not known here: its memory and time are not counted"
+            for role, count in parts.items()
+            if count is None
+        ),
     )
+
+
+def step_time(recipe: Recipe, rates: Rates) -> time.StepTime:
+    """Estimate the seconds per step; errors as of :func:`make`."""
+    from rlhf_t2i.families.footprints import Footprints
+
+    return time.estimate(recipe, check_placement(recipe), Footprints(recipe), rates)

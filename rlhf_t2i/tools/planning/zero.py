@@ -6,7 +6,7 @@ Every term is a line of DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +41,7 @@ class Sizes:
     small: int = 0
 
 
-def sizes_of(counts: list[int]) -> Sizes:
+def sizes_of(counts: Sequence[int]) -> Sizes:
     """From the numbers in every parameter."""
     return Sizes(sum(counts), max(counts, default=0), sum(n for n in counts if n <= UNDIVIDED))
 
@@ -91,6 +91,36 @@ def terms(sizes: Sizes, setting: Setting) -> list[Term]:
 def total(items: list[Term], when: When) -> int:
     """Bytes of a moment."""
     return sum(item.bytes for item in items if item.when == when)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Bytes that a rank sends in the collectives of one update, and whether the computation goes on meanwhile."""
+
+    bytes: int
+    reason: str
+    overlaps: bool = False
+
+
+def collectives(sizes: Sizes, setting: Setting, micro_batches: int) -> list[Collective]:
+    """What the ranks exchange in one update of ``micro_batches``; a ring sends ``(N - 1) / N`` of a buffer per pass."""
+    if setting.stage is None or setting.ranks == 1:
+        return []
+    width, _ = _widths(setting)
+    once = width * sizes.total * (setting.ranks - 1) // setting.ranks
+    if setting.stage == 0:
+        return [Collective(2 * once, "gradients are all-reduced after the last micro-batch")]
+    if setting.stage == 3:  # overlap_comm is on in stage 3 alone
+        return [
+            Collective(2 * micro_batches * once, "weights are gathered for every forward and every backward", True),
+            Collective(micro_batches * once, "gradients are reduce-scattered in every micro-batch", True),
+        ]
+    times, when = (1, "after the last micro-batch") if setting.stage == 1 else (micro_batches, "in every micro-batch")
+    return [
+        # use_multi_rank_bucket_allreduce: whole buckets are all-reduced, and a rank keeps its share.
+        Collective(2 * times * once, f"gradients are all-reduced {when}"),
+        Collective(once, "updated weights are gathered"),
+    ]
 
 
 def _plain(sizes: Sizes) -> Iterator[Term]:

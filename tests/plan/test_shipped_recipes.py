@@ -1,0 +1,84 @@
+"""``rlhf-t2i plan`` on every shipped recipe, as text and as JSON, offline, and on variants of two of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rlhf_t2i.commands import plan as command
+from rlhf_t2i.errors import UsageError
+from tests import tiny
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith("ablation"))
+LORA = "{rank: 4}"
+VARIANTS = {
+    "recomputed": ["optimization.gradient_checkpointing=true"],
+    "adapters": [f"optimization.generator.lora={LORA}", f"optimization.assistant.lora={LORA}"],
+    "kl": ["algorithm.divergence.name=kl"],
+    "outer guidance": ["algorithm.cfg.mode=outer"],
+    "four steps": ["student={steps: 4}"],
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.make_prompts(tmp_path_factory.mktemp("prompts")))
+
+
+def plan(path: Path, prompts: str | None, *arguments: str) -> str:
+    app = typer.Typer()
+    app.command()(command.plan_command)
+    given = [f"--set=data.{key}={prompts}" for key in ("prompts", "held_out") if prompts]
+    ran = CliRunner().invoke(app, [str(path), *given, *arguments])
+    if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    assert ran.exit_code == 0, ran.output
+    return ran.stdout
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(RECIPES))
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name)
+def test_every_shipped_recipe_is_planned(path: Path, prompts: str) -> None:
+    text = plan(path, prompts, "--device", "h100")
+    assert text.startswith("Whole run, ")
+    assert "GPU-hours" in text.splitlines()[0]
+    assert "note:" not in text, "a network was not counted"
+    data = json.loads(plan(path, prompts, "--device", "h100", "--json"))
+    assert data["run"]["hours"] > 0 < data["run"]["disk"]["total"]
+    assert all(data["parts"].values())
+
+
+@pytest.mark.parametrize("path", [RECIPES / "quickstart.yaml", RECIPES / "sd15/di_star_pickscore.yaml"], ids=name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_planned(path: Path, variant: str, prompts: str) -> None:
+    plain = json.loads(plan(path, prompts, "--device", "h100", "--json"))
+    sets = [f"--set={value}" for value in VARIANTS[variant]]
+    text = plan(path, prompts, "--device", "h100", *sets)
+    assert text.startswith("Whole run, ")
+    found = json.loads(plan(path, prompts, "--device", "h100", "--json", *sets))
+
+    def peak(data: dict) -> int:
+        return max(group["memory"]["device"] for group in data["groups"])
+
+    step, before = found["seconds"]["step"], plain["seconds"]["step"]
+    if variant == "recomputed":
+        assert peak(found) < peak(plain)
+        assert step > before
+    elif variant == "adapters":
+        assert peak(found) < peak(plain)
+        assert found["run"]["disk"]["checkpoint"] < 0.2 * plain["run"]["disk"]["checkpoint"]
+    else:
+        assert (step > before) == (variant == "four steps")
+
+
+def test_prompts_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UsageError, match="captions_laion"):
+        plan(RECIPES / "di_star_pickscore.yaml", None)
