@@ -56,11 +56,12 @@ class UNetFamily(PipelineFamily):
             raise UsageError(f"{place}: {first_line(error)}") from None
 
     def default_timesteps(self, steps: int) -> tuple[float, ...]:
-        """399 for one step; else K even parts of all timesteps (four: 999, 749, 499, 249)."""
+        """399 for one step; else the ends of K equal parts of the timesteps (four: 999, 749, 499, 249)."""
         last = self._schedule.last
         if steps == 1:
             return (min(_ONE_STEP_TIMESTEP, last),)
-        return tuple(float(int((last + 1) * (steps - i) / steps) - 1) for i in range(steps))
+        part = (int(last) + 1) // steps
+        return tuple(float(part * (steps - i) - 1) for i in range(steps))
 
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""

@@ -17,6 +17,7 @@ from rlhf_t2i.algorithm.schedules import VPSchedule
 from rlhf_t2i.algorithm.student import Noise, Student
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation.sampling import sample
+from rlhf_t2i.families import registry, sources
 from rlhf_t2i.families.base import Conditioning
 from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.store import ModelStore
@@ -100,6 +101,21 @@ def test_a_plain_pipeline_call_draws_the_exported_students_images(
     again = store(tmp_path / "model", STUDENTS[name])
     again.check()
     torch.testing.assert_close(again.schedule.alphas_cumprod, models.schedule.alphas_cumprod)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 8, 64])
+@pytest.mark.parametrize("transition", ["stochastic", "deterministic"])
+def test_the_default_steps_are_those_of_the_exported_scheduler(steps: int, transition: str, tiny_sdxl: Path) -> None:
+    """Also for K that does not divide 1000, and where the last timestep is excluded (zero terminal SNR)."""
+    models = store(tiny_sdxl, {"steps": steps, "transition": transition})
+    for zero_snr in (False, True):
+        family = registry.find(sources.parse(str(tiny_sdxl)))
+        family.scheduler_config["rescale_betas_zero_snr"] = zero_snr
+        student = Student(family.schedule(0, 0), family.default_timesteps(steps), models.student.transition)
+        exported = family.export_scheduler(student)
+        exported.scheduler.set_timesteps(steps)
+        assert exported.scheduler.timesteps.tolist() == list(student.timesteps)
+        assert exported.arguments == {}
 
 
 def test_irregular_steps_need_timesteps(tiny_sdxl: Path) -> None:

@@ -11,23 +11,25 @@ from torch import Tensor
 from rlhf_t2i.algorithm.losses import divergence_loss, two_stage_gradient
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
-from tests.math.gaussian import MU, SCHEDULE, TIMES, S, golden, regularizer
-from tests.math.test_forms import Smooth, inputs
+from tests.math.gaussian import AT, MU, SCHEDULE, WORLDS, S, golden
+from tests.math.test_forms import PATHS, Smooth, both_paths, inputs
 from tests.math.test_theorem import huber
 
 TIMESTEPS = torch.tensor([20, 499, 979])
 
 
+@both_paths
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 1.2, 0.0])
 @pytest.mark.parametrize("weighting", ["unit_x0", "inv_mean_abs"])
-def test_the_loss_is_twice_that_of_sid(alpha: float, weighting: Any) -> None:
+def test_the_loss_is_twice_that_of_sid(alpha: float, weighting: Any, path: str) -> None:
     """``(D_q - D_p) [(D_q - x0) - alpha (D_q - D_p)]``, D_q the reference's prediction and D_p the assistant's."""
+    schedule = PATHS[path]
     x0, noise = inputs()
     psi, ref = Smooth(1), Smooth(2)
     loss = divergence_loss(
-        registry.divergence("l2", alpha=alpha), x0, TIMESTEPS, noise, psi, ref, SCHEDULE, weighting
+        registry.divergence("l2", alpha=alpha), x0, TIMESTEPS, noise, psi, ref, schedule, weighting
     )  # fmt: skip
-    x_t = SCHEDULE.add_noise(x0, noise, TIMESTEPS)
+    x_t = schedule.add_noise(x0, noise, TIMESTEPS)
     d_p, d_q = psi(x_t, TIMESTEPS), ref(x_t, TIMESTEPS)
     sid = ((d_q - d_p) * ((d_q - x0) - alpha * (d_q - d_p))).flatten(1).sum(1)
     if weighting == "inv_mean_abs":
@@ -36,24 +38,24 @@ def test_the_loss_is_twice_that_of_sid(alpha: float, weighting: Any) -> None:
     torch.testing.assert_close(two_stage_gradient(loss, x0), two_stage_gradient(2 * sid, x0), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("t", TIMES)
-def test_one_half_is_the_full_gradient_of_the_fisher_divergence(t: int) -> None:
-    _, gradient = regularizer(registry.divergence("l2", alpha=0.5), MU, S, t)
-    assert gradient == pytest.approx(golden()[str(t)]["grad_L2_full"], abs=1e-10, rel=1e-10)
+@pytest.mark.parametrize(("path", "t"), AT)
+def test_one_half_is_the_full_gradient_of_the_fisher_divergence(path: str, t: float) -> None:
+    _, gradient = WORLDS[path].regularizer(registry.divergence("l2", alpha=0.5), MU, S, t)
+    assert gradient == pytest.approx(WORLDS[path].at(t).l2_full(), abs=1e-10, rel=1e-10)
 
 
-@pytest.mark.parametrize("t", TIMES)
-def test_one_is_the_frozen_gradient_and_the_default(t: int) -> None:
-    _, gradient = regularizer(registry.divergence("l2", alpha=1.0), MU, S, t)
-    assert gradient == pytest.approx(golden()[str(t)]["grad_L2_frozen"], abs=1e-10, rel=0)
-    assert gradient == regularizer("l2", MU, S, t)[1]
+@pytest.mark.parametrize(("path", "t"), AT)
+def test_one_is_the_frozen_gradient_and_the_default(path: str, t: float) -> None:
+    _, gradient = WORLDS[path].regularizer(registry.divergence("l2", alpha=1.0), MU, S, t)
+    assert gradient == pytest.approx(WORLDS[path].at(t).l2_frozen(), abs=1e-10, rel=0)
+    assert gradient == WORLDS[path].regularizer("l2", MU, S, t)[1]
 
 
 @pytest.mark.parametrize("t", [99, 499])
 def test_path_weight_gives_any_divergence_its_full_gradient(t: int) -> None:
-    divergence: Any = huber(1.0, t)
+    divergence: Any = huber(WORLDS["vp"], 1.0, t)
     divergence.path_weight = 1.0
-    _, gradient = regularizer(divergence, MU, S, t)
+    _, gradient = WORLDS["vp"].regularizer(divergence, MU, S, t)
     assert gradient == pytest.approx(golden()[str(t)]["PH_c1.0"]["grad_full"], abs=1e-9, rel=1e-9)
 
 
