@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, verified by a manifest, pruned but for the newest and the best by reward."""
+"""Checkpoints of a run: whole or absent, verified by a manifest; the newest and the best by reward are retained."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ TRAINED_ROLES = ("learner", "assistant")
 _NAME = re.compile(r"step_(\d+)(?:_round_(\d+))?")
 
 
-def folder_of(out: Path, state: TrainState) -> Path:
-    """``checkpoints/step_000123``, with the round appended in the middle of a cycle."""
-    suffix = f"_round_{state.round:03d}" if state.round else ""
-    return out / "checkpoints" / f"step_{state.step:06d}{suffix}"
+def name_of(state: TrainState) -> str:
+    """``step_000123``, in the middle of a cycle ``step_000123_round_004``."""
+    return f"step_{state.step:06d}" + (f"_round_{state.round:03d}" if state.round else "")
 
 
 def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) -> Path:
@@ -29,7 +28,7 @@ def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) ->
     Raises:
         RunError: The disk is full or the folder cannot be written; the last whole checkpoint is intact.
     """
-    target = folder_of(out, state)
+    target = out / "checkpoints" / name_of(state)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         files.sync_folder(out)
@@ -46,19 +45,19 @@ def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) ->
 
 
 def _prune(out: Path, target: Path, policy: Checkpoints) -> None:
-    """Remove all but the newest and the best; what is newer than ``target`` was passed over, being damaged."""
+    """Remove all but the newest and the best. Those newer than ``target`` are damaged: the run resumed before them."""
     present = _newest_first(out)
     older = present[present.index(target) :]
-    kept = {*older[: policy.keep]}
+    retained = {*older[: policy.keep]}
     if policy.keep_best:
-        kept |= {*best(older)}
+        retained |= {*best(older)}
     for folder in present:
-        if folder not in kept:
+        if folder not in retained:
             files.remove(folder)
 
 
 def best(folders: Sequence[Path]) -> list[Path]:
-    """The checkpoint with the highest reward, of equals the newest; none where none has a reward.
+    """The checkpoint with the highest reward, of equals the newest; [] if none has a reward.
 
     Args:
         folders: Checkpoints, the newest first.
@@ -77,7 +76,7 @@ def _reward(folder: Path) -> float | None:
 
 
 def _newest_first(out: Path) -> list[Path]:
-    """What :func:`folder_of` names; a copy under another name is neither read nor pruned."""
+    """The folders that :func:`name_of` can name; a copy under another name is neither read nor pruned."""
     found = {folder: _NAME.fullmatch(folder.name) for folder in (out / "checkpoints").glob("step_*")}
     # As numbers: as text a millionth step would sort before the second.
     when = {folder: (int(name[1]), int(name[2] or 0)) for folder, name in found.items() if name}
@@ -85,10 +84,10 @@ def _newest_first(out: Path) -> list[Path]:
 
 
 def find(out: Path) -> tuple[Path | None, TrainState, list[str]]:
-    """The newest whole checkpoint of a run, and a sentence about each damaged one passed over.
+    """The newest whole checkpoint of a run with its state, and a warning about each damaged one that is newer.
 
-    Before the first one it is None, and the progress the beginning: every draw is a function of seed and step, so that
-    starting again loses time and nothing else.
+    Before the first checkpoint the path is None and the state is the initial one: every draw is a function of seed and
+    step, so starting again loses only time.
 
     Raises:
         UsageError: All are damaged.
@@ -96,26 +95,31 @@ def find(out: Path) -> tuple[Path | None, TrainState, list[str]]:
     warnings: list[str] = []
     files.recover(out / "checkpoints")
     for folder in _newest_first(out):
-        damage = _damage(folder)
-        if damage is None:
-            return folder, TrainState.from_json(manifest.read(folder).get("state")), warnings
-        warnings.append(f"checkpoint {folder.name} is damaged ({damage}); using an older one")
+        try:
+            return folder, _verified(folder), warnings
+        except ValueError as damage:
+            warnings.append(f"checkpoint {folder.name} is damaged ({damage}); using an older one")
     if not warnings:
         return None, TrainState(), []
     raise UsageError(f"--resume: {out} holds no whole checkpoint; " + "; ".join(warnings))
 
 
-def _damage(folder: Path) -> str | None:
-    found = manifest.damage(folder)
-    if found is None:
-        try:
-            TrainState.from_json(manifest.read(folder).get("state"))
-        except ValueError:
-            return f"{manifest.NAME} cannot be read"
-    return found
+def _verified(folder: Path) -> TrainState:
+    """The state in a checkpoint.
+
+    Raises:
+        ValueError: A file of it is missing or has changed, or the folder bears another checkpoint's name.
+    """
+    damage = manifest.damage(folder)
+    if damage is not None:
+        raise ValueError(damage)
+    state = TrainState.from_json(manifest.read(folder).get("state"))
+    if folder.name != name_of(state):
+        raise ValueError(f"it holds {name_of(state)}")
+    return state
 
 
 def restore(cluster: Cluster, folder: Path) -> list[str]:
-    """Load a checkpoint into the trained roles; returns a sentence for each that had another layout of ranks."""
-    said = [cluster.call_all(role, "load", str(folder / role))[0] for role in TRAINED_ROLES]
-    return [sentence for sentence in said if sentence]
+    """Load a checkpoint into the trained roles; returns a message for each saved with another layout of ranks."""
+    messages = [cluster.call_all(role, "load", str(folder / role))[0] for role in TRAINED_ROLES]
+    return [message for message in messages if message]

@@ -1,4 +1,4 @@
-"""The state of a training run: how many updates are done, and what the next line of metrics still needs."""
+"""The state of a training run: which updates are done, and measurements that later metrics need."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""A folder's manifest: the size and SHA-256 of every file in it, written last."""
+"""A folder's manifest: the size and SHA-256 of every file in it, and of the manifest itself; written last."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,42 +12,56 @@ from typing import Any
 from rlhf_t2i.utils import files
 
 NAME = "manifest.json"
+_DIGEST = "sha256"
 
 
 def write(folder: Path, **more: Any) -> None:
-    """Write the manifest of what a folder holds now; ``more`` is kept beside it."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file())
-    with ThreadPoolExecutor() as pool:  # several at once, for training waits
+    """Write the manifest of a folder's present content; ``more`` is stored beside it."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / NAME)
+    with ThreadPoolExecutor() as pool:  # several at once, because training waits
         digests = list(pool.map(files.sha256, found))
     entries = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(found, digests, strict=True)
     }
-    files.write_json(folder / NAME, {**more, "files": entries})
+    files.write_text(folder / NAME, render({**more, "files": entries}))
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The text of a manifest: its content and the digest of that."""
+    digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps({**content, _DIGEST: digest}, ensure_ascii=False, indent=1) + "\n"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What :func:`write` wrote.
+    """The content that :func:`write` stored.
 
     Raises:
-        OSError: It is not there.
-        ValueError: It is no JSON object.
+        OSError: The file is missing.
+        ValueError: It is not byte for byte what was written.
     """
-    found = json.loads((folder / NAME).read_text("utf-8"))
+    text = (folder / NAME).read_bytes().decode()
+    found = json.loads(text)
     if not isinstance(found, dict):
-        raise ValueError(f"{folder / NAME} is no JSON object")
-    return found
+        raise ValueError(f"{folder / NAME} is not a JSON object")
+    content = {key: value for key, value in found.items() if key != _DIGEST}
+    if render(content) != text:
+        raise ValueError(f"{folder / NAME} has changed")
+    return content
 
 
 def damage(folder: Path) -> str | None:
-    """Which file is missing or has changed, as a phrase; None when all are as they were written."""
+    """Which file is missing or has changed, as a phrase; None when all are as written."""
+    if not (folder / NAME).is_file():
+        return f"{NAME} is missing"
     try:
-        for name, entry in read(folder)["files"].items():
-            file = folder / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"] or files.sha256(file) != entry["sha256"]:
-                return f"{name} has changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{NAME} cannot be read"
+        entries = read(folder)["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        return f"{NAME} has changed"
+    for name, entry in entries:
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"] or files.sha256(file) != entry["sha256"]:
+            return f"{name} has changed"
     return None

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.state import TrainState
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, manifest
 
 
 class Written:
@@ -73,6 +74,58 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path
     assert checkpoints.find(tmp_path)[1].step == 1
     checkpoints.save(Written(), tmp_path, TrainState(1, 1), Checkpoints(keep=1))  # type: ignore[arg-type]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001_round_001"]
+
+
+def test_any_flipped_bit_in_any_file_is_named(tmp_path: Path) -> None:
+    """All bits of all files but large ones; those go through the same digest."""
+    state = TrainState(2, 1, 5, [{"loss": 0.5, "grad_norm": float("inf")}], 1, {"generator": 1}, [0.25])
+    folder = checkpoints.save(Written(), tmp_path, state, Checkpoints())  # type: ignore[arg-type]
+    accepted = []
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        whole = file.read_bytes()
+        for bit in range(8 * len(whole)):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            if manifest.damage(folder) != f"{file.relative_to(folder)} has changed":
+                accepted.append((file.name, bit))
+        file.write_bytes(whole[:-1])
+        assert manifest.damage(folder) == f"{file.relative_to(folder)} has changed"
+        file.write_bytes(whole)
+    assert accepted == []
+    assert checkpoints.find(tmp_path) == (folder, state, [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1}, {"step": 2.0}, {"step": True}, {"round": None}, {"rewards": [float("nan")]}, {"rewards": {}},
+        {"reports": [1]}, {"reports": [{"loss": "x"}]}, {"bad_in_a_row": {"generator": -1}}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_a_state_that_no_run_has_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Also under a manifest that is whole: a value of another kind must not be found out steps later."""
+    save(tmp_path, 1, None, Checkpoints())
+    folder = tmp_path / "checkpoints/step_000001"
+    content = manifest.read(folder)
+    (folder / "manifest.json").write_text(manifest.render(content | {"state": content["state"] | change}), "utf-8")
+    with pytest.raises(UsageError, match="step_000001 is damaged"):
+        checkpoints.find(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"files": {}}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_damage(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 1, None, Checkpoints())
+    (tmp_path / "checkpoints/step_000001/manifest.json").write_text(content, "utf-8")
+    with pytest.raises(UsageError, match=r"step_000001 is damaged \(manifest\.json has changed\)"):
+        checkpoints.find(tmp_path)
+
+
+def test_a_checkpoint_under_another_ones_name_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, 1, None, Checkpoints())
+    (tmp_path / "checkpoints/step_000001").rename(tmp_path / "checkpoints/step_000007")
+    with pytest.raises(UsageError, match=r"step_000007 is damaged \(it holds step_000001\)"):
+        checkpoints.find(tmp_path)
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
@@ -169,9 +222,8 @@ def test_a_run_keeps_its_best_through_a_resume_and_measures_saving(
     best = max(rewards, key=lambda step: rewards[step])
     assert present(out) == sorted({best, 3})
     kept = out / f"checkpoints/step_{best:06d}"
-    manifest = json.loads((kept / "manifest.json").read_text("utf-8"))
-    assert manifest["reward"] == pytest.approx(rewards[best])
-    manifest["reward"] = 1e9
-    (kept / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    content = manifest.read(kept)
+    assert content["reward"] == pytest.approx(rewards[best])
+    (kept / "manifest.json").write_text(manifest.render(content | {"reward": 1e9}), "utf-8")
     run.run(make_recipe(**options, steps=5), out, resume=True)
     assert present(out) == sorted({best, 5})
