@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import provenance
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
-
-_PACKAGES = ("rlhf-t2i", "torch", "deepspeed", "ray", "diffusers", "transformers")
 
 
 class RunFolder:
@@ -77,14 +73,14 @@ class RunFolder:
         return reading.load(self.recipe).revisions
 
     def compare_recipe(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
-        """Compare the recipe of a run that is resumed, and its prompts, with those it began with.
+        """Compare a resumed run's recipe, files, plugins and packages with those it began with.
 
         Args:
             recipe: The recipe given now.
             allow_change: Accept changes that make the rest of the run another one than its beginning.
 
         Returns:
-            Every difference, as ``key (old -> new)``, or ``key (the file's content)``.
+            Every difference, as ``key (old -> new)``, or ``key (the content)`` of a file or plugin.
 
         Raises:
             UsageError: A change means another run; the differences are listed.
@@ -109,9 +105,12 @@ class RunFolder:
 
     def _changes(self, recipe: Recipe) -> list[str]:
         changed = _differences(reading.load(self.recipe).model_dump(), recipe.model_dump())
-        before = read_json(self.inputs)
-        edited = [key for key, digest in _inputs(recipe).items() if before.get(key, digest) != digest]
-        return changed + [f"{key} (the file's content)" for key in edited]
+        before, now = read_json(self.inputs), _inputs(recipe)
+        if not before:
+            return [*changed, f"{self.inputs.name} (missing or damaged)"]
+        edited = [key for key, digest in now["content"].items() if before["content"].get(key, digest) != digest]
+        changed += [f"{key} (the content)" for key in edited]
+        return changed + _differences(before["versions"], now["versions"], _VERSIONS)
 
     @contextmanager
     def record(self, recipe: Recipe, command: str) -> Iterator[None]:
@@ -123,33 +122,31 @@ class RunFolder:
         files.write_json(
             self.run,
             {
-                "versions": {package: version(package) for package in _PACKAGES}
-                | {"python": platform.python_version()},
-                "git": _git_revision(),
+                "versions": provenance.versions(),
+                "git": provenance.git_revision(),
                 "seed": recipe.seed,
                 "started": began.isoformat(timespec="seconds"),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - clock, 1),
-                "device": _device(),
+                "device": provenance.device(),
                 "placement": groups if placement.mode == "ray" else [["local", 1, ["all"]]],
                 "command": command,
             },
         )
 
 
-_HARMLESS = ("logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
-"""Changing these does not change what the steps already done mean."""
+def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
+    return {"content": provenance.content(recipe), "versions": provenance.versions()}
+
+
+_VERSIONS = "versions"
+_HARMLESS = (f"{_VERSIONS}.", "logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
+"""A change of these leaves the meaning of the steps already done as it is; versions are reported, not refused."""
 
 
 def _harmless(difference: str) -> bool:
     """A revision that was not known before takes nothing back."""
     return difference.startswith(_HARMLESS) or (difference.startswith("revisions.") and "(None ->" in difference)
-
-
-def _inputs(recipe: Recipe) -> dict[str, str]:
-    """Digests of the prompt files: their order makes every draw, and the recipe only says where they are."""
-    paths = {"data.prompts": recipe.data.prompts, "data.held_out": recipe.data.held_out}
-    return {key: files.sha256(Path(path)) for key, path in paths.items() if path}
 
 
 def _differences(old: object, new: object, name: str = "") -> list[str]:
@@ -159,23 +156,3 @@ def _differences(old: object, new: object, name: str = "") -> list[str]:
             found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
         return found
     return [] if old == new else [f"{name} ({old} -> {new})"]
-
-
-def _git_revision() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
-def _device() -> str:
-    import os
-
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {os.cpu_count()} cores"
