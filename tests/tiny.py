@@ -34,9 +34,9 @@ def make_sdxl(folder: Path, seed: int = 0, variant: str | None = None, max_shard
 
     torch.manual_seed(seed)
     pipeline = StableDiffusionXLPipeline(
-        vae=_vae(scaling_factor=0.13025),
-        text_encoder=_text_encoder(projection=False),
-        text_encoder_2=_text_encoder(projection=True),
+        vae=make_vae(scaling_factor=0.13025),
+        text_encoder=make_text_encoder(projection=False),
+        text_encoder_2=make_text_encoder(projection=True),
         tokenizer=make_tokenizer(),
         tokenizer_2=make_tokenizer(pad_token="!"),
         unet=sdxl_unet(),
@@ -44,7 +44,7 @@ def make_sdxl(folder: Path, seed: int = 0, variant: str | None = None, max_shard
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    return _save(pipeline, folder, variant, max_shard_size)
+    return save(pipeline, folder, variant, max_shard_size)
 
 
 def make_sd15(folder: Path, seed: int = 0, variant: str | None = None, max_shard_size: str = "10GB") -> Path:
@@ -53,8 +53,8 @@ def make_sd15(folder: Path, seed: int = 0, variant: str | None = None, max_shard
 
     torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
-        vae=_vae(scaling_factor=0.18215),
-        text_encoder=_text_encoder(projection=False),
+        vae=make_vae(scaling_factor=0.18215),
+        text_encoder=make_text_encoder(projection=False),
         tokenizer=make_tokenizer(),
         unet=sd15_unet(),
         scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
@@ -62,20 +62,15 @@ def make_sd15(folder: Path, seed: int = 0, variant: str | None = None, max_shard
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _save(pipeline, folder, variant, max_shard_size)
+    return save(pipeline, folder, variant, max_shard_size)
 
 
 def make_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     """A StableDiffusion3Pipeline folder in SD3's layout, with or without its third text encoder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    third = None
-    if t5:
-        config = T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
-        third = T5EncoderModel(config)
     pipeline = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
@@ -83,19 +78,19 @@ def make_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
             pos_embed_max_size=8, qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=_text_encoder(projection=True),
+        vae=make_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=make_text_encoder(projection=True),
         tokenizer=tokenizer,
-        text_encoder_2=_text_encoder(projection=True),
+        text_encoder_2=make_text_encoder(projection=True),
         tokenizer_2=make_tokenizer(pad_token="!"),
-        text_encoder_3=third,
+        text_encoder_3=make_t5() if t5 else None,
         tokenizer_3=tokenizer if t5 else None,
     )  # fmt: skip
     # A fresh transformer's last layer is zero: every image would be its noise.
     with torch.no_grad():
         for parameter in pipeline.transformer.proj_out.parameters():
             parameter.normal_(0, 0.1)
-    return _save(pipeline, folder, None, "10GB")
+    return save(pipeline, folder, None, "10GB")
 
 
 def make_clip(folder: Path, seed: int = 0) -> Path:
@@ -207,7 +202,7 @@ _UNET: dict[str, Any] = {
 }
 
 
-def _vae(scaling_factor: float, shift_factor: float | None = None) -> Any:
+def make_vae(scaling_factor: float, shift_factor: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -224,7 +219,15 @@ def _vae(scaling_factor: float, shift_factor: float | None = None) -> Any:
     )
 
 
-def _text_encoder(projection: bool) -> Any:
+def make_t5() -> Any:
+    """A T5 encoder of width 32."""
+    from transformers import T5Config, T5EncoderModel
+
+    vocabulary = len(make_tokenizer())
+    return T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=8))
+
+
+def make_text_encoder(projection: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = make_tokenizer()
@@ -246,7 +249,8 @@ def _special(tokenizer: Any) -> dict[str, int]:
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
 
 
-def _save(pipeline: Any, folder: Path, variant: str | None, max_shard_size: str) -> Path:
+def save(pipeline: Any, folder: Path, variant: str | None = None, max_shard_size: str = "10GB") -> Path:
+    """Save a pipeline, in half precision alone for the variant ``fp16``."""
     if variant == "fp16":
         pipeline = pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)

@@ -40,11 +40,11 @@ def keyed_noise(shape: Sequence[int], keys: Sequence[rng.Key], device: torch.dev
     return noise
 
 
-def sequential_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Noise:
+def sequential_noise(shapes: Sequence[Sequence[int]], seeds: Sequence[int], device: torch.device) -> Noise:
     """The noises that a diffusers pipeline draws from one ``torch.Generator`` per image.
 
     Args:
-        shape: Of one sample.
+        shapes: Of one sample's noise 0 and of its later noises.
         seeds: One per sample.
         device: Where the noises are put.
     """
@@ -53,7 +53,8 @@ def sequential_noise(shape: Sequence[int], seeds: Sequence[int], device: torch.d
 
     def noise(k: int) -> Tensor:
         while len(drawn) <= k:
-            drawn.append(torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators]))
+            shape = tuple(shapes[min(len(drawn), len(shapes) - 1)])
+            drawn.append(torch.stack([torch.randn(shape, generator=generator) for generator in generators]))
         return drawn[k].to(device)
 
     return noise

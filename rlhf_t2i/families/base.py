@@ -240,6 +240,25 @@ class Family(ABC):
             cond: The conditioning of the batch, on the same device.
         """
 
+    def to_scheduler(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] in the layout that the pipeline's scheduler steps on; the same in most pipelines.
+
+        A stochastic scheduler draws its noise in that layout.
+        """
+        return latents
+
+    def from_scheduler(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The inverse of :meth:`to_scheduler`, for images of ``height`` x ``width`` pixels."""
+        return latents
+
+    def guided_call(self, scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call for classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
+        return {"guidance_scale": scale}
+
+    def plain_call(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call, besides ``num_inference_steps``, that draw with an exported generator."""
+        return {"guidance_scale": 0.0}
+
     @abstractmethod
     def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
         """Uninitialized conditioning of the right shapes on torch's current default device, for planning."""

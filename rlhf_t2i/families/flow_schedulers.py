@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +12,19 @@ from rlhf_t2i.algorithm.schedules import FlowSchedule
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.exported import ExportScheduler
+
+
+def dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The timestep shift for an image of so many tokens, as the scheduler's configuration gives it.
+
+    With ``use_dynamic_shifting`` it is ``exp(mu)`` for a mu that is linear in the number of tokens (FLUX).
+    """
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0))
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    return math.exp(calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items())))
 
 
 def even_timesteps(steps: int) -> tuple[float, ...]:

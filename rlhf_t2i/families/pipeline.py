@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -152,10 +152,13 @@ class PipelineFamily(Family):
                 "positive number: the file is damaged"
             )
         if channels != self._channels:
-            raise UsageError(
-                f"{self._decoder_place(source)}/config.json decodes latents of {channels} channels, but the network "
-                f"has {self._channels}: they do not belong together"
-            )
+            self._refuse_channels(source, channels)
+
+    def _refuse_channels(self, source: ModelRef | None, channels: Any) -> NoReturn:
+        raise UsageError(
+            f"{self._decoder_place(source)}/config.json decodes latents of {channels} channels, but the network has "
+            f"{self._channels}: they do not belong together"
+        )
 
     @property
     def _channels(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import Schedule
-from rlhf_t2i.algorithm.student import Noise, Student
+from rlhf_t2i.algorithm.student import Noise, Student, sequential_noise
 from rlhf_t2i.algorithm.timesteps import TimestepLaw
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import registry, sources
@@ -161,6 +161,13 @@ class ModelStore:
         if self._compiled:
             compile_blocks(network, self.family.block_names)
         return network
+
+    def sequential_noise(self, seeds: Sequence[int]) -> Noise:
+        """The noises that the exported pipeline draws from one ``torch.Generator`` per image."""
+        shape = tuple(self.latent_shape)
+        packed = self.family.to_scheduler(torch.empty(1, *shape)).shape[1:]
+        noise = sequential_noise([shape, packed], seeds, self.device)
+        return lambda k: noise(k) if k == 0 else self.family.from_scheduler(noise(k), *self.size)
 
     def generate(self, network: Any, prompts: Sequence[str], noise: Noise, depths: Tensor | None = None) -> Tensor:
         """The generator's ``x_0`` [B, C, h, w] in float32.

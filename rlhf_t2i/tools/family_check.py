@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.losses import guided
 from rlhf_t2i.algorithm.schedules import FlowSchedule, VPSchedule
-from rlhf_t2i.algorithm.student import sequential_noise
 from rlhf_t2i.families.base import Conditioning
 from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.store import ModelStore
@@ -33,6 +32,8 @@ from rlhf_t2i.utils.quiet import quietly
 PROMPT = "a red apple on a wooden table"
 _STEPS, _GUIDANCE, _SEED = 3, 3.0, 5
 _TOLERANCE = 1e-5
+_BRANCHES = (("with",), ("without",), ("without", "with"), ("with", "without"))
+"""Pipelines call the network once with both branches of guidance, in either order, or once for each."""
 
 
 def check_family(
@@ -131,7 +132,8 @@ class _Checker:
 
     @cached_property
     def recording(self) -> _Recording:
-        found, forward = _Recording(), self.network.forward
+        """Three guided steps of the pipeline."""
+        found, forward, step = _Recording(), self.network.forward, self.pipeline.scheduler.step
 
         def record(*args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
@@ -139,13 +141,17 @@ class _Checker:
             found.calls.append(_Call(dict(inspect.signature(forward).bind(*args, **kwargs).arguments), output))
             return result
 
+        def record_step(*args: Any, **kwargs: Any) -> Any:
+            result = functools.wraps(step)(lambda: step(*args, **kwargs))()
+            found.latents = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
+
         height, width = self.store.size
-        arguments = {
-            "num_inference_steps": _STEPS, "guidance_scale": _GUIDANCE, "height": height, "width": width,
-        }  # fmt: skip
-        with _replaced(self.network, "forward", record):
-            found.latents = self.pipeline(PROMPT, generator=_generator(), output_type="latent", **arguments).images
-        found.image = self.pipeline(PROMPT, generator=_generator(), output_type="pt", **arguments).images
+        with _replaced(self.network, "forward", record), _replaced(self.pipeline.scheduler, "step", record_step):
+            found.image = self.pipeline(
+                prompt=PROMPT, num_inference_steps=_STEPS, height=height, width=width, generator=_generator(),
+                output_type="pt", **self.store.family.guided_call(_GUIDANCE),
+            ).images  # fmt: skip
         return found
 
     def family(self) -> str:
@@ -168,24 +174,55 @@ class _Checker:
 
     def network_calls(self) -> str:
         """The family's call for the same x_t, time and prompts has the recorded arguments."""
-        worst = 0.0
-        for call in self.recording.calls:
-            x_t, t = self._state(call)
-            recorder = _Recorder(self.network.forward, call.output, x_t.dtype)
-            self.store.predict(recorder, x_t, t, self._conditioning(len(x_t)))
-            worst = max(worst, _difference(call.arguments, recorder.arguments, "the network's arguments"))
+        worst = max(self._match(call)[0] for call in self.recording.calls)
         if worst > _TOLERANCE:
             raise CheckFailed(f"the arguments differ by {worst:.1g}")
         return f"{len(self.recording.calls)} calls, arguments within {worst:.1g} of the pipeline's"
 
     def guided_x0(self) -> str:
         """The last step of an Euler sampler ends at the guided x0-prediction."""
-        call = self.recording.calls[-1]
+        predictions: dict[str, Tensor] = {}
+        per_step = len(self.recording.calls) // _STEPS
+        for call in self.recording.calls[-per_step:]:
+            _, branches = self._match(call)
+            x_t, t = self._state(call)
+            raw = self._replay(call, branches)[1]
+            parts = self.store.schedule.to_x0(raw, x_t, t).chunk(len(branches))
+            predictions |= dict(zip(branches, parts, strict=True))
+        conditional, unconditional = predictions["with"], predictions["without"]
+        expected = self._unpacked(self.recording.latents)
+        errors = {
+            name: float((guided(conditional, unconditional, omega) - expected).abs().max())
+            for name, omega in (("omega", _GUIDANCE), ("one_plus", 1 + _GUIDANCE))
+        }
+        convention = min(errors, key=lambda name: errors[name])
+        if errors[convention] > _TOLERANCE * max(1.0, float(expected.abs().max())):
+            raise CheckFailed(f"{errors[convention]:.2g} away from the last step's latents")
+        return f"within {errors[convention]:.1g} of the last step's latents, guidance convention {convention}"
+
+    def _match(self, call: _Call) -> tuple[float, tuple[str, ...]]:
+        """How far the family's call is from a recorded one, and the branches of guidance that it holds, in order."""
+        problems = []
+        found: list[tuple[float, tuple[str, ...]]] = []
+        for branches in _BRANCHES:
+            if len(self._state(call)[0]) != len(branches):
+                continue
+            try:
+                found.append((self._replay(call, branches)[0], branches))
+            except CheckFailed as error:
+                problems.append(error)
+        if not found:
+            raise problems[0]
+        return min(found)
+
+    def _replay(self, call: _Call, branches: tuple[str, ...]) -> tuple[float, Tensor]:
+        """Make the family's call: its distance from the recorded arguments, and the raw output it reads."""
+        encoder = self.store.conditioner
+        parts = {"with": lambda: encoder.encode([PROMPT]), "without": lambda: encoder.unconditional(1)}
         x_t, t = self._state(call)
-        d = self.store.schedule.to_x0(call.output, x_t, t)
-        unconditional, conditional = d.chunk(2)
-        found = guided(conditional, unconditional, _GUIDANCE)
-        return _close(found, self._unpacked(self.recording.latents), "the last step's latents")
+        recorder = _Recorder(self.network.forward, call.output, x_t.dtype)
+        raw = self.store.predict(recorder, x_t, t, Conditioning.cat([parts[name]() for name in branches]))
+        return _difference(call.arguments, recorder.arguments, "the network's arguments"), raw
 
     def decoded_image(self) -> str:
         latents = self._unpacked(self.recording.latents)
@@ -196,8 +233,7 @@ class _Checker:
         store = ModelStore(self.store.models, StudentSettings(steps=steps), self.store.device)
         network: Any = self.network.eval()
         with torch.no_grad():
-            noise = sequential_noise(store.latent_shape, [_SEED], store.device)
-            ours = self.store.decoder.decode(store.generate(network, [PROMPT], noise))
+            ours = self.store.decoder.decode(store.generate(network, [PROMPT], store.sequential_noise([_SEED])))
         with TemporaryDirectory() as folder:
             write_model(store, network.state_dict(), Path(folder) / "model")
             pipeline = self._load(str(Path(folder) / "model"), local_files_only=True)
@@ -205,8 +241,8 @@ class _Checker:
             generator = _generator()
             with _replaced(pipeline.scheduler, "step", _with_generator(pipeline.scheduler.step, generator)):
                 theirs = pipeline.to(store.device)(
-                    PROMPT, num_inference_steps=steps, guidance_scale=0.0, generator=generator, output_type="pt",
-                    height=height, width=width,
+                    prompt=PROMPT, num_inference_steps=steps, generator=generator, output_type="pt", height=height,
+                    width=width, **store.family.plain_call(),
                 ).images  # fmt: skip
         return _close(ours, theirs, "the plain pipeline's image", 10 * _TOLERANCE)
 
@@ -259,16 +295,12 @@ class _Checker:
         self.store.family.enable_checkpointing(self.network)
         return f"{len(blocks)} repeated blocks"
 
-    def _conditioning(self, count: int) -> Conditioning:
-        """What the pipeline sends in one guided call: without the prompt first."""
-        encoder = self.store.conditioner
-        return Conditioning.cat([encoder.unconditional(count // 2), encoder.encode([PROMPT] * (count // 2))])
-
     def _state(self, call: _Call) -> tuple[Tensor, Tensor]:
-        """x_t [B, ...] and t in thousandths of a recorded call."""
-        names = list(call.arguments)
-        x_t = call.arguments[names[0]]
-        time = torch.as_tensor(call.arguments["timestep"]).double().cpu().reshape(-1)
+        """x_t [B, C, h, w] and t in thousandths of a recorded call."""
+        first = next(iter(call.arguments.values()))
+        x_t = torch.stack(list(first)).squeeze(2) if isinstance(first, list) else self._unpacked(first)
+        given = call.arguments["timestep"] if "timestep" in call.arguments else call.arguments["t"]
+        time = torch.as_tensor(given).double().cpu().reshape(-1)
         schedule = self.store.schedule
         if isinstance(schedule, FlowSchedule):
             time = {"thousandths": time, "sigma": 1000 * time, "one_minus_sigma": 1000 * (1 - time)}[schedule.time]
@@ -277,7 +309,8 @@ class _Checker:
         return x_t, time.expand(len(x_t))
 
     def _unpacked(self, latents: Tensor) -> Tensor:
-        return latents
+        """Latents of the scheduler's layout as [B, C, h, w]."""
+        return self.store.family.from_scheduler(latents, *self.store.size)
 
 
 def _generator() -> torch.Generator:

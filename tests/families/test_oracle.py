@@ -9,19 +9,23 @@ import pytest
 import torch
 
 from rlhf_t2i.tools.family_check import check_family
-from tests import tiny
+from tests import tiny, tiny_families
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sdxl": tiny.make_sdxl,
     "sd15": tiny.make_sd15,
     "sd3": tiny.make_sd3,
     "sd3 without T5": lambda folder: tiny.make_sd3(folder, t5=False),
+    "flux dev": tiny_families.make_flux,
+    "flux schnell": lambda folder: tiny_families.make_flux(folder, guidance=False),
+    "flux2_klein": tiny_families.make_flux2_klein,
+    "z_image": tiny_families.make_z_image,
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_family_is_the_pipeline(name: str, tmp_path: Path) -> None:
-    findings = check_family(str(MODELS[name](tmp_path)), torch.device("cpu"))
+    findings = check_family(str(MODELS[name](tmp_path)), torch.device("cpu"), height=16, width=16)
     assert {finding.outcome for finding in findings} == {"pass"}, findings
     assert len(findings) == 11
 

@@ -1,0 +1,112 @@
+"""Tiny random models of the flow-matching families, in the published folder layouts; images are 16 x 16 pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import tiny
+
+WIDTH = 32
+
+
+def make_z_image(folder: Path, seed: int = 0) -> Path:
+    """A ZImagePipeline folder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    encoder, tokenizer = _qwen3()
+    network = ZImageTransformer2DModel(
+        in_channels=4, dim=WIDTH, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6], axes_lens=[1024, 16, 16],
+    )  # fmt: skip
+    _randomize(network.all_final_layer)
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny.make_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=network,
+    )
+    return tiny.save(pipeline, folder)
+
+
+def make_flux(folder: Path, seed: int = 0, guidance: bool = True) -> Path:
+    """A FluxPipeline folder: dev (with embedded guidance) or schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    network = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, pooled_projection_dim=tiny.WIDTH, axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance,
+    )  # fmt: skip
+    _randomize(network.proj_out)
+    tokenizer = tiny.make_tokenizer()
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
+        vae=tiny.make_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=tiny.make_text_encoder(projection=False),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny.make_t5(),
+        tokenizer_2=tokenizer,
+        transformer=network,
+    )
+    return tiny.save(pipeline, folder)
+
+
+def make_flux2_klein(folder: Path, seed: int = 0) -> Path:
+    """A Flux2KleinPipeline folder."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    encoder, tokenizer = _qwen3(layers=28)
+    network = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )  # fmt: skip
+    _randomize(network.proj_out)
+    vae = AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1, sample_size=16,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=network,
+        is_distilled=False,
+    )
+    return tiny.save(pipeline, folder)
+
+
+def _qwen3(layers: int = 2) -> tuple[Any, Any]:
+    """A text encoder of Qwen3's architecture, and a tokenizer with a chat template."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.model_max_length = 512
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config), tokenizer
+
+
+def _randomize(module: torch.nn.Module) -> None:
+    """A fresh transformer's last layer is zero: every image would be its noise."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.1)
