@@ -36,7 +36,19 @@ app.add_typer(families.families_app, name="families")
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Let the reward http send prompts and images there; repeatable."),
+    ] = None,
+    allow_token: Annotated[
+        list[str] | None,
+        typer.Option(metavar="VARIABLE", help="Let the reward http send this environment variable; repeatable."),
+    ] = None,
 ) -> None:
+    if allow_host or allow_token:
+        from rlhf_t2i.plugins import consent
+
+        consent.allow(allow_host or (), allow_token or ())
     if version:
         from rlhf_t2i import __version__
 
@@ -60,7 +72,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, at_once: bool = False) -> None:
-    print(f"rlhf-t2i: {message}", file=sys.stderr, flush=True)
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"rlhf-t2i: {line}", file=sys.stderr, flush=True)
     if at_once:  # threads of Ray and torch must not delay the exit
         os._exit(code)
     sys.exit(code)

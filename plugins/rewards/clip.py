@@ -65,9 +65,9 @@ class CLIPReward(plugins.Reward):
     def __init__(self, options: CLIPOptions | None = None) -> None:
         super().__init__(options)
         self.clip = self._load()
-        if self.options.unit == "logit":
-            scale = float(self.clip.logit_scale())
-            self.value_range = (-scale, scale)
+        # Read in float32: in bfloat16 the scale would be off by up to 1%.
+        self._scale = float(self.clip.logit_scale()) if self.options.unit == "logit" else 1.0
+        self.value_range = (-self._scale, self._scale)
 
     def _load(self) -> Any:
         name, pretrained = self.options.open_clip, self.options.pretrained
@@ -109,7 +109,7 @@ class CLIPReward(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine, or logit, of images [B, 3, H, W] in [0, 1] and their prompts [B]."""
         cosine = (self.clip.image_features(images) * self.text_features(prompts)).sum(-1)
-        return cosine * self.clip.logit_scale() if self.options.unit == "logit" else cosine
+        return cosine * self._scale
 
 
 class OpenClipScorer(nn.Module):

@@ -13,6 +13,7 @@ from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.plugins.precision import at_least_float32
 from rlhf_t2i.plugins.preprocessing import Preprocess
 from rlhf_t2i.utils.quiet import quietly
 
@@ -103,7 +104,8 @@ def clip_footprint(model: str, head: Callable[[int], nn.Module] | None = None) -
 
 
 def unit_rows(features: Tensor) -> Tensor:
-    """Rows of length 1."""
+    """Rows of length 1, in float32 or better."""
+    features = at_least_float32(features)
     return features / features.norm(dim=-1, keepdim=True)
 
 
@@ -121,7 +123,7 @@ def load_clip(model: str, processor: str | None = None, fallback: str | None = N
     source = sources.parse(model)
     network = plugins.shared(_clip_network, source)
     where = sources.parse(processor) if processor else source
-    if processor is None and fallback is not None and not (source.is_local and has_processor(source)):
+    if processor is None and fallback is not None and not has_processor(source):
         where = sources.parse(fallback)
     return ClipScorer(network, load_tokenizer(where, network.config.text_config.vocab_size), read_preprocess(where))
 
@@ -133,13 +135,29 @@ def _clip_network(source: ModelRef) -> Any:
 
 
 def has_processor(source: ModelRef) -> bool:
-    """Whether a local folder holds an image processor and a tokenizer."""
-    return any((Path(source.location) / f).is_file() for f in _PREPROCESSORS) and has_tokenizer(source)
+    """Whether a folder or hub repository holds an image processor and a tokenizer."""
+    return _has_one(source, _PREPROCESSORS) and has_tokenizer(source)
 
 
 def has_tokenizer(source: ModelRef) -> bool:
-    """Whether a local folder holds a tokenizer of CLIP or BERT."""
-    return source.is_local and any((Path(source.location) / f).is_file() for f in _TOKENIZERS)
+    """Whether a folder or hub repository holds a tokenizer of CLIP or BERT."""
+    return _has_one(source, _TOKENIZERS)
+
+
+def _has_one(source: ModelRef, names: Sequence[str]) -> bool:
+    """Whether one of the files is in a folder, in the hub's cache, or, if the hub answers, on the hub."""
+    if source.is_local:
+        return any((Path(source.location) / name).is_file() for name in names)
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(source.location, n, revision=source.revision), str) for n in names):
+        return True
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        return any(file_exists(source.location, name, revision=source.revision) for name in names)
+    except Exception:  # no network, no such repository: loading it fails with its own sentence
+        return False
 
 
 def load_weights(cls: Any, source: ModelRef) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.plugins import consent
 
 _BASE_BYTES, _BYTES_A_SCORE = 4096, 64  # an answer of B scores may have this much more than B times that
 
@@ -45,6 +46,8 @@ class HTTPOptions(plugins.Options):
     def _web_address(cls, value: str) -> str:
         if not value.startswith(("http://", "https://")):
             raise ValueError("must start with http:// or https://")
+        if any(not c.isprintable() or c.isspace() for c in value):
+            raise ValueError("must hold no spaces and no control characters")
         parts = urlsplit(value)
         if not parts.hostname or parts.port == 0:  # port raises, too
             raise ValueError("must name a host")
@@ -67,17 +70,21 @@ class HTTPReward(plugins.Reward):
     differentiable = False
     license = "the server's"
 
-    def __init__(self, options: HTTPOptions) -> None:
-        super().__init__(options)
-        if options.token_env is not None:
-            token = os.environ.get(options.token_env)
-            if not token:
-                raise UsageError(f"reward 'http': the environment variable {options.token_env} is not set")
-            if not (token.isascii() and token.isprintable()):  # a client's error would show it
-                raise UsageError(
-                    f"reward 'http': the environment variable {options.token_env} holds a character that no header "
-                    "takes: a line break at its end?"
-                )
+    @classmethod
+    def preflight(cls, options: HTTPOptions) -> None:
+        """Refuse hosts and tokens without consent, and a token that no header takes (docs/security.md)."""
+        consent.check_host(options.url, "reward 'http'")
+        if options.token_env is None:
+            return
+        consent.check_token(options.token_env, "reward 'http'")
+        token = os.environ.get(options.token_env)
+        if not token:
+            raise UsageError(f"reward 'http': the environment variable {options.token_env} is not set")
+        if not (token.isascii() and token.isprintable()):  # a client's error would show it
+            raise UsageError(
+                f"reward 'http': the environment variable {options.token_env} holds a character that no header "
+                "takes: a line break at its end?"
+            )
 
     @classmethod
     def footprint(cls, options: HTTPOptions) -> plugins.Footprint | None:
@@ -137,8 +144,8 @@ class HTTPReward(plugins.Reward):
     async def _exchange(self, body: dict[str, Any], headers: dict[str, str], limit: int) -> tuple[int, bytes]:
         """One attempt: the status and the body.
 
-        Asynchronous for its time-out: httpx's own is for every read, so that a server that sends a byte now and then
-        could hold a run for days.
+        Asynchronous for its timeout: httpx's own is per read, so that a server that sends a byte now and then could
+        hold a run for days. Proxies of the environment are not used: pictures go to the named host alone.
 
         Raises:
             RunError: A redirect, or a body over the limit.
@@ -148,7 +155,7 @@ class HTTPReward(plugins.Reward):
 
         async with (
             asyncio.timeout(self.options.timeout_s),
-            httpx.AsyncClient(timeout=None) as client,
+            httpx.AsyncClient(timeout=None, trust_env=False) as client,
             client.stream("POST", self.options.url, json=body, headers=headers) as response,
         ):
             if response.has_redirect_location:

@@ -114,7 +114,7 @@ class ImageReward(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Standardized preference of images [B, 3, H, W] in [0, 1] for their prompts [B]."""
         ids, mask = self.text_features(prompts).unbind(1)
-        pixels = self.preprocess(images).to(self.head.layers[0].weight.dtype)
+        pixels = self.preprocess(images).to(self.vision.embeddings.class_embedding.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
         output = self.text(
             input_ids=ids,
@@ -156,7 +156,7 @@ class _Layers(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """A number for each of the images [B, 3, H, W] in [0, 1]."""
-        pixels = self.preprocess(images).to(self.head.layers[0].weight.dtype)
+        pixels = self.preprocess(images).to(self.vision.embeddings.class_embedding.dtype)
         patches = self.vision(pixel_values=pixels).last_hidden_state
         ids = torch.zeros(len(images), _MAX_TOKENS, dtype=torch.long, device=images.device)
         output = self.text(input_ids=ids, encoder_hidden_states=patches, is_decoder=False)

@@ -38,9 +38,9 @@ class PickScore(plugins.Reward):
     def __init__(self, options: PickScoreOptions | None = None) -> None:
         super().__init__(options)
         self.clip = load_clip(self.options.model, self.options.processor, _PROCESSOR)
-        if self.options.unit == "logit":
-            scale = float(self.clip.logit_scale())
-            self.value_range = (-scale, scale)
+        # Read in float32: in bfloat16 the scale would be off by up to 1%.
+        self._scale = float(self.clip.logit_scale()) if self.options.unit == "logit" else 1.0
+        self.value_range = (-self._scale, self._scale)
 
     @classmethod
     def hub_models(cls, options: PickScoreOptions) -> list[str]:
@@ -60,4 +60,4 @@ class PickScore(plugins.Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosine, or logit, of images [B, 3, H, W] in [0, 1] and their prompts [B]."""
         cosine = (self.clip.image_features(images) * self.text_features(prompts)).sum(-1)
-        return cosine * self.clip.logit_scale() if self.options.unit == "logit" else cosine
+        return cosine * self._scale

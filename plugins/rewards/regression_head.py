@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from rlhf_t2i.plugins.precision import Float32, without_autocast
 
-class RegressionHead(nn.Module):
-    """Features [B, D] to a number [B]; weights are named ``layers.{0,2,4,6,7}`` as published."""
+
+class RegressionHead(Float32):
+    """Features [B, D] to a number [B], in float32; weights are named ``layers.{0,2,4,6,7}`` as published."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -24,4 +26,5 @@ class RegressionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """A number [B] for each row of [B, D]."""
-        return self.layers(features).squeeze(-1)
+        with without_autocast(features):
+            return self.layers(features.to(self.layers[0].weight.dtype)).squeeze(-1)

@@ -22,6 +22,7 @@ from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.clients import Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
+from rlhf_t2i.plugins import consent
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
@@ -320,7 +321,7 @@ def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | N
 
 def _actor_environment(spec: WorkerSpec) -> dict[str, str]:
     """Environment of an actor's process, set before it imports torch."""
-    names = ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR")
+    names = ("HF_HUB_OFFLINE", "HF_HOME", "DS_ACCELERATOR", *consent.VARIABLES.values())
     environment = {name: os.environ[name] for name in names if name in os.environ}
     environment["RLHF_T2I_PROCESS"] = f"{spec.group}/{spec.rank}"  # `ps e` shows it
     if spec.threads is not None:

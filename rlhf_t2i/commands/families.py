@@ -12,17 +12,17 @@ families_app = typer.Typer(help="List model families, and check one on a model."
 @families_app.command("list")
 def list_families() -> None:
     """Show every installed model family and the pipelines that it reads."""
-    from rich.console import Console
     from rich.table import Table
 
     from rlhf_t2i.families import registry
+    from rlhf_t2i.utils.terminal import PlainConsole
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("family", "pipelines", "network folder"):
         table.add_column(column, overflow="fold")
     for name, cls in registry.registered().items():
         table.add_row(name, ", ".join(cls.pipelines), cls.network_part)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @families_app.command("check")

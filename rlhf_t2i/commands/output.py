@@ -34,17 +34,18 @@ def torch_device(name: str) -> torch.device:
 
 def print_findings(title: str, findings: Sequence[Finding]) -> None:
     """Print the rows of a check as a table, and how many passed."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=escape(title), title_justify="left")
+    from rlhf_t2i.utils.terminal import PlainConsole
+
+    table = Table(title=title, title_justify="left")
     table.add_column("check", no_wrap=True)
     table.add_column("result", no_wrap=True)
     table.add_column("detail", overflow="fold")
     for finding in findings:
-        table.add_row(finding.name, f"[{_COLORS[finding.outcome]}]{finding.outcome}[/]", escape(finding.detail))
-    console = Console()
+        table.add_row(finding.name, Text(finding.outcome, _COLORS[finding.outcome]), finding.detail)
+    console = PlainConsole()
     console.print(table)
     counts = {outcome: sum(finding.outcome == outcome for finding in findings) for outcome in _COLORS}
-    console.print(f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped", highlight=False)
+    console.print(f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")

@@ -63,15 +63,16 @@ class ProgressBar(TrainCallback):
     """A progress bar with reward, seconds per step and time left; plain lines where there is no terminal."""
 
     def __init__(self, steps: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(stderr=True)
+        from rlhf_t2i.utils.terminal import PlainConsole
+
+        self._console = PlainConsole(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[details]}"),
+            TextColumn("{task.fields[details]}", markup=False),
             TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -111,17 +112,17 @@ class ProgressBar(TrainCallback):
 
     def _print(self, text: str) -> None:
         self._spoke = time.monotonic()
-        self._console.print(f"[{self._spoke - self._began:5.0f} s] {text}", markup=False, highlight=False)
+        self._console.print(f"[{self._spoke - self._began:5.0f} s] {text}")
 
 
 def _summary(folder: Path, kind: str) -> None:
     """The before/after table, and the files to look at."""
-    from rich.console import Console
     from rich.table import Table
 
     from rlhf_t2i.tools import report
+    from rlhf_t2i.utils.terminal import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     rows = report.comparison(folder)
     table = Table(title=f"{kind} prompts, same noise", title_justify="left")
     for name in ("measure", "before", "after", "change", "std. errors"):
@@ -134,11 +135,11 @@ def _summary(folder: Path, kind: str) -> None:
         table.add_row(f"{row.key} ({row.kind})", f"{row.before:.4f}", f"{row.after:.4f}", *changed)
     console.print(table)
     for verdict in report.verdicts(rows):
-        console.print(f"- {verdict.text}", highlight=False)
+        console.print(f"- {verdict.text}")
     console.print("\nLook at:")
     for path, what in (
         ("report.html", "curves, before and after"),
         ("samples/", "the same prompts over time"),
         ("model/", "loads with diffusers, or: rlhf-t2i sample"),
     ):
-        console.print(f"  {folder / path}  {what}", highlight=False, soft_wrap=True)
+        console.print(f"  {folder / path}  {what}", soft_wrap=True)

@@ -15,9 +15,9 @@ class ProgressCallback(Protocol):
 
 def bar() -> AbstractContextManager[Any]:
     """A progress bar on a terminal, silence elsewhere; gives a :class:`ProgressCallback` or None."""
-    from rich.console import Console
+    from rlhf_t2i.utils.terminal import PlainConsole
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     return _Bar(console) if console.is_terminal else nullcontext()
 
 
@@ -26,7 +26,7 @@ class _Bar:
         from rich import progress as rich_progress
 
         columns = [
-            rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(),
+            rich_progress.TextColumn("{task.description}", markup=False), rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(), rich_progress.TimeRemainingColumn(),
         ]  # fmt: skip
         self._bar = rich_progress.Progress(*columns, console=console)

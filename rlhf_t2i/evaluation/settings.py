@@ -105,4 +105,6 @@ def build(values: dict[str, Any]) -> Settings:
 
 def _label(metric: str) -> tuple[str, str]:
     label, equals, name = metric.partition("=")
-    return (label, name) if equals else (metric, metric)
+    if equals:
+        return label, name
+    return (metric.rpartition(":")[2] if ".py:" in metric else metric), metric

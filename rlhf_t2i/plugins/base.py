@@ -78,6 +78,14 @@ class Reward(nn.Module):
         return [value for _, value in options if isinstance(value, str)]
 
     @classmethod
+    def preflight(cls, options: Any) -> None:
+        """Refuse, before anything heavy starts, what cannot work; by default nothing.
+
+        Raises:
+            UsageError: One sentence naming what is missing.
+        """
+
+    @classmethod
     def unit_of(cls, options: Any) -> str:
         """The unit of a reward with these options; by default its option ``unit``, else :attr:`unit`."""
         return getattr(options, "unit", "") or cls.unit

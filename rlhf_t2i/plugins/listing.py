@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Divergence, LatentReward, Reward
+from rlhf_t2i.utils.terminal import PlainConsole, printable
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,11 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _no(problem: str) -> str:
-    from rich.markup import escape
+def _no(problem: str) -> Any:
+    from rich.text import Text
 
-    return f"[red]no:[/] {escape(problem)}"
+    return Text.assemble(("no: ", "red"), printable(problem))
 
 
 def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
+    PlainConsole().print(table)

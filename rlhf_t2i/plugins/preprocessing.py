@@ -25,7 +25,7 @@ class Preprocess:
     """Resize the shorter side, crop the center, normalize; hashable, so it can be a cache key.
 
     Args:
-        resize: Pixels of the shorter side, or (height, width).
+        resize: Pixels of the shorter side, or (height, width); None keeps the size.
         crop: (height, width) cut from the center; None keeps everything.
         mean: Subtracted per channel, after scaling to [0, 1].
         std: Divided by.
@@ -36,7 +36,7 @@ class Preprocess:
         crop_rounding: How half a pixel is rounded: ``floor`` (transformers) or ``nearest`` (torchvision).
     """
 
-    resize: int | tuple[int, int] = 224
+    resize: int | tuple[int, int] | None = 224
     crop: tuple[int, int] | None = (224, 224)
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
@@ -55,28 +55,23 @@ class Preprocess:
         """Read a transformers ``preprocessor_config.json`` (or ``processor_config.json``).
 
         Raises:
-            ValueError: The configuration asks for a filter or a size that this class does not know.
+            ValueError: The configuration asks for a step, a filter or a size that this class does not know.
         """
         config = config.get("image_processor", config)
-        size = config.get("size", 224)
-        if isinstance(size, dict):
-            size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
-            if isinstance(size, tuple) and None in size:
-                raise ValueError(f"the image processor's size {config['size']} is not supported")
-        crop = config.get("crop_size", 224)
-        if isinstance(crop, dict):
-            crop = (crop["height"], crop["width"])
-        elif isinstance(crop, int):
-            crop = (crop, crop)
-        resample = config.get("resample", 3)
-        if resample not in _FILTERS:
-            raise ValueError(f"the image processor's resample {resample} is not supported: use 2 or 3")
+        config = _with_defaults(config)
+        unknown = next((key for key in _UNSUPPORTED if config.get(key)), None)
+        if unknown:
+            raise ValueError(f"the image processor's {unknown} is not supported: only resize, crop and normalize are")
+        resample = config["resample"]
+        if config["do_resize"] and resample not in _FILTERS:
+            raise ValueError(f"the image processor's resample {resample!r} is not supported: use 2 or 3")
+        mean, std = _statistics(config)
         return cls(
-            resize=size,
-            crop=crop if config.get("do_center_crop", True) else None,
-            mean=tuple(config.get("image_mean", CLIP_MEAN)),
-            std=tuple(config.get("image_std", CLIP_STD)),
-            filter=_FILTERS[resample],
+            resize=_resize_size(config["size"]) if config["do_resize"] else None,
+            crop=_height_width(config["crop_size"], "crop_size") if config["do_center_crop"] else None,
+            mean=mean,
+            std=std,
+            filter=_FILTERS.get(resample, "bicubic"),
         )
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -87,6 +82,8 @@ class Preprocess:
         return normalize(images, self.mean, self.std)
 
     def _resized(self, images: Tensor) -> Tensor:
+        if self.resize is None:
+            return images
         height, width = images.shape[-2:]
         if isinstance(self.resize, tuple):
             return resize(images, self.resize, self.filter, self.clamp)
@@ -101,6 +98,76 @@ class Preprocess:
             else (int(self.resize * height / width), self.resize)
         )
         return resize(images, target, self.filter, self.clamp)
+
+
+_CLIP: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+"""Defaults of CLIP's processor in transformers."""
+
+_VIT = _CLIP | {
+    "size": {"height": 224, "width": 224},
+    "resample": 2,
+    "do_center_crop": False,
+    "image_mean": (0.5,) * 3,
+    "image_std": (0.5,) * 3,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIP": _CLIP,
+    "ViT": _VIT,
+    "Siglip": _VIT | {"resample": 3},
+    "Blip": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
+}
+"""Defaults by the beginning of ``image_processor_type``: what a configuration leaves out is its class's."""
+
+_UNSUPPORTED = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_image_splitting", "do_flip")
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
+    defaults = next((known for name, known in _DEFAULTS.items() if str(kind).startswith(name)), None)
+    if defaults is None:
+        raise ValueError(f"the image processor {kind!r} is not supported: use one of {', '.join(_DEFAULTS)}")
+    return defaults | {key: value for key, value in config.items() if value is not None}
+
+
+def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for images in [0, 1], whatever the processor multiplies its bytes by."""
+    factor = 255 * (float(config["rescale_factor"]) if config["do_rescale"] else 1.0)
+    if factor <= 0:
+        raise ValueError(f"the image processor's rescale_factor {config['rescale_factor']} is not positive")
+    mean, std = (config["image_mean"], config["image_std"]) if config["do_normalize"] else ((0.0,) * 3, (1.0,) * 3)
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise ValueError(f"the image processor's {name} {values!r} is not three numbers")
+    return tuple(float(value) / factor for value in mean), tuple(float(value) / factor for value in std)
+
+
+def _resize_size(size: Any) -> int | tuple[int, int]:
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        size = size["shortest_edge"]
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    return _height_width(size, "size")
+
+
+def _height_width(size: Any, name: str) -> tuple[int, int]:
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {"height": size, "width": size}
+    if isinstance(size, dict) and set(size) == {"height", "width"}:
+        height, width = size["height"], size["width"]
+        if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+            return height, width
+    raise ValueError(f"the image processor's {name} {size!r} is not supported: height and width, or shortest_edge")
 
 
 def clip_preprocess(images: Tensor, size: int = 224) -> Tensor:

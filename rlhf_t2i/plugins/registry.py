@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, overload
 from pydantic import ValidationError
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.plugins import guard
 from rlhf_t2i.recipe import mistakes
 from rlhf_t2i.utils import files
 
@@ -82,17 +85,15 @@ def _from_entry_point(group: str, name: str, kind: str) -> Any:
         packages = " and ".join(p.package for p in known[name])
         raise UsageError(f"{kind} {name!r} is registered by {packages}: uninstall one, or name the class by its file")
     plugin = known[name][0]
-    try:
+    with guard.building(f"{kind} {name!r} of package {plugin.package} cannot be imported"):
         return plugin.entry_point.load()
-    except Exception as error:
-        raise UsageError(f"{kind} {name!r} of package {plugin.package} cannot be imported: {error}") from error
 
 
 def _from_file(name: str, kind: str) -> Any:
     file, _, attribute = name.rpartition(":")
-    path = files.expanded(file).resolve()
-    if not path.is_file():
-        raise UsageError(f"{kind} {name!r}: no such file: {path}")
+    path = files.absolute(file)
+    if not os.path.isfile(path):  # noqa: PTH113 - no error for names too long, or loops of links
+        raise UsageError(f"{kind} {mistakes.shown(name)!r}: no such file: {mistakes.shown(str(path))}")
     # The module name is derived from the path, so that every process agrees on it and two files never collide.
     module_name = f"rlhf_t2i_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     module = sys.modules.get(module_name)
@@ -103,10 +104,11 @@ def _from_file(name: str, kind: str) -> Any:
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
+            with guard.building(f"{kind} {name!r} cannot be imported"):
+                spec.loader.exec_module(module)
+        except BaseException:
             del sys.modules[module_name]
-            raise UsageError(f"{kind} {name!r} cannot be imported: {error}") from error
+            raise
     if not hasattr(module, attribute):
         raise UsageError(f"{kind} {name!r}: {path.name} defines no {attribute!r}")
     return getattr(module, attribute)
@@ -128,18 +130,66 @@ def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Map
     if not (isinstance(cls.Options, type) and issubclass(cls.Options, Options)):
         raise UsageError(f"{place}: its Options must be a subclass of rlhf_t2i.plugins.Options")
     try:
-        return cls.Options(**options)
-    except ValidationError as error:
-        raise mistakes.explain(error, cls.Options, place, "option") from None
+        with guard.building(f"{place}: its options cannot be read", cls):
+            return cls.Options(**options)
+    except UsageError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        raise mistakes.explain(error.__cause__, cls.Options, place, "option") from None
 
 
 def divergence(name: str, **options: Any) -> Divergence:
-    """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``."""
+    """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``.
+
+    Raises:
+        UsageError: An unknown name, a wrong option, or an error of the plugin's own code.
+    """
     cls = load_class(DIVERGENCES, name)
-    return cls(parse_options(cls, f"divergence {name!r}", options))
+    parsed = parse_options(cls, f"divergence {name!r}", options)
+    with guard.building(f"divergence {name!r} cannot be built", cls):
+        return cls(parsed)
 
 
 def reward(name: str, **options: Any) -> Reward:
-    """Build a reward, e.g. ``reward("pickscore", model="path/to/folder")``; its weights are loaded here."""
+    """Build a reward, e.g. ``reward("pickscore", model="path/to/folder")``; its weights are loaded here.
+
+    Raises:
+        UsageError: An unknown name, a wrong option, missing packages, or an error of the plugin's own code.
+    """
+    from rlhf_t2i.plugins.base import Reward
+
     cls = load_class(REWARDS, name)
-    return cls(parse_options(cls, f"reward {name!r}", options))
+    parsed = parse_options(cls, f"reward {name!r}", options)
+    check_packages(cls, name)
+    with guard.building(f"reward {name!r} cannot be built", cls):
+        cls.preflight(parsed)
+        if not _takes_options(cls):
+            raise UsageError(
+                f"reward {name!r} cannot be built: write its __init__ as `def __init__(self, options=None)` and call "
+                "super().__init__(options)"
+            )
+        built = cls(parsed)
+    if "_text_cache" not in vars(built):
+        raise UsageError(f"reward {name!r} cannot be built: its __init__ must call super().__init__(options)")
+    assert isinstance(built, Reward)
+    return built
+
+
+def check_packages(cls: type[Reward], name: str) -> None:
+    """Refuse a reward whose packages are missing.
+
+    Raises:
+        UsageError: Names the packages.
+    """
+    if not cls.pip:  # else they are in an environment of its own
+        missing = [package for package in cls.requires if importlib.util.find_spec(package) is None]
+        if missing:
+            raise UsageError(f"reward {name!r} needs {', '.join(missing)}, which is not installed: pip install it")
+
+
+def _takes_options(cls: type[Reward]) -> bool:
+    try:
+        inspect.signature(cls).bind(None)
+    except TypeError:
+        return False
+    return True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins import guard, registry
 from rlhf_t2i.plugins.base import Footprint, LatentReward, Options, Reward
 from rlhf_t2i.recipe.schema import Algorithm, Recipe, RewardChoice
 
@@ -95,6 +95,17 @@ class Traits:
     def reference_calls(self) -> int:
         """Calls of the reference by all trained rewards on latents, per image of a generator update."""
         return sum(reward.reference_calls for reward in self.trained)
+
+    def preflight(self) -> None:
+        """Refuse rewards that cannot run: missing packages, and what their own ``preflight`` finds.
+
+        Raises:
+            UsageError: One sentence naming the reward and what is missing.
+        """
+        for reward in self.rewards:
+            registry.check_packages(reward.plugin, reward.name)
+            with guard.building(f"reward {reward.name!r} cannot be used", reward.plugin):
+                reward.plugin.preflight(reward.options)
 
     def reward(self, key: str) -> RewardTraits:
         """The traits of a reward by its label."""

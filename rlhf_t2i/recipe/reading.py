@@ -110,15 +110,19 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], Source]:
+def read(path: str | Path, noun: str = "recipe") -> tuple[dict[str, Any], Source]:
     """Read a YAML file whose keys are to be validated: its data, and the place of every key.
+
+    Args:
+        path: The file.
+        noun: What it is called in error messages.
 
     Raises:
         UsageError: No such file, or no YAML mapping of a recipe's size; names the file and the line.
     """
     path = Path(path)
     source = Source(path)
-    text = inputs.read_text(path, "recipe", inputs.RECIPE)
+    text = inputs.read_text(path, noun, inputs.RECIPE)
     try:
         data = _parse(text, source)
     except yaml.MarkedYAMLError as error:
@@ -128,7 +132,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], Source]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of keys to values, not {mistakes.kind(data)}")
+        raise UsageError(f"{path}: a {noun} is a mapping of keys to values, not {mistakes.kind(data)}")
     return data, source
 
 

@@ -117,8 +117,8 @@ class RewardChoice(PluginChoice):
 
     @property
     def key(self) -> str:
-        """The name used in metrics and error messages."""
-        return self.label or self.name
+        """The name used in metrics and error messages; a file's class without a label goes by its own name."""
+        return self.label or (self.name.rpartition(":")[2] if ".py:" in self.name else self.name)
 
 
 class Guidance(Section):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
+from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
 from rlhf_t2i.roles.dispatch import batched
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
@@ -183,10 +184,10 @@ class RewardRole:
         images = images.to(torch.promote_types(images.dtype, self.dtype))
         for part in self._parts(len(images), [label]):
             some, texts, some_latents = images[part], prompts[part], latents[part]
-            if images.requires_grad:
-                some = some.detach().requires_grad_()
+            # A copy of its own: a reward that writes into its images changes what no other reward sees.
+            some = some.detach().clone().requires_grad_(images.requires_grad)
             with torch.set_grad_enabled(images.requires_grad):
-                value = self._call(label, partial(reward.score, some, texts), texts, some, some_latents)
+                value = self._call(label, partial(reward.score, some, list(texts)), texts, images[part], some_latents)
             if images.requires_grad:
                 grad = self._gradient(label, value, some, texts, some, some_latents)
                 self._check_finite(grad, label, "its gradient at the image", texts, some, some_latents)
@@ -201,9 +202,10 @@ class RewardRole:
         assert isinstance(reward, LatentReward)
         if context is None:
             raise UsageError(f"reward {label!r} scores latents and needs the reference denoiser, which is not here")
-        leaf = latents.detach().requires_grad_(gradient)
+        leaf = latents.detach().clone().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            value = self._call(label, partial(reward.score_latents, leaf, prompts, context), prompts, None, leaf)
+            call = partial(reward.score_latents, leaf, list(prompts), context)
+            value = self._call(label, call, prompts, None, latents)
         grad = torch.zeros(len(latents), 0)
         if gradient:
             grad = self._gradient(label, value, leaf, prompts, None, leaf)
@@ -217,8 +219,10 @@ class RewardRole:
         try:
             with self._autocast():
                 value: Any = call()
-        except Exception as error:
-            index, reason = 0, f"{type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin's sys.exit() would end the run with exit code 0
+            index, reason = 0, guard.describe(error, type(self.rewards[label]))
             if isinstance(error, torch.OutOfMemoryError):
                 reason += " (a smaller micro_batch needs less memory)"
             elif images is not None and len(prompts) > 1:
@@ -235,8 +239,11 @@ class RewardRole:
         for index in range(len(prompts)):
             try:
                 with torch.no_grad(), self._autocast():
-                    self.rewards[label].score(images[index : index + 1].detach(), prompts[index : index + 1])
-            except Exception:
+                    some = images[index : index + 1].detach().clone()
+                    self.rewards[label].score(some, list(prompts[index : index + 1]))
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
                 return index
         return 0
 
@@ -250,13 +257,17 @@ class RewardRole:
         latents: Tensor,
     ) -> Tensor:
         """``d sum(value) / d at``: each row is its own sample's gradient, since samples do not mix."""
-        reason = "no gradient reaches its input: torch operations only, no detach, numpy or PIL in score"
+        reason = (
+            "no gradient reaches its input: score must use torch operations alone, no detach, numpy, PIL or processor "
+            "(rlhf_t2i.plugins.preprocessing resizes, crops and normalizes so that the gradient passes)"
+        )
         if not value.requires_grad:
             self._fail(label, reason, 0, prompts, images, latents)
         try:
             (grad,) = torch.autograd.grad(value.sum(), at, allow_unused=True)
         except Exception as error:
-            self._fail(label, f"backward: {type(error).__name__}: {error}", 0, prompts, images, latents, error)
+            reason = f"backward: {guard.describe(error, type(self.rewards[label]))}"
+            self._fail(label, reason, 0, prompts, images, latents, error)
         if grad is None:
             self._fail(label, reason, 0, prompts, images, latents)
         return grad

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentReward, Reward
 from rlhf_t2i.roles.reward import RewardRole, freeze
+from rlhf_t2i.roles.reward_failure import RewardFailure
 from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
 
 PROMPTS = ("a red apple on a wooden table", "two dogs running along a beach", "a castle at night, oil painting")
@@ -53,7 +55,7 @@ class SyntheticContext:
 
 
 def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[Finding]:
-    """Run every check; one that raises fails with the error's text.
+    """Run every check; one that raises fails with the author's file and line, and those that need it are skipped.
 
     Args:
         reward: Built, with its weights.
@@ -63,18 +65,38 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[F
     checker = _Checker(reward, device, size)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("shape", checker.shape),
+        ("input unchanged", checker.input_unchanged),
         ("value range", checker.value_range),
         ("determinism", checker.determinism),
         ("batch invariance", checker.batch_invariance),
         ("dtype", checker.dtype),
-        ("NaN behavior", checker.nan_behavior),
-        ("gradient", checker.gradient),
         ("sees the image", checker.image_sensitivity),
+        ("gradient", checker.gradient),
+        ("NaN behavior", checker.nan_behavior),
         ("sees the prompt", checker.prompt_sensitivity),
         ("time", checker.time),
         ("memory", checker.memory),
     ]
-    return run_checks(checks)
+    needs = {name: _NEEDS.get(name, ("shape",)) for name, _ in checks[1:]}
+    return run_checks(checks, needs, lambda error: _describe(error, type(reward)))
+
+
+_NEEDS = {
+    "batch invariance": ("shape", "determinism"),
+    "dtype": ("shape", "determinism"),
+    "NaN behavior": ("shape", "determinism", "batch invariance", "gradient"),
+    "sees the image": ("shape", "determinism"),
+    "sees the prompt": ("shape", "determinism", "batch invariance"),
+    "gradient": ("shape", "input unchanged", "determinism", "batch invariance", "sees the image"),
+    "time": ("shape", "input unchanged"),
+    "memory": ("shape", "input unchanged"),
+}
+"""Checks without which another one says nothing."""
+
+
+def _describe(error: BaseException, plugin: type[Reward]) -> str:
+    """The reason alone: the row has the reward's name already, and the prompts are the check's own."""
+    return error.reason if isinstance(error, RewardFailure) else guard.describe(error, plugin)
 
 
 class _Checker:
@@ -102,6 +124,17 @@ class _Checker:
         for inputs, prompts in ((self.inputs, PROMPTS), (self.wide, PROMPTS), (self.inputs[:1], PROMPTS[:1])):
             self._score(inputs, prompts)
         return f"[{len(PROMPTS)}] for {len(PROMPTS)}; also one sample, and not square"
+
+    def input_unchanged(self) -> str:
+        """The role hands every reward a copy, so only the reward itself would suffer; still its gradient would fail."""
+        freeze(self.reward, self.device, torch.float32)
+        inputs = self.inputs.clone().to(self.device)
+        prompts = list(PROMPTS)
+        with torch.no_grad():
+            self._raw(inputs, prompts)
+        if not torch.equal(inputs.cpu(), self.inputs) or prompts != list(PROMPTS):
+            raise CheckFailed("score writes into its images or prompts: work on a new tensor (no mul_, no [...] =)")
+        return "images and prompts are as before"
 
     def value_range(self) -> str:
         values = self._score(self.inputs)
@@ -139,8 +172,10 @@ class _Checker:
         broken[1] = float("nan")
         try:
             with torch.no_grad():
-                values = self._raw(broken).double().cpu()
-        except Exception as error:
+                values = self._raw(broken, PROMPTS).double().cpu()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return f"raises {type(error).__name__}"
         if bool(values[1].isfinite()):
             raise CheckFailed(f"a sample of NaN gets {float(values[1]):.4g}: it hides the failure (nan_to_num? clamp?)")
@@ -148,10 +183,10 @@ class _Checker:
             raise CheckFailed("one sample of NaN makes the others NaN")
         return "a sample of NaN gives NaN, its neighbors are untouched"
 
-    def _raw(self, inputs: Tensor) -> Tensor:
+    def _raw(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         if isinstance(self.reward, LatentReward):
-            return self.reward.score_latents(inputs, PROMPTS, self.context)
-        return self.reward.score(inputs, PROMPTS)
+            return self.reward.score_latents(inputs, prompts, self.context)
+        return self.reward.score(inputs, prompts)
 
     def gradient(self) -> str:
         """Directional derivatives in float64 against central differences at the best of four step sizes."""
@@ -214,7 +249,7 @@ class _Checker:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         milliseconds = (time.perf_counter() - started) * 1000 / len(PROMPTS)
-        return f"{milliseconds:.1f} ms an image, {self._what()}, on {self.device}"
+        return f"{milliseconds:.1f} ms per image, {self._what()}, on {self.device}"
 
     def memory(self) -> str:
         call = self._call()
@@ -226,7 +261,7 @@ class _Checker:
         else:
             used, kind = _saved_bytes(call), "kept for the gradient"
         weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
-        return f"{used / len(PROMPTS) / 2**20:.1f} MiB an image {kind}; weights {weights / 2**20:.0f} MiB"
+        return f"{used / len(PROMPTS) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
 
     def _call(self) -> Callable[[], Any]:
         role = self._role()

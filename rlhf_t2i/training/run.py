@@ -87,7 +87,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     from rlhf_t2i.plugins import traits
 
     trackers.check(recipe.logging.trackers)
-    traits.resolve(recipe)
+    traits.resolve(recipe).preflight()
     recipe = pin(recipe, revisions)
     for file in (recipe.data.prompts, recipe.data.held_out):
         if file:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins import consent, registry
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from tests.rewards.builders import Identity
@@ -133,6 +133,7 @@ def test_a_nan_from_the_server_stops_the_run(server: Server) -> None:
 def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.answers = [GOOD]
     monkeypatch.setenv("SCORER_TOKEN", "secret")
+    monkeypatch.setenv(consent.VARIABLES["tokens"], "SCORER_TOKEN")
     reward(server, token_env="SCORER_TOKEN").score(IMAGES, ["a", "b"])
     assert server.headers[0]["Authorization"] == "Bearer secret"
     monkeypatch.delenv("SCORER_TOKEN")
@@ -144,6 +145,7 @@ def test_the_token_comes_from_the_environment(server: Server, monkeypatch: pytes
 def test_a_token_that_no_header_takes_is_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An HTTP client's error quotes it, and would be kept in failures/."""
     monkeypatch.setenv("SCORER_TOKEN", token)
+    monkeypatch.setenv(consent.VARIABLES["tokens"], "SCORER_TOKEN")
     with pytest.raises(UsageError, match="SCORER_TOKEN holds a character that no header takes") as caught:
         registry.reward("http", url="http://127.0.0.1:9/", token_env="SCORER_TOKEN")
     assert "ret" not in str(caught.value)
@@ -153,7 +155,9 @@ def test_it_cannot_train() -> None:
     assert registry.load_class(registry.REWARDS, "http").differentiable is False
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", "https://[::1", "http://host:99999/"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "http://", "https://[::1", "http://host:99999/", "http://h/\x1b[31m", "http://h/a b"]
+)
 def test_it_needs_a_web_address(url: str) -> None:
     with pytest.raises(UsageError, match=r"reward 'http': url: ") as caught:
         registry.reward("http", url=url)
@@ -198,6 +202,7 @@ def test_a_redirect_is_not_followed(status: int, home: bool, server: Server, mon
     server.answers, other.answers = [(status, {}, 0.0)], [GOOD]
     server.location = target
     monkeypatch.setenv("SCORER_TOKEN", "secret")
+    monkeypatch.setenv(consent.VARIABLES["tokens"], "SCORER_TOKEN")
     try:
         with pytest.raises(RunError, match=f"redirects to {target}, which is not followed"):
             reward(server, token_env="SCORER_TOKEN").score(IMAGES, ["a", "b"])

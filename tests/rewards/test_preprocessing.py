@@ -75,3 +75,62 @@ def test_padding_frames_the_whole_image_and_cropping_does_not() -> None:
     assert padded.shape == (1, 3, 32, 32)
     assert torch.allclose(padded[0, :, 0, 0], black)
     assert not torch.isclose(Preprocess.square(32)(wide)[0, :, 0, 0], black).any()
+
+
+def exact(image: Tensor, mean: float, std: float) -> Tensor:
+    return (image - mean) / std
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "mean", "std"),
+    [
+        ({"do_normalize": False, "size": 8, "crop_size": 8}, (8, 8), 0.0, 1.0),
+        ({"do_resize": False, "do_center_crop": False, "do_normalize": False}, (8, 8), 0.0, 1.0),
+        ({"do_resize": False, "crop_size": 4, "do_normalize": False}, (4, 4), 0.0, 1.0),
+        # ViT's processor has no crop, stretches to height x width, and normalizes with 0.5.
+        ({"image_processor_type": "ViTImageProcessor", "size": 8}, (8, 8), 0.5, 0.5),
+        ({"image_processor_type": "ViTImageProcessorFast", "size": {"height": 8, "width": 8}}, (8, 8), 0.5, 0.5),
+        # Images are in [0, 1]: a factor of 1/127.5 doubles them, none makes them 0 to 255.
+        ({"size": 8, "crop_size": 8, "rescale_factor": 1 / 127.5, "image_mean": [1] * 3, "image_std": [1] * 3},
+         (8, 8), 0.5, 0.5),
+        ({"size": 8, "crop_size": 8, "do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+         (8, 8), 0.5, 0.5),
+    ],
+)  # fmt: skip
+def test_the_switches_of_a_processor_are_honored(
+    config: dict[str, object], size: tuple[int, int], mean: float, std: float
+) -> None:
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = Preprocess.from_config(config)(image)
+    assert tuple(found.shape[-2:]) == size
+    if size == (8, 8):
+        torch.testing.assert_close(found, exact(image, mean, std))
+
+
+def test_a_vit_processor_is_the_installed_one() -> None:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    picture = formula.image(224, 224)
+    processor = ViTImageProcessorPil()
+    expected = processor(Image.fromarray(picture), return_tensors="pt").pixel_values
+    config = processor.to_dict() | {"image_processor_type": "ViTImageProcessor"}
+    assert (Preprocess.from_config(config)(as_tensor(picture)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"size": [224, 224]}, r"size \[224, 224\] is not supported"),
+        ({"size": {"longest_edge": 224}}, "size .* is not supported"),
+        ({"size": 0}, "size .*0.* is not supported"),
+        ({"size": True}, "size True"),
+        ({"crop_size": {"height": 224}}, "crop_size .* is not supported"),
+        ({"do_pad": True}, "do_pad is not supported"),
+        ({"image_processor_type": "Mask2FormerImageProcessor"}, "'Mask2FormerImageProcessor' is not supported"),
+        ({"image_mean": 0.5}, "image_mean 0.5 is not three numbers"),
+        ({"rescale_factor": 0}, "rescale_factor 0 is not positive"),
+    ],
+)
+def test_what_a_processor_does_beyond_is_refused(config: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Preprocess.from_config(config)

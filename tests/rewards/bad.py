@@ -1,0 +1,114 @@
+"""Twelve first rewards with one mistake each; the comment ``# here`` marks the line that the user must be shown."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rlhf_t2i.plugins import LatentReward, Options, Reward
+
+
+class Typo(Reward):
+    def score(self, images, prompts):
+        return images.maen((1, 2, 3))  # here
+
+
+class NoReturn(Reward):
+    def score(self, images, prompts):
+        images.mean((1, 2, 3))
+
+
+class OneNumber(Reward):
+    def score(self, images, prompts):
+        return images.mean()
+
+
+class Processor(Reward):
+    """Calls a processor of its own on the way."""
+
+    def score(self, images, prompts):
+        pictures = [Image.fromarray((i.permute(1, 2, 0).numpy() * 255).astype(np.uint8)) for i in images]  # here
+        return torch.stack([torch.from_numpy(np.asarray(p) / 255.0).float().mean() for p in pictures])
+
+
+class Detached(Reward):
+    def score(self, images, prompts):
+        return torch.from_numpy(images.detach().numpy()).mean((1, 2, 3)) * torch.tensor([len(p) / 9 for p in prompts])
+
+
+class InPlace(Reward):
+    def score(self, images, prompts):
+        images.mul_(0.5)
+        return images.mean((1, 2, 3)) * torch.tensor([len(p) / 9 for p in prompts], dtype=images.dtype)
+
+
+class NoInit(Reward):
+    def __init__(self, options=None):
+        self.weight = 2.0
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3)) * self.weight
+
+
+class ModuleBeforeInit(Reward):
+    def __init__(self, options=None):
+        self.layer = torch.nn.Linear(1, 1)  # here
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class NoOptions(Reward):
+    def __init__(self):
+        super().__init__()
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class WrongOptions(Reward):
+    Options = 5
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class NeedsPackage(Reward):
+    requires = ("a_package_that_is_not_there",)
+
+    def score(self, images, prompts):
+        import a_package_that_is_not_there
+
+        return a_package_that_is_not_there.score(images)
+
+
+class Exits(Reward):
+    def score(self, images, prompts):
+        sys.exit()  # here
+
+
+class ExitsWhenBuilt(Reward):
+    def __init__(self, options=None):
+        super().__init__(options)
+        sys.exit(0)  # here
+
+
+class BadOptions(Options):
+    target: float = 0.5
+
+    def model_post_init(self, context):
+        raise OSError("the disk is gone")  # here
+
+
+class OptionsRaise(Reward):
+    Options = BadOptions
+
+
+class Latents(LatentReward):
+    """Takes images for what they are not."""
+
+    def score_latents(self, latents, prompts, context):
+        return latents[:, 7].mean((1, 2))  # here

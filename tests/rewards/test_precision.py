@@ -1,0 +1,71 @@
+"""Heads, norms and cosines stay in float32 where a reward runs in bfloat16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
+
+from rlhf_t2i.plugins import registry
+from rlhf_t2i.roles.reward import RewardRole
+from tests.rewards import builders
+
+CPU = torch.device("cpu")
+
+
+def scores(name: str, options: dict[str, str], dtype: torch.dtype) -> torch.Tensor:
+    """Of 24 images that differ a little."""
+    base = builders.pictures(1, 32)
+    images = (base + torch.linspace(0, 0.05, 24).reshape(-1, 1, 1, 1)).clamp(0, 1)
+    role = RewardRole({"r": registry.reward(name, **options)}, builders.Identity(), device=CPU, dtype=dtype)
+    return role.score(images, ["red fox"] * 24)["r"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    root = tmp_path_factory.mktemp("precision")
+    clip, head = builders.write_aesthetic(root / "aesthetic")
+    return {
+        "aesthetic": {"model": str(clip), "head": str(head)},
+        "image_reward": {"model": str(builders.write_image_reward(root / "ir"))},
+        "clip": {"model": str(clip)},
+        "pickscore": {"model": str(clip), "unit": "logit"},
+    }
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward", "clip", "pickscore"])
+def test_bfloat16_scores_do_not_lie_on_a_grid(name: str, options: dict[str, dict[str, str]]) -> None:
+    values = scores(name, options[name], torch.bfloat16)
+    assert values.dtype == torch.float32
+    on_the_grid = (values == values.bfloat16().float()).float().mean()
+    assert on_the_grid < 0.5, values
+
+
+def test_a_head_keeps_its_weights_and_computes_in_float32() -> None:
+    head = RegressionHead(16)
+    before = [p.clone() for p in head.parameters()]
+    head.to(torch.bfloat16)
+    assert all(torch.equal(p, q) for p, q in zip(head.parameters(), before, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(torch.rand(2, 16, dtype=torch.bfloat16)).dtype == torch.float32
+    assert head.double()(torch.rand(2, 16, dtype=torch.float64)).dtype == torch.float64
+    assert head.to(torch.float16).layers[0].weight.dtype == torch.float64
+    with torch.device("meta"):
+        assert RegressionHead(16)(torch.empty(2, 16)).is_meta
+
+
+def test_a_reward_that_writes_into_its_images_changes_nobody_elses_score(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rlhf_t2i.plugins import Reward\n"
+        "class Writes(Reward):\n    def score(self, images, prompts):\n"
+        "        prompts.clear()\n        return images.mul_(0).mean((1, 2, 3))\n"
+        "class Mean(Reward):\n    def score(self, images, prompts):\n"
+        "        return images.mean((1, 2, 3)) * len(prompts)\n"
+    )
+    images = builders.pictures(2)
+    rewards = {name: registry.reward(f"{tmp_path}/mine.py:{name}") for name in ("Writes", "Mean")}
+    found = RewardRole(rewards, builders.Identity(), device=CPU).score(images, ["a", "b"])
+    assert torch.equal(found["Writes"], torch.zeros(2))
+    torch.testing.assert_close(found["Mean"], 2 * images.mean((1, 2, 3)))
