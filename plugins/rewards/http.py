@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import os
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.plugins import consent
+from rlhf_t2i.utils.images import png
 
 _BASE_BYTES, _BYTES_A_SCORE = 4096, 64  # an answer of B scores may have this much more than B times that
 
@@ -97,7 +97,7 @@ class HTTPReward(plugins.Reward):
         Raises:
             RunError: No answer after all attempts, an error status, or an answer of the wrong form.
         """
-        body = {"prompts": list(prompts), "images": [_png(image) for image in images.detach()]}
+        body = {"prompts": list(prompts), "images": [_base64(png(image)) for image in images]}
         answer = self._post(body, _BASE_BYTES + _BYTES_A_SCORE * len(prompts))
         scores: Any = answer.get("scores") if isinstance(answer, dict) else None
         wrong = not isinstance(scores, list) or len(scores) != len(prompts)
@@ -178,10 +178,5 @@ def _readable(content: bytes) -> str:
     return "".join(c if c.isprintable() else " " for c in content.decode("utf-8", "replace")[:200])
 
 
-def _png(image: Tensor) -> str:
-    from PIL import Image
-
-    pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -16,9 +16,9 @@ def ablate_command(
     ] = None,
     rows: Annotated[str, typer.Option(help="Only these rows, comma-separated; the initial one is always there.")] = "",
     seeds: Annotated[str, typer.Option(help="Other seeds for every row, comma-separated.")] = "",
-    parallel: Annotated[int | None, typer.Option(min=1, help="Rows side by side.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="How many rows run at once.")] = None,
 ) -> None:
-    """Train and measure a grid of runs, and tabulate them. Run it again to go on after a kill."""
+    """Train and measure a grid of runs, and tabulate them. Run it again to continue after a kill."""
     from rlhf_t2i.tools.ablation import runner
 
     folder = out or Path("runs") / recipe.stem

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlhf_t2i.errors import UsageError
 
+if TYPE_CHECKING:
+    from rlhf_t2i.evaluation.run import Progress
+
 
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Run folder, diffusers folder, hub id, or a UNet (with --base).")],
+    model: Annotated[str, typer.Argument(help="Run folder, diffusers folder, hub id, or a network (with --base).")],
     prompts: Annotated[str, typer.Option(help="FILE, parti, hpsv2, coco (or NAME:PATH), or a zoo's name: emoji64.")],
     metrics: Annotated[
         str, typer.Option(help="Rewards (NAME or LABEL=NAME), diversity, fid, frechet_clip, class_entropy.")
@@ -21,14 +26,18 @@ def eval_command(
         list[str] | None,
         typer.Option("--set", metavar="METRIC.OPTION=VALUE", help="A reward's own option, e.g. pickscore.model=./dir."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Pipeline that lends a UNet its text encoders and VAE.")] = None,
+    base: Annotated[str | None, typer.Option(help="Pipeline that lends a network its text encoders and VAE.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE for decoding.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps of a many-step model [default: 50].")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale of a many-step model.")] = 7.5,
-    timestep: Annotated[int | None, typer.Option(help="Sample in one step at this timestep.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Pixels; the model's own when absent.")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="T,...", help="A few-step generator's timesteps [default: the model's own].")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels [default: the model's own].")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels [default: the model's own].")] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and i alone.")] = 0,
     images_per_prompt: Annotated[int, typer.Option(help="2 or more for diversity.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     features: Annotated[
@@ -39,32 +48,37 @@ def eval_command(
     classes: Annotated[str | None, typer.Option(help="'label a|label b' or a probe's JSON, for class_entropy.")] = None,
     column: Annotated[str, typer.Option(help="Key or column of a jsonl, csv or tsv prompt file.")] = "prompt",
 ) -> None:
-    """Draw with fixed seeds, score, and print means with intervals. Run it again to go on after a kill."""
+    """Draw with fixed seeds, score, and print means with intervals. Run it again to continue after a kill."""
     from rlhf_t2i.evaluation import settings as settings_module
+    from rlhf_t2i.utils import files
 
     values: dict[str, Any] = {
-        "model": model, "base": base, "prompts": prompts, "column": column, "limit": limit, "seed": seed,
-        "images_per_prompt": images_per_prompt, "steps": steps, "guidance": guidance, "timestep": timestep,
-        "resolution": resolution, "batch_size": batch_size, "precision": precision,
+        "model": model, "base": base, "vae": vae, "prompts": prompts, "column": column, "limit": limit, "seed": seed,
+        "images_per_prompt": images_per_prompt, "steps": steps, "guidance": guidance,
+        "student": None if timesteps is None else {"timesteps": timesteps.split(",")}, "height": height,
+        "width": width, "batch_size": batch_size, "precision": precision,
         "metrics": [name.strip() for name in metrics.split(",") if name.strip()], "options": metric_options(set_ or []),
         "real": str(real) if real else None, "inception": str(inception) if inception else None, "classes": classes,
     }  # fmt: skip
     if features is not None:
         values["features"] = features
     settings = settings_module.build(values)
-    folder = out or Path("evaluations") / (Path(model).name or "model")
+    # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
+    folder = out or Path("evaluations") / (files.expanded(model).resolve().name or "model")
 
-    from rlhf_t2i.evaluation.progress import bar
     from rlhf_t2i.evaluation.run import evaluate
+    from rlhf_t2i.utils.terminal import printable
 
-    with bar() as progress:
-        found = evaluate(settings, folder, progress)
-    typer.echo(found.markdown)
-    typer.echo(f"Images and per-image scores: {found.path}")
+    with _progress_bar() as progress:
+        results = evaluate(settings, folder, progress)
+    for note in results.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(printable(results.markdown()))
+    typer.echo(f"Images and per-image scores: {folder / 'results.json'}")
 
 
 def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:
-    """``metric.option=value`` settings, values in YAML.
+    """Settings ``metric.option=value``, values in YAML.
 
     Raises:
         UsageError: Not of that form.
@@ -79,3 +93,23 @@ def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:
             raise UsageError(f"--set {mistakes.shown(text)}: write it as metric.option=value")
         options.setdefault(metric, {})[option] = reading.parse_value(value, f"--set {mistakes.shown(text)}")
     return options
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A progress bar with one line per phase; nothing where standard error is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from rlhf_t2i.utils.terminal import PlainConsole
+
+    console = PlainConsole(stderr=True)
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield show

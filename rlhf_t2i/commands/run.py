@@ -119,11 +119,11 @@ def _summary(folder: Path, kind: str) -> None:
     """The before/after table, and the files to look at."""
     from rich.table import Table
 
-    from rlhf_t2i.tools import report
+    from rlhf_t2i.evaluation import compare
     from rlhf_t2i.utils.terminal import PlainConsole
 
     console = PlainConsole()
-    rows = report.comparison(folder)
+    rows = compare.of_run(folder)
     table = Table(title=f"{kind} prompts, same noise", title_justify="left")
     for name in ("measure", "before", "after", "change", "std. errors"):
         table.add_column(name, justify="left" if name == "measure" else "right")
@@ -134,8 +134,8 @@ def _summary(folder: Path, kind: str) -> None:
         )
         table.add_row(f"{row.key} ({row.kind})", f"{row.before:.4f}", f"{row.after:.4f}", *changed)
     console.print(table)
-    for verdict in report.verdicts(rows):
-        console.print(f"- {verdict.text}")
+    for row in rows:
+        console.print(f"- {row.key}: {row.verdict}")
     console.print("\nLook at:")
     for path, what in (
         ("report.html", "curves, before and after"),

@@ -1,4 +1,4 @@
-"""``rlhf-t2i sample``: pictures from an aligned generator."""
+"""``rlhf-t2i sample``: images from an aligned generator."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ def sample_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="A PNG; several prompts make a grid.")] = Path(
         "out.png"
     ),
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the noise; picture i uses seed + i.")] = 0,
-    timestep: Annotated[
-        int | None, typer.Option(min=0, max=999, metavar="T", help="Of the one step [default: the model's, or 399].")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, metavar="N", help="Image i uses seed + i.")] = 0,
 ) -> None:
-    """Draw a picture for each prompt in one network call."""
+    """Draw an image for each prompt."""
     from rlhf_t2i.errors import UsageError
 
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UsageError(f"-o {output}: name a .png file")
     if not output.parent.is_dir():
         raise UsageError(f"-o {output}: the folder {output.parent} does not exist")
-    from rlhf_t2i.evaluation.measure import grid
-    from rlhf_t2i.evaluation.sampling import sample
+    from rlhf_t2i.evaluation import models
+    from rlhf_t2i.utils import files, images
 
-    images = sample(model, prompt, seed, timestep)
-    grid(images, min(8, len(images))).save(output)
+    drawn = models.load(model).sample(prompt, seed)
+    with files.disk_errors(output):
+        files.write_atomic(output, images.png(images.grid(drawn)))
     typer.echo(f"wrote {output}")

@@ -1,4 +1,4 @@
-"""The before/after table of a run: paired differences over prompts, and what may be said about them."""
+"""Two evaluations of the same prompts and noise: paired differences over prompts, and the verdict on each."""
 
 from __future__ import annotations
 
@@ -7,136 +7,127 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf_t2i.evaluation.reading import Evaluated, evaluated
+from rlhf_t2i.evaluation import results
+from rlhf_t2i.evaluation.results import Kind, Metric, Results
 from rlhf_t2i.utils import stats
 
 Outcome = Literal["yes", "no", "unclear"]
 ENOUGH = 3.0
-"""Standard errors a trained reward must gain."""
+"""Standard errors that a trained reward must gain."""
 NOISE = 2.0
 """Standard errors within which a change is called noise."""
 KEPT = 0.8
-"""The share of diversity that must stay."""
+"""The share of diversity that must remain."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measured quantity before and after training, on the same prompts and noise."""
+class Comparison:
+    """One quantity before and after, on the same prompts and noise.
+
+    Attributes:
+        key: The metric's label.
+        kind: See :data:`~rlhf_t2i.evaluation.results.Kind`.
+        unit: Of the values.
+        before: The mean before.
+        after: The mean after.
+        difference: After minus before.
+        error: Standard error of the paired difference (of the ratio, for diversity); prompts are the units.
+        errors: The difference in standard errors; for diversity the distance of the ratio from :data:`KEPT`.
+        ratio: After over before.
+        prompts: How many were compared.
+        outcome: The verdict.
+        verdict: The verdict in words.
+    """
 
     key: str
-    kind: Literal["train", "eval", "diversity"]
+    kind: Kind
     unit: str
     before: float
     after: float
     difference: float
     error: float
-    """Standard error of the paired difference (of the ratio, for diversity), prompts as the independent units."""
     errors: float
-    """The difference in standard errors; for diversity how far the ratio is above :data:`KEPT`."""
     ratio: float
     prompts: int
     outcome: Outcome
     verdict: str
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One criterion of a run, as a sentence."""
-
-    outcome: Outcome
-    text: str
-
-
-def comparison(out: Path) -> list[Row]:
-    """The table of a run folder: trained rewards, then unseen scorers, then diversity; [] before both are there."""
-    before = evaluated(Path(out) / "evaluation" / "before.json")
-    after = evaluated(Path(out) / "evaluation" / "after.json")
+def of_run(out: Path) -> list[Comparison]:
+    """The before/after table of a run's folder: trained rewards, unseen scorers, diversity; [] before both exist."""
+    before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
     return [] if before is None or after is None else compare(before, after)
 
 
-def compare(before: Evaluated, after: Evaluated) -> list[Row]:
-    """The table of two evaluations.
+def compare(before: Results, after: Results) -> list[Comparison]:
+    """Compare every metric that both evaluations have by prompt.
 
     Raises:
         ValueError: The prompts differ, so nothing can be paired.
     """
-    if before.prompts != after.prompts:
+    if before.units != after.units:
         raise ValueError("before and after were measured on different prompts: they cannot be paired")
-    keys = [key for key in before.scores if key in after.scores]
-    keys.sort(key=lambda key: _kind(after, key) != "train")
-    rows = [_reward_row(key, before, after) for key in keys]
-    measures = [key for key in before.diversity if key in after.diversity]
-    return rows + [_diversity_row(key, before.diversity[key], after.diversity[key]) for key in measures]
+    pairs = [(before.metrics[key], metric) for key, metric in after.metrics.items() if key in before.metrics]
+    pairs.sort(key=lambda pair: ("train", "eval", "diversity", "set").index(pair[1].kind))
+    return [
+        (_diversity if after.kind == "diversity" else _reward)(before, after)
+        for before, after in pairs
+        if before.by_prompt and len(before.by_prompt) == len(after.by_prompt)
+    ]
 
 
-def verdicts(rows: list[Row]) -> list[Verdict]:
-    """The criteria of a run, one sentence each."""
-    return [Verdict(row.outcome, f"{row.key}: {row.verdict}") for row in rows]
-
-
-def _kind(evaluation: Evaluated, key: str) -> Literal["train", "eval"]:
-    return "train" if evaluation.kinds.get(key, "train") == "train" else "eval"
-
-
-def _reward_row(key: str, before: Evaluated, after: Evaluated) -> Row:
-    old = stats.by_prompt(before.scores[key], before.prompts)
-    new = stats.by_prompt(after.scores[key], after.prompts)
-    change = stats.paired(old, new)
-    sign = 1.0 if after.higher_is_better.get(key, True) else -1.0
-    kind = _kind(after, key)
-    judge = _trained if kind == "train" else _unseen
-    outcome, verdict = judge(sign * change.t_statistic, change)
-    means = stats.mean(old).value, stats.mean(new).value
-    return Row(
-        key, kind, after.units.get(key, ""), *means, change.value, change.error, change.t_statistic,
-        means[1] / means[0] if means[0] else math.nan, change.prompts, outcome, verdict,
+def _reward(before: Metric, after: Metric) -> Comparison:
+    change = stats.paired(before.by_prompt, after.by_prompt)
+    errors = change.t_statistic if after.higher_is_better else -change.t_statistic
+    if not math.isfinite(change.value):
+        outcome, verdict = _no("not a number: the scores hold NaN or infinity")
+    elif math.isnan(errors):
+        outcome, verdict = "unclear", "one prompt gives no standard error: measure more prompts"
+    else:
+        outcome, verdict = (_trained if after.kind == "train" else _unseen)(errors)
+    return Comparison(
+        after.key, after.kind, after.unit, before.value, after.value, change.value, change.error, change.t_statistic,
+        after.value / before.value if before.value else math.nan, change.prompts, outcome, verdict,
     )  # fmt: skip
 
 
-def _trained(errors: float, change: stats.Mean) -> tuple[Outcome, str]:
-    if not math.isfinite(change.value):
-        return "no", "not a number: the scores hold NaN or infinity"
-    if math.isnan(errors):
-        return "unclear", "one prompt gives no standard error: measure more prompts"
+def _trained(errors: float) -> tuple[Outcome, str]:
     if errors > ENOUGH:
         return "yes", f"improved by more than {ENOUGH:.0f} standard errors ({_times(errors)})"
     if errors > NOISE:
-        return "no", f"improved, but by {_times(errors)} standard errors, not more than {ENOUGH:.0f}"
+        return _no(f"improved, but by {_times(errors)} standard errors, not more than {ENOUGH:.0f}")
     if errors >= -NOISE:
-        return "no", f"no improvement beyond noise ({_times(errors)} standard errors)"
-    return "no", f"got worse by {_times(-errors)} standard errors"
+        return _no(f"no improvement beyond noise ({_times(errors)} standard errors)")
+    return _no(f"got worse by {_times(-errors)} standard errors")
 
 
-def _unseen(errors: float, change: stats.Mean) -> tuple[Outcome, str]:
-    if not math.isfinite(change.value):
-        return "no", "not a number: the scores hold NaN or infinity"
-    if math.isnan(errors):
-        return "unclear", "one prompt gives no standard error: measure more prompts"
+def _unseen(errors: float) -> tuple[Outcome, str]:
     if errors >= 0:
         return "yes", f"unseen scorer did not fall ({errors:+.1f} standard errors)"
     if errors >= -NOISE:
         return "unclear", f"unseen scorer fell a little, within noise ({errors:+.1f} standard errors)"
-    return "no", f"unseen scorer fell by {_times(-errors)} standard errors: reward hacking is likely"
+    return _no(f"unseen scorer fell by {_times(-errors)} standard errors: reward hacking is likely")
 
 
-def _diversity_row(key: str, old: list[float], new: list[float]) -> Row:
-    kept = stats.ratio(old, new)
-    before, after = stats.mean(old).value, stats.mean(new).value
+def _diversity(before: Metric, after: Metric) -> Comparison:
+    kept = stats.ratio(before.by_prompt, after.by_prompt)
     above = stats.Mean(kept.value - KEPT, kept.error, kept.prompts).t_statistic
-    outcome, verdict = _kept(kept)
-    return Row(
-        key, "diversity", "", before, after, after - before, kept.error, above, kept.value, kept.prompts, outcome,
-        verdict,
+    spread = "" if math.isnan(kept.error) else f" ± {kept.error:.1%}"
+    outcome: Outcome = "yes"
+    if not math.isfinite(kept.value):
+        outcome, verdict = "unclear", "diversity was zero or unmeasured at the start: no ratio"
+    elif kept.value >= KEPT:
+        verdict = f"diversity kept {kept.value:.0%}{spread}"
+    else:
+        outcome, verdict = _no(f"diversity fell to {kept.value:.0%}{spread} of the start, below {KEPT:.0%}")
+    return Comparison(
+        after.key, after.kind, after.unit, before.value, after.value, after.value - before.value, kept.error, above,
+        kept.value, kept.prompts, outcome, verdict,
     )  # fmt: skip
 
 
-def _kept(kept: stats.Mean) -> tuple[Outcome, str]:
-    if not math.isfinite(kept.value):
-        return "unclear", "diversity was zero or unmeasured at the start: no ratio"
-    spread = "" if math.isnan(kept.error) else f" ± {kept.error:.1%}"
-    if kept.value >= KEPT:
-        return "yes", f"diversity kept {kept.value:.0%}{spread}"
-    return "no", f"diversity fell to {kept.value:.0%}{spread} of the start, below {KEPT:.0%}"
+def _no(verdict: str) -> tuple[Outcome, str]:
+    return "no", verdict
 
 
 def _times(errors: float) -> str:

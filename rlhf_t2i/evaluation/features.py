@@ -1,9 +1,9 @@
-"""What an image is compared by: features of a CLIP, of the model's own VAE, or of Inception."""
+"""The features in which images are compared: a CLIP's, the model's own decoder's, or Inception's."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.evaluation import identity
+from rlhf_t2i.evaluation.results import Metric
 from rlhf_t2i.families import sources
+from rlhf_t2i.families.base import Decoder
 from rlhf_t2i.plugins.preprocessing import Preprocess
-from rlhf_t2i.utils import files, fingerprints, stats
+from rlhf_t2i.utils import files, fingerprints, inputs, stats
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -24,8 +27,8 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 class Extractor:
     """Features of images.
 
-    Args:
-        name: What the features are, as printed beside every number made from them.
+    Attributes:
+        name: Printed beside every number made from them.
         identity: A digest of the network, for the folder in which features are kept.
         extract: Images [B, 3, H, W] in [0, 1] to features [B, D].
     """
@@ -91,7 +94,7 @@ class Probe:
         labels: C names.
         weight: [C, D].
         bias: [C].
-        hard: Count the likeliest class alone: for a probe whose outputs are no log-probabilities (least squares).
+        hard: Count the likeliest class alone: for a probe whose outputs are not log-probabilities (least squares).
     """
 
     labels: list[str]
@@ -117,11 +120,9 @@ class Probe:
             UsageError: Missing or damaged.
         """
         try:
-            data = json.loads(path.read_text("utf-8"))
+            data = inputs.read_json(path, "probe", place="--classes: ")
             labels = [str(label) for label in data["labels"]]
             weight, bias = np.array(data["weight"], dtype=np.float64), np.array(data["bias"], dtype=np.float64)
-        except OSError as error:
-            raise UsageError(f"--classes: {path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"--classes: {path} is no probe: a JSON object with labels, weight and bias") from None
         if weight.ndim != 2 or not len(labels) == len(weight) == len(bias) >= 2:
@@ -130,29 +131,26 @@ class Probe:
 
 
 def clip_extractor(clip: ClipFeatures) -> Extractor:
-    """Features of a CLIP, for distances and Frechet distance; a local folder goes by its last two names."""
+    """Features of a CLIP, for distances and Frechet distance; a local folder is named by its last two parts."""
     local = Path(clip.location).is_dir()
     name = "/".join(Path(clip.location).resolve().parts[-2:]) if local else clip.location
-    return Extractor(f"CLIP {name}", fingerprints.of_path(clip.location), clip)
+    return Extractor(f"CLIP {name}", _identity(clip.location), clip)
 
 
-def vae_extractor(vae: Any, model: str, device: torch.device) -> Extractor:
+def vae_extractor(decoder: Decoder, model: str, device: torch.device) -> Extractor:
     """The mean latents of the model's own VAE, flattened: always there, and blind to meaning."""
 
-    @torch.no_grad()
     def extract(images: Tensor) -> Tensor:
-        encoded = vae.encode(images.to(device) * 2 - 1)
-        latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
-        return latents.float().flatten(1).cpu()
+        return decoder.encode(images.to(device)).flatten(1).cpu()
 
-    return Extractor("the model's VAE latents", f"vae-{fingerprints.of_path(model)}", extract)
+    return Extractor("the model's VAE latents", f"vae-{_identity(model)}", extract)
 
 
 def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
     """The 2048 pooled features of FID's InceptionV3, by torchmetrics and torch-fidelity.
 
     Raises:
-        UsageError: The package or its weights are not there.
+        UsageError: The package or its weights are missing.
     """
     path = files.expanded(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.is_file():
@@ -177,21 +175,31 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
     return Extractor("InceptionV3 pool3 (torch-fidelity)", fingerprints.of_path(str(path)), extract)
 
 
-@dataclass(frozen=True)
-class Diversity:
-    """How different the images of each prompt are: [P] values each."""
+def class_entropy(probe: Probe, features: np.ndarray, units: Sequence[Hashable], name: str) -> list[Metric]:
+    """Entropy of the classes among a prompt's images, and over all images with the share of each class.
 
-    distance: list[float]
-    vendi: list[float]
+    Args:
+        probe: The classifier.
+        features: [N, D].
+        units: The prompt of each image.
+        name: Of the features.
+    """
+    probabilities = probe.probabilities(features)
+    columns = [stats.by_unit(column, units) for column in probabilities.T]
+    values = [stats.entropy(row) for row in np.stack(columns, axis=1)]
+    unit = f"nats {{}}, at most ln {len(probe.labels)} = {math.log(len(probe.labels)):.3f}, {name}"
+    overall = probabilities.mean(0)
+    shares = dict(zip(probe.labels, overall.tolist(), strict=True))
+    return [
+        Metric.of_prompts("class_entropy", values, kind="diversity", unit=unit.format("within a prompt"),
+                          extra={"shares": shares}),
+        Metric("class_entropy_overall", "set", unit.format("over all images"), value=stats.entropy(overall)),
+    ]  # fmt: skip
 
 
-def diversity(features: np.ndarray, images_per_prompt: int) -> Diversity:
-    """Mean pairwise cosine distance and Vendi score within each prompt, of features [P * K, D] in prompt order."""
-    groups = features.reshape(-1, images_per_prompt, features.shape[-1])
-    return Diversity(
-        [stats.mean_pairwise_distance(group) for group in groups],
-        [stats.vendi_score(group) for group in groups],
-    )
+def _identity(model: str) -> str:
+    """A digest of a model's content, fit for the name of a folder."""
+    return fingerprints.of_text(identity.of_model(model))
 
 
 def _preprocessor(source: sources.ModelRef) -> dict[str, Any]:

@@ -1,64 +1,79 @@
-"""An append-only record of finished work: what a kill cuts short is done again, what stands is never repeated."""
+"""An append-only record of finished scores: what a kill cuts short is scored again, what is recorded never is."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation.results import dumps
 from rlhf_t2i.utils import files
 
 
 class Journal:
-    """Lines ``{"key": ..., "batch": b, "values": [...]}`` in one file.
+    """One JSON line per finished batch: ``{"key", "images", "values"}``.
 
     Args:
-        path: The file; made when absent. A last line cut short by a kill is cut off.
+        path: The file; made when absent. A last line cut short by a kill is removed.
+
+    Raises:
+        UsageError: The file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._done: dict[tuple[str, int], list[Any]] = {}
+        self._path = path
+        self._values: dict[str, dict[int, float]] = {}
+        self._versions: dict[str, dict[str, str]] = {}
         if path.is_file():
             self._read()
 
-    def get(self, key: str, batch: int) -> list[Any] | None:
-        """The values of a batch, or None when it is still to do."""
-        return self._done.get((key, batch))
+    def values(self, key: str) -> Mapping[int, float]:
+        """The finished values of a metric, by image."""
+        return self._values.get(key, {})
 
-    def put(self, key: str, batch: int, values: Sequence[Any]) -> None:
-        """Record a finished batch; on the disk before this returns."""
-        line = json.dumps({"key": key, "batch": batch, "values": list(values)}) + "\n"
-        with self.path.open("ab") as stream:
-            stream.write(line.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._done[key, batch] = list(values)
+    def versions(self, key: str) -> dict[str, str]:
+        """The package versions with which the first values of a metric were computed; {} for none."""
+        return self._versions.get(key, {})
+
+    def add(self, key: str, images: Sequence[int], values: Sequence[float], versions: dict[str, str]) -> None:
+        """Record a finished batch; it is on the disk when this returns."""
+        row: dict[str, Any] = {"key": key, "images": list(images), "values": list(values)}
+        if key not in self._versions:
+            row["versions"] = versions
+        files.append_line(self._path, row)
+        self._take(row)
 
     def _read(self) -> None:
-        data = self.path.read_bytes()
+        data = self._path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            with self.path.open("r+b") as stream:
+            with self._path.open("r+b") as stream:
                 stream.truncate(len(whole))
-        for line in whole.splitlines():
-            try:
-                row = json.loads(line)
-                self._done.setdefault((row["key"], int(row["batch"])), row["values"])
-            except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{self.path} is damaged: remove it to score again") from None
+        try:
+            for line in whole.splitlines():
+                self._take(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{self._path} is damaged: remove it to score again") from None
+
+    def _take(self, row: dict[str, Any]) -> None:
+        pairs = zip(row["images"], row["values"], strict=True)
+        self._values.setdefault(row["key"], {}).update({int(image): float(value) for image, value in pairs})
+        self._versions.setdefault(row["key"], row.get("versions", {}))
 
 
-def dumps(data: Any) -> str:
-    """JSON that any reader takes: numbers that are none become null, and the same data gives the same bytes."""
-    return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def claim(out: Path, name: str, identity: dict[str, Any]) -> None:
+def claim(out: Path, name: str, identity: dict[str, Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keep a folder for one piece of work: written on the first visit, compared on every later one.
+
+    Args:
+        out: The folder.
+        name: The file that holds the identity.
+        identity: What the work depends on.
+        facts: Recorded on the first visit, but not compared.
+
+    Returns:
+        The facts of the first visit.
 
     Raises:
         UsageError: The folder holds other work; names the first setting that differs.
@@ -66,15 +81,17 @@ def claim(out: Path, name: str, identity: dict[str, Any]) -> None:
     path = out / name
     identity = json.loads(dumps(identity))
     if not path.is_file():
-        files.write_atomic(path, dumps(identity))
-        return
+        files.write_atomic(path, dumps({"identity": identity, "facts": facts or {}}))
+        return facts or {}
     try:
-        there = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        data = json.loads(path.read_text("utf-8"))
+        there, recorded = dict(data["identity"]), dict(data["facts"])
+    except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged: give another --out") from None
-    for key in identity:
-        if there.get(key) != identity[key]:
+    for key in identity | there:
+        if there.get(key) != identity.get(key):
             raise UsageError(
-                f"--out {out} holds other work: {key} is {there.get(key)!r} there and {identity[key]!r} now; "
+                f"--out {out} holds other work: {key} is {there.get(key)!r} there and {identity.get(key)!r} now; "
                 "give another --out"
             )
+    return recorded

@@ -1,152 +1,207 @@
-"""Numbers to tables: means over prompts with 95% bootstrap intervals, as JSON, Markdown and CSV."""
+"""What an evaluation measured: one schema and one file, ``results.json``, for runs and for ``rlhf-t2i eval``.
+
+Prompts are the independent units: several images of one prompt are averaged before any spread is taken.
+"""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 from rlhf_t2i import __version__
-from rlhf_t2i.evaluation import journal
-from rlhf_t2i.evaluation.benchmarks import PromptList
-from rlhf_t2i.evaluation.features import Probe
-from rlhf_t2i.evaluation.sampler import Sampling
-from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.utils import files, stats
+from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
+
+NAME = "results.json"
+Kind = Literal["train", "eval", "diversity", "set"]
+"""A reward that trains, a score that only measures, diversity within a prompt, a number of the whole set of images."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One metric: its value for each prompt (the units of the interval), and for each image where there is one."""
+class Metric:
+    """One measured quantity.
+
+    Attributes:
+        key: Its label.
+        kind: See :data:`Kind`.
+        unit: Of its values.
+        higher_is_better: Its direction.
+        by_image: One value per image, or None.
+        by_prompt: One value per prompt; [] for a number of the whole set.
+        value: The mean over prompts, or the number of the whole set (without an interval: a Frechet distance is biased
+            under resampling).
+        extra: More numbers for results.json.
+    """
 
     key: str
-    unit: str
-    by_prompt: list[float]
-    by_image: list[float] | None = None
-    value: float = math.nan
+    kind: Kind = "eval"
+    unit: str = ""
     higher_is_better: bool = True
+    by_image: list[float] | None = None
+    by_prompt: list[float] = field(default_factory=list)
+    value: float = math.nan
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_images(cls, key: str, unit: str, values: list[float], per_prompt: int, higher_is_better: bool) -> Measured:
-        """A score of single images, ``per_prompt`` in a row for each prompt."""
-        units = np.asarray(values, dtype=np.float64).reshape(-1, per_prompt).mean(1).tolist()
-        return cls(key, unit, units, values, stats.mean(units).value, higher_is_better)
+    def of_images(cls, key: str, values: Sequence[float], units: Sequence[Hashable], **more: Any) -> Metric:
+        """A score of single images; ``units`` names each image's prompt."""
+        return cls.of_prompts(key, stats.by_unit(values, units).tolist(), by_image=list(values), **more)
 
     @classmethod
-    def of_prompts(cls, key: str, unit: str, values: list[float]) -> Measured:
-        """A value for each prompt's set of images."""
-        return cls(key, unit, values, None, stats.mean(values).value)
-
-    @classmethod
-    def single(cls, key: str, unit: str, value: float, higher_is_better: bool = True) -> Measured:
-        """One number for all images, without an interval (a Frechet distance is biased under resampling)."""
-        return cls(key, unit, [], None, value, higher_is_better)
+    def of_prompts(cls, key: str, values: Sequence[float], **more: Any) -> Metric:
+        """A value of each prompt's set of images."""
+        return cls(key, by_prompt=list(values), value=stats.mean(values).value, **more)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation found."""
+    """One evaluation.
 
-    path: Path
-    rows: list[dict[str, Any]]
-    markdown: str
+    Attributes:
+        prompts: One per image.
+        metrics: By label.
+        groups: One per image, for separate rows of the table; [] for none.
+        images: Files per image, relative to ``folder``; [] where none are kept.
+        step: Generator updates done, for an evaluation inside a run.
+        facts: How the images were drawn: for the record.
+        notes: Warnings for the user.
+        folder: Where results.json lies.
+    """
+
+    prompts: list[str]
+    metrics: dict[str, Metric]
+    groups: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    step: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    folder: Path = Path()
+
+    @property
+    def units(self) -> list[tuple[str, str]]:
+        """The prompt that each image counts for; the same prompt in two groups counts twice."""
+        return list(zip(self.groups or [""] * len(self.prompts), self.prompts, strict=True))
+
+    @cached_property
+    def members(self) -> dict[tuple[str, str], list[int]]:
+        """The images of each prompt, in order of first appearance."""
+        members: dict[tuple[str, str], list[int]] = {}
+        for index, unit in enumerate(self.units):
+            members.setdefault(unit, []).append(index)
+        return members
+
+    @cached_property
+    def table(self) -> list[dict[str, Any]]:
+        """One row per metric, then per group and metric, with 95% bootstrap intervals over prompts."""
+        rows = [_row(metric, metric.by_prompt, "") for metric in self.metrics.values()]
+        of_prompts = [group for group, _ in self.members]
+        for group in dict.fromkeys(filter(None, self.groups)):
+            chosen = [index for index, name in enumerate(of_prompts) if name == group]
+            rows += [_row(m, [m.by_prompt[i] for i in chosen], group) for m in self.metrics.values() if m.by_prompt]
+        return rows
+
+    def markdown(self) -> str:
+        """The table for a reader."""
+        return _markdown(self.table)
+
+    def write(self) -> None:
+        """Write ``results.json`` atomically; nothing in it depends on the time, the path or resumes."""
+        data = {
+            "version": __version__, "step": self.step, **self.facts,
+            "table": self.table,
+            "metrics": {m.key: {"kind": m.kind, "unit": m.unit, "higher_is_better": m.higher_is_better,
+                                "value": m.value, "by_prompt": m.by_prompt, "by_image": m.by_image} | m.extra
+                        for m in self.metrics.values()},
+            "images": [{"file": file, "prompt": prompt, "group": group} for file, prompt, group in
+                       zip(self._per_image(self.images), self.prompts, self._per_image(self.groups), strict=True)],
+        }  # fmt: skip
+        files.write_atomic(self.folder / NAME, dumps(data), durable=True)
+
+    def write_tables(self, heading: str) -> None:
+        """Write ``table.md`` and ``table.csv`` beside results.json."""
+        rows = self.table
+        files.write_atomic(self.folder / "table.md", f"{heading}\n\n{_markdown(rows)}")
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["metric"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write_atomic(self.folder / "table.csv", buffer.getvalue())
+
+    def _per_image(self, texts: Sequence[str]) -> Sequence[str]:
+        return texts or [""] * len(self.prompts)
 
 
-def class_entropy(probe: Probe, features: np.ndarray, per_prompt: int, name: str) -> list[Measured]:
-    """Entropy of the classes among a prompt's images, and the share of each class over all images."""
-    probabilities = probe.probabilities(features)
-    within = probabilities.reshape(-1, per_prompt, len(probe.labels)).mean(1)
-    unit = f"nats within a prompt, at most ln {len(probe.labels)} = {math.log(len(probe.labels)):.3f}, {name}"
-    shares = dict(zip(probe.labels, probabilities.mean(0).tolist(), strict=True))
-    values = [stats.entropy(row) for row in within]
-    whole = Measured.single("class_entropy_overall", unit.replace("within a prompt", "over all images"),
-                            stats.entropy(probabilities.mean(0)))  # fmt: skip
-    return [
-        Measured("class_entropy", unit, values, None, stats.mean(values).value, extra={"shares": shares}),
-        whole,
-    ]
+def read(folder: Path) -> Results | None:
+    """Read ``results.json`` of a folder; None where it is missing or damaged."""
+    data = read_json(folder / NAME)
+    try:
+        images = data["images"]
+        prompts, names, groups = ([str(image[key]) for image in images] for key in ("prompt", "file", "group"))
+        metrics = {str(key): _metric(str(key), entry, len(images)) for key, entry in data["metrics"].items()}
+        return Results(prompts, metrics, _or_empty(groups), _or_empty(names), int(data["step"]), folder=folder)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
-def write(
-    out: Path, settings: Settings, sampling: Sampling, prompts: PromptList, measured: Sequence[Measured]
-) -> Results:
-    """Write ``results.json``, ``table.md`` and ``table.csv``; nothing in them depends on time, path or resumes."""
-    rows = [_row(metric, metric.by_prompt, "") for metric in measured]
-    groups = list(dict.fromkeys(group for group in prompts.groups if group))
-    for group in groups:
-        chosen = [index for index, name in enumerate(prompts.groups) if name == group]
-        rows += [_row(m, [m.by_prompt[i] for i in chosen], group) for m in measured if m.by_prompt]
-    count = len(prompts.prompts) * settings.images_per_prompt
-    heading = (
-        f"{count} images of {len(prompts.prompts)} prompts, seed {settings.seed}, {sampling.words}. "
-        "Intervals: 95% percentile bootstrap over prompts."
-    )
-    markdown = f"{heading}\n\n{table(rows)}"
-    data = {
-        "version": __version__,
-        "sampling": {
-            "timestep": sampling.timestep, "steps": sampling.steps, "guidance": sampling.guidance,
-            "resolution": sampling.resolution, "precision": settings.precision, "seed": settings.seed,
-        },
-        "prompts": {
-            "count": len(prompts.prompts), "images_per_prompt": settings.images_per_prompt,
-            "sha256": hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest(),
-        },
-        "table": rows,
-        "metrics": {m.key: {"unit": m.unit, "by_prompt": m.by_prompt, "by_image": m.by_image} | m.extra
-                    for m in measured},
-        "images": [{"file": f"images/{i:05d}.png", "prompt": prompts.prompts[i // settings.images_per_prompt]}
-                   for i in range(count)],
+def exist(folder: Path) -> bool:
+    """Whether a folder holds the results of a finished evaluation."""
+    return (folder / NAME).is_file()
+
+
+def dumps(data: Any) -> str:
+    """JSON that any reader takes: numbers that are not finite become null, and the same data gives the same bytes."""
+    return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _metric(key: str, data: dict[str, Any], images: int) -> Metric:
+    by_image, by_prompt, value = data["by_image"], _numbers(data["by_prompt"]), data["value"]
+    if by_image is not None and len(by_image) != images:
+        raise ValueError(f"{key} has {len(by_image)} values for {images} images")
+    return Metric(
+        key, data["kind"], str(data["unit"]), bool(data["higher_is_better"]),
+        None if by_image is None else _numbers(by_image), by_prompt, math.nan if value is None else float(value),
+    )  # fmt: skip
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _or_empty(texts: list[str]) -> list[str]:
+    return texts if any(texts) else []
+
+
+def _row(metric: Metric, units: Sequence[float], group: str) -> dict[str, Any]:
+    value = stats.mean(units).value if units else metric.value
+    interval = stats.bootstrap_interval(units) if units else (math.nan, math.nan)
+    mean, low, high = (float(v) if math.isfinite(v) else None for v in (value, *interval))
+    return {
+        "metric": metric.key, "group": group, "mean": mean, "low": low, "high": high, "prompts": len(units),
+        "unit": metric.unit, "higher_is_better": metric.higher_is_better,
     }  # fmt: skip
-    files.write_atomic(out / "table.md", markdown)
-    files.write_atomic(out / "table.csv", _csv(rows))
-    return Results(files.write_atomic(out / "results.json", journal.dumps(data)), rows, markdown)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table; the group column only where there are groups."""
     grouped = any(row["group"] for row in rows)
-    head = ["metric", *(["group"] if grouped else []), "mean", "95% interval", "prompts", "unit"]
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    lines = [["metric", *(["group"] if grouped else []), "mean", "95% interval", "prompts", "unit"]]
+    lines.append(["---"] * len(lines[0]))
     for row in rows:
         interval = DASH if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}"
         mean = "not a number" if row["mean"] is None else f"{row['mean']:.4f}"
-        cells = [
-            row["metric"],
-            *([row["group"] or "all"] if grouped else []),
-            mean,
-            interval,
-            str(row["prompts"] or "all"),
-        ]
-        lines.append(" | ".join([*cells, row["unit"].replace("|", "/")]))
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+        group = [row["group"] or "all"] if grouped else []
+        lines.append([row["metric"], *group, mean, interval, str(row["prompts"] or "all"), row["unit"]])
+    return markdown_table(lines)
 
 
-def _row(metric: Measured, units: Sequence[float], group: str) -> dict[str, Any]:
-    value = stats.mean(units).value if units else metric.value
-    low, high = stats.bootstrap_interval(units) if units else (math.nan, math.nan)
-    return {
-        "metric": metric.key, "group": group, "mean": _number(value), "low": _number(low), "high": _number(high),
-        "prompts": len(units), "unit": metric.unit, "higher_is_better": metric.higher_is_better,
-    }  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["metric"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a Markdown table."""
+    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""The evaluation itself: draw, score, compare, write. Every batch is finished work as soon as it stands on the disk."""
+"""``rlhf-t2i eval``: draw images, score the files, write results. Whatever is on the disk is never done again."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rlhf_t2i import plugins
-from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import benchmarks, features, journal, results
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation import benchmarks, diversity, features, identity, journal
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
-from rlhf_t2i.evaluation.images import picture_files, png, read_images
-from rlhf_t2i.evaluation.progress import ProgressCallback
-from rlhf_t2i.evaluation.results import Measured, Results
-from rlhf_t2i.evaluation.sampler import Sampler, Sampling, resolve
+from rlhf_t2i.evaluation.models import Drawing, ImageModel, resolve
+from rlhf_t2i.evaluation.results import Metric, Results, dumps
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
-from rlhf_t2i.utils import files, fingerprints
+from rlhf_t2i.plugins.base import LatentReward
+from rlhf_t2i.roles.reward import RewardRole
+from rlhf_t2i.utils import files, fingerprints, images
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 from rlhf_t2i.utils.stats import frechet_distance
 
 FRECHET_PIXELS = 256
+Progress = Callable[[str, int, int], None]
+"""Called with a phase, and how many of how many images went through it."""
 
 
-def evaluate(settings: Settings, out: Path, progress: ProgressCallback | None = None) -> Results:
-    """Measure a model; run again after a kill it goes on, and gives byte for byte the same tables.
+def evaluate(settings: Settings, out: Path, progress: Progress = lambda phase, done, total: None) -> Results:
+    """Measure a model. Run again after a kill, it continues and gives the same results.
 
     Args:
         settings: What to measure.
@@ -44,108 +43,139 @@ def evaluate(settings: Settings, out: Path, progress: ProgressCallback | None = 
 
     Raises:
         UsageError: Bad settings, or ``out`` holds another evaluation.
+        RunError: A reward failed, an image is not finite, or the disk is full.
     """
     check(settings)
     start = time.monotonic()
     with quietly():
-        work = Work(settings, out, progress or (lambda what, done, total: None))  # refuses before OUT is made
-    with files.exclusive(out, "evaluation"), quietly():
-        work.draw()
-        measured = work.measure()
-        _add_cost(out, time.monotonic() - start, len(work.indices), str(work.device))
-        return results.write(out, settings, work.sampling, work.prompts, measured)
+        evaluation = Evaluation(settings, out, progress)
+    with files.exclusive(out, "evaluation"), files.disk_errors(out), quietly():
+        evaluation.claim()
+        evaluation.draw()
+        measured = evaluation.measure()
+        _add_cost(out, time.monotonic() - start, len(evaluation.prompts), str(evaluation.device))
+        return evaluation.write(measured)
 
 
 @dataclass
-class Work:
-    """One evaluation under way."""
+class Evaluation:
+    """One evaluation under way.
+
+    Args:
+        settings: What to measure.
+        out: Its folder.
+        progress: Called after every batch.
+
+    Raises:
+        UsageError: A model, prompt list or reward that can be refused before anything is drawn.
+    """
 
     settings: Settings
     out: Path
-    progress: ProgressCallback
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        settings = self.settings
         self.device = default_device()
-        found = benchmarks.load(self.settings.prompts, self.settings.column).first(self.settings.limit)
-        self.prompts = found
-        self.sampling: Sampling = resolve(self.settings)
-        count = self.settings.images_per_prompt
-        self.indices = list(range(len(found.prompts) * count))
-        self.image_prompts = [prompt for prompt in found.prompts for _ in range(count)]
-        prompt_digest = hashlib.sha256("\n".join(found.prompts).encode()).hexdigest()
-        identity = self.settings.image_settings | {
-            "prompts_sha256": prompt_digest,
-            "weights": [fingerprints.of_path(path) for path in (self.sampling.model, self.sampling.base)],
-        }
-        # Paths may differ between two machines or working directories; what they hold is in the digests.
-        for name in ("model", "base", "prompts"):
-            identity.pop(name)
-        journal.claim(self.out, "images.json", identity)
-        self.journal = journal.Journal(self.out / "scores.jsonl")
+        found = benchmarks.load(settings.prompts, settings.column).first(settings.limit)
+        count = settings.images_per_prompt
+        self.prompts = [prompt for prompt in found.prompts for _ in range(count)]
+        self.groups = [group for group in found.groups for _ in range(count)]
+        self.drawing: Drawing = resolve(
+            settings.model, base=settings.base, vae=settings.vae, steps=settings.steps, guidance=settings.guidance,
+            student=settings.student, height=settings.height, width=settings.width,
+        )  # fmt: skip
+        self.model: ImageModel = self.drawing.load(self.device, settings.precision)
+        self.versions = identity.versions()
+        self.real = images.find(Path(settings.real)) if settings.real else []
+        if settings.real and len(self.real) < 2:
+            raise UsageError(f"--real: {settings.real} holds {len(self.real)} images: at least two are needed")
+        self._rewards = {label: self._reward_key(label, name) for label, name in settings.named.items()
+                         if name not in SPECIAL}  # fmt: skip
 
-    @property
-    def batches(self) -> Iterator[tuple[int, list[int]]]:
-        """(number, image indices): always the same batches, so that a resumed one repeats its numbers exactly."""
-        size = self.settings.batch_size
-        for number, first in enumerate(range(0, len(self.indices), size)):
-            yield number, self.indices[first : first + size]
+    def claim(self) -> None:
+        """Refuse a folder whose images are of other content; say where package versions have changed since."""
+        settings = self.settings
+        height, width = self.model.store.size
+        self.drawn = asdict(self.drawing) | {
+            "student": None if self.drawing.student is None else self.drawing.student.model_dump(),
+            "height": height, "width": width,
+            "model": identity.of_model(self.drawing.model), "base": identity.of_model(self.drawing.base),
+            "vae": None if self.drawing.vae is None else identity.of_model(self.drawing.vae),
+            "seed": settings.seed, "precision": settings.precision, "images_per_prompt": settings.images_per_prompt,
+            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+        }  # fmt: skip
+        self._tell_versions("the images", journal.claim(self.out, "images.json", self.drawn, self.versions))
+        self.journal = journal.Journal(self.out / "scores.jsonl")
 
     def draw(self) -> None:
         """Write the images that are missing."""
-        folder = self.out / "images"
-        folder.mkdir(exist_ok=True)
-        sampler: Sampler | None = None
-        for _, batch in self.batches:
-            if not all(self._path(index).is_file() for index in batch):
-                sampler = sampler or Sampler(self.sampling, self.settings.seed, self.device, self.settings.precision)
-                images = sampler.images(batch, [self.image_prompts[index] for index in batch])
-                for index, image in zip(batch, images, strict=True):
-                    if not self._path(index).is_file():
-                        files.write_atomic(self._path(index), png(image))
-            self.progress("drawing", batch[-1] + 1, len(self.indices))
+        (self.out / "images").mkdir(exist_ok=True)
+        missing = [index for index in range(len(self.prompts)) if not self._path(index).is_file()]
+        done = len(self.prompts) - len(missing)
+        for batch in self._batches(missing):
+            keys = [(self.settings.seed, "evaluation", index) for index in batch]
+            drawn = self.model.images([self.prompts[index] for index in batch], keys)
+            for index, image in zip(batch, drawn, strict=True):
+                files.write_atomic(self._path(index), images.png(image))
+            done += len(batch)
+            self.progress("drawing", done, len(self.prompts))
 
-    def measure(self) -> list[Measured]:
+    def measure(self) -> list[Metric]:
         """Every metric, in the order it was asked for."""
-        measured: list[Measured] = []
+        measured: list[Metric] = []
         with plugins.sharing():
             for label, name in self.settings.named.items():
                 measured += _SPECIAL[name](self) if name in SPECIAL else [self._reward(label, name)]
         return measured
 
-    def _reward(self, label: str, name: str) -> Measured:
-        options = self.settings.options.get(label, {})
-        key = f"{name} {fingerprints.of_options(options)}"
+    def write(self, measured: Sequence[Metric]) -> Results:
+        """Write results.json and the tables."""
+        facts = {"drawing": self.drawn, "versions": self.versions}
+        names = [f"images/{index:05d}.png" for index in range(len(self.prompts))]
+        groups = self.groups if any(self.groups) else []
+        results = Results(
+            self.prompts, {m.key: m for m in measured}, groups, names, facts=facts, notes=self.notes, folder=self.out
+        )
+        results.write()
+        results.write_tables(
+            f"{len(self.prompts)} images of {len(results.members)} prompts, seed {self.settings.seed}, "
+            f"{self.model.description}. Intervals: 95% percentile bootstrap over prompts."
+        )
+        return results
+
+    def _reward_key(self, label: str, name: str) -> str:
+        """The name under which a reward's scores are recorded: it changes with code, options and weights."""
+        if issubclass(registry.load_class(registry.REWARDS, name), LatentReward):
+            raise UsageError(f"--metrics {label}: {name!r} scores latents beside a trained generator, not images")
+        return f"{name} {identity.of_plugin(registry.REWARDS, name, self.settings.options.get(label, {}))}"
+
+    def _reward(self, label: str, name: str) -> Metric:
+        key, options = self._rewards[label], self.settings.options.get(label, {})
+        values = dict(self.journal.values(key))
+        if values:
+            self._tell_versions(f"scores of {label}", self.journal.versions(key))
+        missing = [index for index in range(len(self.prompts)) if index not in values]
+        role: RewardRole | None = None
+        for batch in self._batches(missing):
+            if role is None:
+                reward = registry.reward(name, **options)
+                role = RewardRole({label: reward}, None, device=self.device, failures_dir=self.out / "failures")
+            prompts = [self.prompts[index] for index in batch]
+            scores = role.score_images(images.read([self._path(index) for index in batch]), prompts)[label].tolist()
+            self.journal.add(key, batch, scores, self.versions)
+            values |= zip(batch, scores, strict=True)
+            self.progress(f"scoring {label}", len(values), len(self.prompts))
         cls = registry.load_class(registry.REWARDS, name)
-        loaded: list[Any] = []
+        unit = cls.unit_of(registry.parse_options(cls, f"metric {label!r}", options))
+        scores = [values[index] for index in range(len(self.prompts))]
+        return Metric.of_images(label, scores, self.units, unit=unit, higher_is_better=cls.higher_is_better)
 
-        def score(images: Tensor, prompts: Sequence[str]) -> list[float | None]:
-            if not loaded:
-                loaded.append(registry.reward(name, **options).eval().to(self.device))
-            with torch.no_grad():
-                values = loaded[0].score(images.to(self.device), prompts).float().cpu().tolist()
-            if len(values) != len(prompts):
-                raise RunError(f"metric {name!r} gave {len(values)} scores for {len(prompts)} images")
-            return values
-
-        values = self._over_batches(f"scoring {label}", key, score)
-        if loaded:
-            # An instance may know its unit better than its class (PickScore as a logit).
-            self.journal.put(f"unit {key}", 0, [str(loaded[0].unit)])
-        unit = (self.journal.get(f"unit {key}", 0) or [cls.unit])[0]
-        return Measured.of_images(label, unit, values, self.settings.images_per_prompt, cls.higher_is_better)
-
-    def _over_batches(
-        self, what: str, key: str, score: Callable[[Tensor, list[str]], list[float | None]]
-    ) -> list[float]:
-        values: list[float] = []
-        for number, batch in self.batches:
-            found = self.journal.get(key, number)
-            if found is None:
-                found = score(self._images(batch), [self.image_prompts[index] for index in batch])
-                self.journal.put(key, number, [None if v is None or v != v else v for v in found])
-            values += [float("nan") if value is None else value for value in found]
-            self.progress(what, batch[-1] + 1, len(self.indices))
-        return values
+    @property
+    def units(self) -> list[tuple[str, str]]:
+        """What each image counts for; the same prompt in two groups counts twice."""
+        return list(zip(self.groups, self.prompts, strict=True))
 
     @cached_property
     def clip(self) -> ClipFeatures:
@@ -153,78 +183,83 @@ class Work:
         return ClipFeatures(self.settings.features, self.device)
 
     @cached_property
-    def comparison(self) -> Extractor:
+    def extractor(self) -> Extractor:
         """The features in which images of one prompt are compared."""
         if self.settings.features != "vae":
             return features.clip_extractor(self.clip)
-        sampler = Sampler(self.sampling, self.settings.seed, self.device, self.settings.precision)
-        return features.vae_extractor(sampler.store.decoder.vae, self.sampling.base, self.device)
+        return features.vae_extractor(self.model.store.decoder, self.drawing.base, self.device)
 
-    def features(
-        self, extractor: Extractor, batches: Sequence[list[Path]], folder: str, square: int | None
-    ) -> np.ndarray:
-        """Features [N, D] of picture files, kept batch by batch in OUT/features."""
-        parts, total, done = [], sum(map(len, batches)), 0
-        for number, paths in enumerate(batches):
-            file = self.out / "features" / folder / f"{number:05d}.npy"
+    def features(self, extractor: Extractor, paths: Sequence[Path], folder: str, square: int | None) -> np.ndarray:
+        """Features [N, D] of image files, kept batch by batch in OUT/features."""
+        parts = []
+        for batch in self._batches(range(len(paths))):
+            file = self.out / "features" / folder / f"{batch[0]:05d}-{len(batch)}.npy"
             if file.is_file():
                 part = np.load(file)
             else:
                 buffer = io.BytesIO()
-                part = extractor.extract(read_images(paths, square)).double().numpy().astype(np.float32)
+                part = extractor.extract(images.read([paths[index] for index in batch], square)).float().numpy()
                 np.save(buffer, part)
                 files.write_atomic(file, buffer.getvalue())
             parts.append(part)
-            done += len(paths)
-            self.progress(f"comparing ({extractor.name})", done, total)
+            self.progress(f"comparing ({extractor.name})", batch[-1] + 1, len(paths))
         return np.concatenate(parts).astype(np.float64)
 
     def own_features(self, extractor: Extractor, square: int | None = None) -> np.ndarray:
         """Features of this evaluation's images."""
-        batches = [[self._path(index) for index in batch] for _, batch in self.batches]
-        return self.features(extractor, batches, f"{extractor.identity}-{square or 'full'}", square)
+        paths = [self._path(index) for index in range(len(self.prompts))]
+        return self.features(extractor, paths, f"{extractor.identity}-{square or 'full'}", square)
 
-    def frechet(self, key: str, extractor: Extractor) -> list[Measured]:
+    def frechet(self, key: str, extractor: Extractor) -> list[Metric]:
         """Squared Frechet distance to the folder of real images, in the extractor's features."""
-        paths = picture_files(Path(str(self.settings.real)))
-        size = self.settings.batch_size
-        batches = [paths[i : i + size] for i in range(0, len(paths), size)]
-        content = hashlib.sha256("".join(f"{p.name} {p.stat().st_size}\n" for p in paths).encode()).hexdigest()[:12]
-        real = self.features(extractor, batches, f"{extractor.identity}-real-{content}", FRECHET_PIXELS)
+        paths = self.real
+        content = fingerprints.of_text("".join(f"{p.name} {fingerprints.of_path(p)}\n" for p in paths))
+        real = self.features(extractor, paths, f"{extractor.identity}-real-{content}", FRECHET_PIXELS)
         value = frechet_distance(self.own_features(extractor, FRECHET_PIXELS), real)
-        note = (
-            f"squared Frechet distance in features of {extractor.name}; {len(self.indices)} against {len(paths)} real"
-        )
-        return [Measured.single(key, note, value, higher_is_better=False)]
+        unit = f"squared Frechet distance, {extractor.name}; {len(self.prompts)} against {len(paths)} real images"
+        return [Metric(key, "set", unit, higher_is_better=False, value=value)]
+
+    def _tell_versions(self, what: str, then: dict[str, str]) -> None:
+        changed = [f"{name} {old} (now {self.versions.get(name)})" for name, old in then.items()
+                   if old != self.versions.get(name)]  # fmt: skip
+        if changed:
+            self.notes.append(f"{what} were made with {', '.join(changed)}")
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        size = self.settings.batch_size
+        return (list(indices[first : first + size]) for first in range(0, len(indices), size))
 
     def _path(self, index: int) -> Path:
         return self.out / "images" / f"{index:05d}.png"
 
-    def _images(self, batch: Sequence[int]) -> Tensor:
-        return read_images([self._path(index) for index in batch])
 
-
-def _diversity(work: Work) -> list[Measured]:
-    name, count = work.comparison.name, work.settings.images_per_prompt
-    found = features.diversity(work.own_features(work.comparison), count)
+def _diversity(work: Evaluation) -> list[Metric]:
+    name, count, own = work.extractor.name, work.settings.images_per_prompt, work.own_features(work.extractor)
+    distance, vendi = (
+        diversity.within(work.units, own, measure) for measure in (diversity.cosine_distance, diversity.vendi_score)
+    )
     return [
-        Measured.of_prompts("pairwise_distance", f"mean cosine distance within a prompt, {name}", found.distance),
-        Measured.of_prompts("vendi", f"Vendi score within a prompt, 1 to {count}, {name}", found.vendi),
-    ]
+        Metric.of_prompts(
+            "pairwise_distance", distance, kind="diversity", unit=f"mean cosine distance within a prompt, {name}"
+        ),
+        Metric.of_prompts(
+            "vendi", vendi, kind="diversity", unit=f"Vendi score within a prompt, 1 to {count}, {name}"
+        ),
+    ]  # fmt: skip
 
 
-def _class_entropy(work: Work) -> list[Measured]:
+def _class_entropy(work: Evaluation) -> list[Metric]:
     classes = str(work.settings.classes)
     probe = Probe.read(Path(classes)) if classes.endswith(".json") else work.clip.label_probe(classes.split("|"))
-    own = work.own_features(work.comparison)
+    own = work.own_features(work.extractor)
     if own.shape[1] != probe.weight.shape[1]:
         raise UsageError(
             f"--classes: the probe takes {probe.weight.shape[1]} features, --features gives {own.shape[1]}"
         )
-    return results.class_entropy(probe, own, work.settings.images_per_prompt, work.comparison.name)
+    return features.class_entropy(probe, own, work.units, work.extractor.name)
 
 
-_SPECIAL: dict[str, Callable[[Work], list[Measured]]] = {
+_SPECIAL: dict[str, Callable[[Evaluation], list[Metric]]] = {
     "diversity": _diversity,
     "class_entropy": _class_entropy,
     "fid": lambda work: work.frechet("fid", features.inception_extractor(work.settings.inception, work.device)),
@@ -232,12 +267,11 @@ _SPECIAL: dict[str, Callable[[Work], list[Measured]]] = {
 }
 
 
-def _add_cost(out: Path, seconds: float, images: int, device: str) -> None:
+def _add_cost(out: Path, seconds: float, count: int, device: str) -> None:
     """Seconds spent, summed over resumes; kept apart from the results, which must not depend on it."""
     path = out / "cost.json"
     try:
         before = float(json.loads(path.read_text("utf-8"))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         before = 0.0
-    cost = {"seconds": round(before + seconds, 3), "images": images, "device": device}
-    files.write_atomic(path, journal.dumps(cost))
+    files.write_atomic(path, dumps({"seconds": round(before + seconds, 3), "images": count, "device": device}))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import mistakes
+from rlhf_t2i.recipe.schema import StudentSettings
 
 DEFAULT_FEATURES = "openai/clip-vit-base-patch32"
 SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")
@@ -17,12 +18,15 @@ SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")
 
 
 class Settings(BaseModel):
-    """One evaluation: the images depend on everything up to ``precision``, the scores on the rest as well."""
+    """One evaluation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str
-    base: str | None = Field(None, description="pipeline that lends text encoders and VAE when model is a UNet alone")
+    base: str | None = Field(
+        None, description="pipeline that lends text encoders and VAE when model is a network alone"
+    )
+    vae: str | None = Field(None, description="another VAE for decoding")
     prompts: str = Field(description="a file, a benchmark (parti, hpsv2, coco) as name or name:path, or a zoo's name")
     column: str = "prompt"
     limit: int | None = Field(None, ge=1, description="only the first prompts")
@@ -30,11 +34,11 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, le=2**62)
     steps: int | None = Field(None, ge=1, le=1000, description="sampling steps of a many-step model; 50 when absent")
     guidance: float = Field(7.5, ge=0, le=1000, allow_inf_nan=False, description="of a many-step model")
-    timestep: int | None = Field(None, ge=0, le=999, description="makes it a one-step model, sampled there")
-    resolution: int | None = Field(None, ge=8, le=8192)
+    student: StudentSettings | None = Field(None, description="draws a one- or few-step generator with these steps")
+    height: int | None = Field(None, ge=8, le=8192, description="pixels; the model's own when absent")
+    width: int | None = Field(None, ge=8, le=8192, description="pixels; the model's own when absent")
     batch_size: int = Field(16, ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = "fp32"
-
     metrics: list[str] = Field(
         default_factory=lambda: ["clip"], description="names, or LABEL=NAME to measure one reward twice"
     )
@@ -48,12 +52,6 @@ class Settings(BaseModel):
     def named(self) -> dict[str, str]:
         """Each metric's name by its label."""
         return dict(map(_label, self.metrics))
-
-    @property
-    def image_settings(self) -> dict[str, Any]:
-        """The part on which the images depend."""
-        names = list(Settings.model_fields)
-        return self.model_dump(include=set(names[: names.index("precision") + 1]))
 
 
 def check(settings: Settings) -> None:
@@ -85,8 +83,8 @@ def check(settings: Settings) -> None:
         raise UsageError("--metrics frechet_clip needs the features of a CLIP: give --features a CLIP model")
     if "class_entropy" in settings.named.values() and not settings.classes:
         raise UsageError("--metrics class_entropy needs --classes: labels written 'a|b|c', or a probe's JSON file")
-    if settings.timestep is not None and settings.steps not in (None, 1):
-        raise UsageError("--timestep samples in one step: give --timestep or --steps, not both")
+    if settings.student is not None and settings.steps is not None:
+        raise UsageError("--steps is for a many-step model, --timesteps for a few-step generator: not both")
 
 
 def build(values: dict[str, Any]) -> Settings:

@@ -22,6 +22,7 @@ from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
 from rlhf_t2i.roles.dispatch import batched
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
+from rlhf_t2i.utils.images import to_8_bits
 
 ValueAndGrad = tuple[Tensor, Tensor]
 
@@ -105,6 +106,15 @@ class RewardRole:
         results = self._run(latents, prompts, names, context, gradient=False)
         return {label: values for label, (values, _) in results.items()}
 
+    def score_images(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Values [B] of all rewards on images [B, 3, H, W] in [0, 1], float32, without gradient.
+
+        Raises:
+            RewardFailure: An exception, a wrong shape, or a value that is not finite.
+        """
+        moved = self._to_device(images)
+        return {label: self._image_reward(label, moved, prompts, None)[0].to(images.device) for label in self.rewards}
+
     @batched("latents")
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -160,6 +170,8 @@ class RewardRole:
         with torch.set_grad_enabled(gradient):
             images = self._decode(leaf)
         self._check_finite(images, "decoder", "the decoded image", prompts, None, latents)
+        if not gradient:  # measured is the picture as it is saved, with 8 bits (docs/evaluation.md)
+            images = to_8_bits(images).to(images.dtype) / 255
         results = {}
         for position, label in enumerate(labels):
             detached = images.detach().requires_grad_(gradient)
@@ -176,14 +188,15 @@ class RewardRole:
         return results
 
     def _image_reward(
-        self, label: str, images: Tensor, prompts: Sequence[str], latents: Tensor
+        self, label: str, images: Tensor, prompts: Sequence[str], latents: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Values [B] and, where ``images`` want it, the gradient at the images."""
         reward, values, grads = self.rewards[label], [], []
         # Images of a float64 reward (gradient checks) are float64, whatever the decoder gives.
         images = images.to(torch.promote_types(images.dtype, self.dtype))
         for part in self._parts(len(images), [label]):
-            some, texts, some_latents = images[part], prompts[part], latents[part]
+            some, texts = images[part], prompts[part]
+            some_latents = None if latents is None else latents[part]
             # A copy of its own: a reward that writes into its images changes what no other reward sees.
             some = some.detach().clone().requires_grad_(images.requires_grad)
             with torch.set_grad_enabled(images.requires_grad):
@@ -213,7 +226,7 @@ class RewardRole:
         return self._result(value), grad
 
     def _call(
-        self, label: str, call: partial[Tensor], prompts: Sequence[str], images: Tensor | None, latents: Tensor
+        self, label: str, call: partial[Tensor], prompts: Sequence[str], images: Tensor | None, latents: Tensor | None
     ) -> Tensor:
         """One call of the plugin's code, and every check of its answer."""
         try:
@@ -254,7 +267,7 @@ class RewardRole:
         at: Tensor,
         prompts: Sequence[str],
         images: Tensor | None,
-        latents: Tensor,
+        latents: Tensor | None,
     ) -> Tensor:
         """``d sum(value) / d at``: each row is its own sample's gradient, since samples do not mix."""
         reason = (
@@ -279,7 +292,7 @@ class RewardRole:
         what: str,
         prompts: Sequence[str],
         images: Tensor | None,
-        latents: Tensor,
+        latents: Tensor | None,
     ) -> None:
         finite = tensor.detach().isfinite().flatten(1).all(1) if tensor.ndim > 1 else tensor.detach().isfinite()
         if not bool(finite.all()):
@@ -293,16 +306,17 @@ class RewardRole:
         index: int,
         prompts: Sequence[str],
         images: Tensor | None,
-        latents: Tensor,
+        latents: Tensor | None,
         cause: BaseException | None = None,
     ) -> Any:
         saved = None
         if self.failures_dir is not None:
             image = None if images is None else images[index]
-            if image is None and self._vae is not None and label != "decoder":
+            latent = None if latents is None else latents[index]
+            if image is None and latents is not None and self._vae is not None and label != "decoder":
                 image = self.decode(latents[index : index + 1].detach())[0]
             try:
-                saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latents[index], cause)
+                saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latent, cause)
             except OSError as error:
                 # The reward's failure is the news; a full disk must not hide it.
                 reason += f" (and the sample could not be saved: {error})"

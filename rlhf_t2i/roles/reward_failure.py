@@ -8,10 +8,10 @@ import re
 import traceback
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from rlhf_t2i.errors import RunError
+from rlhf_t2i.utils import images
 
 
 class RewardFailure(RunError):
@@ -56,7 +56,6 @@ def save_sample(
         latent: [C, h, w].
         cause: The plugin's exception; its traceback is saved.
     """
-    from PIL import Image
     from safetensors.torch import save_file
 
     tensors = {
@@ -72,8 +71,7 @@ def save_sample(
     target = folder / f"{name[-60:]}-{digest.hexdigest()[:10]}"
     target.mkdir(parents=True, exist_ok=True)
     if image is not None:
-        pixels = tensors["image"].float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).permute(1, 2, 0).numpy()
-        Image.fromarray((pixels * 255).round().astype(np.uint8)).save(target / "image.png")
+        (target / "image.png").write_bytes(images.png(image))
     if tensors:
         save_file(tensors, target / "sample.safetensors")
     report = {"reward": reward, "prompt": prompt, "reason": reason}

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_t2i.evaluation.compare import KEPT
-from rlhf_t2i.evaluation.measure import Drawn
-from rlhf_t2i.plugins import traits
+from rlhf_t2i.evaluation.held_out import Samples
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, jsonl, stats
 
@@ -35,7 +34,7 @@ DIVERSITY = "diversity"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One value a prompt of everything watched.
+    """One value per prompt of everything watched.
 
     Attributes:
         step: Generator updates done.
@@ -106,7 +105,7 @@ class Watch:
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
-        self._path, self._algorithm, self._traits = path, recipe.algorithm, traits.resolve(recipe)
+        self._path, self._recipe = path, recipe
         self._detector = HackingDetector()
 
     def resume(self, last_step: int) -> None:
@@ -121,31 +120,32 @@ class Watch:
                 Measurement(m.step, _nan(m.reward), {name: _nan(values) for name, values in m.signals.items()})
             )
 
-    def take(self, step: int, drawn: Drawn) -> tuple[dict[str, float], list[str]]:
-        """Keep a measurement.
+    def take(self, step: int, samples: Samples) -> tuple[dict[str, float], list[str]]:
+        """Record a measurement.
 
         Returns:
             Its means for metrics.jsonl, and a sentence for each occurrence of reward hacking that it confirms.
         """
-        measurement = self._measurement(step, drawn)
+        measurement = self._measurement(step, samples)
         if measurement is None:
             return {}, []
         files.append_line(self._path, vars(measurement))
         return measurement.metrics(), self._detector.take(measurement)
 
-    def _measurement(self, step: int, drawn: Drawn) -> Measurement | None:
+    def _measurement(self, step: int, samples: Samples) -> Measurement | None:
         """None where no trained reward can be measured: then nothing can be hacked."""
-        units = {name: stats.by_prompt(values, drawn.prompts) for name, values in drawn.scores.items()}
-        trained = [choice.scale * units[choice.key] for choice in self._algorithm.rewards if choice.key in units]
+        metrics = samples.metrics(self._recipe)
+        rewards = self._recipe.algorithm.rewards
+        trained = [r.scale * np.array(metrics[r.key].by_prompt) for r in rewards if r.key in metrics]
         if not trained:
             return None
         signals = {
-            reward.key: (units[reward.key] * (1 if reward.higher_is_better else -1)).tolist()
-            for reward in self._traits.rewards
-            if reward.key in units and not reward.trains
+            m.key: m.by_prompt if m.higher_is_better else [-value for value in m.by_prompt]
+            for m in metrics.values()
+            if m.kind == "eval"
         }
-        reward = np.sum(trained, axis=0).tolist()
-        return Measurement(step, reward, signals | {DIVERSITY: drawn.diversity()})
+        signals[DIVERSITY] = metrics["latent_distance"].by_prompt
+        return Measurement(step, np.sum(trained, axis=0).tolist(), signals)
 
 
 def _line(measurement: Measurement) -> str:

@@ -13,7 +13,7 @@ import torch
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, Stopped
-from rlhf_t2i.evaluation import measure
+from rlhf_t2i.evaluation.held_out import HeldOut
 from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
@@ -57,7 +57,7 @@ class Trainer:
         self._generator_prompts = prompts.PromptStream(train, seed, "generator")
         self._assistant_prompts = prompts.PromptStream(train, seed, "assistant")
         held_out = prompts.read(data.held_out, data.column) if data.held_out else train
-        self._held_out = prompts.PromptStream(held_out, 0, "held out")
+        self._held_out = HeldOut(self.recipe, self.cluster, prompts.PromptStream(held_out, 0, "held out"))
         self._metrics = StepLog(self.out.metrics)
         self._events = StepLog(self.out.path / "events.jsonl")
         self._trackers = Trackers(self.recipe.logging.trackers, self.out.path, self.callback.on_message)
@@ -136,7 +136,7 @@ class Trainer:
         if self._saving is not None:
             seconds["checkpoint"], self._saving = self._saving, None
         metrics = step_metrics(self.recipe, state, reports, assistant_reports, seconds, self.cluster.readings())
-        warnings = self._look(metrics)
+        warnings = self._monitor(metrics)
         state.add_reward(reward_term(self.recipe, metrics), self.recipe.checkpoints.every)
         self._metrics.append(metrics)
         self._trackers.log(state.step, metrics)
@@ -187,34 +187,21 @@ class Trainer:
         self.callback.on_message(f"step {named}: {text}")
         self._events.append({"step": named, "after": [step, round_], "text": text})
 
-    def _look(self, metrics: dict[str, Any]) -> list[str]:
-        """Every ``logging.watch_every`` steps: add what is watched to the metrics; returns the warnings it gives."""
+    def _monitor(self, metrics: dict[str, Any]) -> list[str]:
+        """Every ``logging.watch_every`` steps: add the monitors' values to the metrics; returns their warnings."""
         every, step = self.recipe.logging.watch_every, self.state.step
         if not every or step % every:
             return []
         began = time.perf_counter()
         self._load_ema()
-        drawn = measure.draw(self.cluster, self._watched(), self._weights, self.recipe.evaluation.batch_size)
-        found, warnings = self._watch.take(step, drawn)
-        copies = {name: self.cluster.call_all(role, "bf16_drift")[0] for name, role in TRAINED.items()}
-        for name, rounding in copies.items():
-            found |= {f"{measured}/{name}": value for measured, value in rounding.items()}
+        samples = self._held_out.draw(self._held_out.prompts()[: self._held_out.monitored()], self._weights)
+        found, warnings = self._watch.take(step, samples)
+        drifts = {name: self.cluster.call_all(role, "bf16_drift")[0] for name, role in TRAINED.items()}
+        for name, drift in drifts.items():
+            found |= {f"{measured}/{name}": value for measured, value in drift.items()}
         metrics |= found
         metrics["timing"]["watch"] = time.perf_counter() - began
-        return warnings + self._rounding.take(step, copies)
-
-    def _watched(self) -> list[str]:
-        """The prompts of the first images of the evaluation, as many of each as there."""
-        settings = self.recipe.evaluation
-        count = min(self.recipe.logging.watch_images, settings.images)
-        return self._evaluated()[: max(count - count % settings.images_per_prompt, 2)]
-
-    def _evaluated(self) -> list[str]:
-        """The prompts of the evaluation, one an image."""
-        settings = self.recipe.evaluation
-        distinct = -(-settings.images // settings.images_per_prompt)
-        chosen = [p for p in self._held_out.batch(0, distinct) for _ in range(settings.images_per_prompt)]
-        return chosen[: settings.images]
+        return warnings + self._rounding.take(step, drifts)
 
     @property
     def _weights(self) -> str:
@@ -228,30 +215,24 @@ class Trainer:
 
     def _preview(self) -> None:
         self._load_ema()
-        count = self.recipe.logging.sample_count
-        path = self.out.samples / f"step_{self.state.step:06d}.png"
-        measure.preview(self.cluster, self._held_out.batch(0, count), self._weights, path)
+        self._held_out.preview(self._weights, self.out.samples / f"step_{self.state.step:06d}.png")
 
     def _measure(self, when: str) -> None:
-        """Score the evaluation's prompts, the same with the same noise before and after."""
+        """Evaluate ``before`` or ``after`` training, on the same prompts and noise."""
         self.callback.on_phase(f"measuring {when} training")
         if when == "before" and not self.recipe.data.held_out:
             self.callback.on_message(
                 "data.held_out is not set: previews and the table before/after use training prompts"
             )
-        self._load_ema()
         self._preview()
-        drawn = measure.evaluate(
-            self.recipe, self.cluster, self._evaluated(), self._weights, self.state.step,
-            self.out.evaluation, when, self._measured,
-        )  # fmt: skip
-        if when == "before" and self.recipe.logging.watch_every:
-            self._watch.take(0, drawn.first(len(self._watched())))
 
-    def _measured(self, text: str) -> None:
-        """A part of an evaluation is done; all of it can take as long as hundreds of steps."""
-        self.callback.on_phase(text)
-        self._stop_if_asked()
+        def progress(done: int, total: int) -> None:  # all of it can take as long as hundreds of steps
+            self.callback.on_phase(f"measuring {when} training: {done} of {total} images")
+            self._stop_if_asked()
+
+        samples = self._held_out.evaluate(self._weights, self.state.step, self.out.evaluation / when, progress)
+        if when == "before" and self.recipe.logging.watch_every:
+            self._watch.take(0, samples.first(self._held_out.monitored()))
 
     def _stop_if_asked(self) -> None:
         if self.signals.requested is not None:

@@ -1,55 +1,42 @@
-"""Digests of files, so that resumed work never mixes two models that stood in the same place."""
+"""Digests of what files hold, so that finished work is never mixed with work on other content."""
 
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.utils import files
 
-_BLOCKS, _SIZE = 16, 65536
-
 
 def of_text(text: str) -> str:
-    """A short digest that may stand in a file name."""
+    """A short digest, fit for a file name."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def of_path(location: str) -> str:
-    """A digest of what a local file or folder holds; of the name for a hub id.
-
-    Of large files 16 evenly spaced blocks are read: a training step changes every one of them.
+def of_path(location: str | Path) -> str:
+    """A digest of the names and contents in a local file or folder; of the text itself where no such path exists.
 
     Raises:
         UsageError: ``~user`` names nobody.
     """
-    root = files.expanded(location)
-    digest = hashlib.blake2b(digest_size=16)
+    root = files.expanded(str(location))
     if not root.exists():
-        digest.update(location.encode())
-        return digest.hexdigest()
-    for file in sorted(path for path in (root.rglob("*") if root.is_dir() else [root]) if path.is_file()):
-        name = file.relative_to(root).as_posix() if root.is_dir() else ""
-        digest.update(f"{name} {file.stat().st_size}\n".encode())
-        _update(digest, file)
-    return digest.hexdigest()
+        return of_text(str(location))
+    found = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_of_file, found))
+    names = [path.relative_to(root).as_posix() for path in found]
+    return of_text("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
-def of_options(options: dict[str, Any]) -> str:
-    """A digest of a plugin's options and of the files that they name."""
-    parts = []
-    for key, value in sorted(options.items()):
-        local = isinstance(value, str) and value.startswith((".", "/", "~")) and files.expanded(value).exists()
-        parts.append(f"{key}={of_path(value) if local else value!r}")
-    return of_text("\n".join(parts))
+def _of_file(path: Path) -> str:
+    status = path.stat()
+    return _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _update(digest: Any, file: Path) -> None:
-    length = file.stat().st_size
-    with file.open("rb") as stream:
-        for index in range(_BLOCKS):
-            stream.seek(index * max(0, length - _SIZE) // (_BLOCKS - 1))
-            digest.update(stream.read(_SIZE))
-            if length <= _SIZE:
-                return
+@lru_cache(maxsize=4096)
+def _digest(path: Path, *changes: int) -> str:
+    """The digest of a file, kept for this process while its size and times stay."""
+    return files.sha256(path)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.utils import inputs
+
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """All lines of a file that are JSON objects with an integer ``step``, in file order.
@@ -40,8 +43,8 @@ def flatten(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} when the file is missing or damaged."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        data = inputs.read_json(path, "JSON file")
+    except UsageError:
         return {}
     return data if isinstance(data, dict) else {}
 

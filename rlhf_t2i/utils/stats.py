@@ -1,4 +1,4 @@
-"""The statistics of an evaluation: intervals, paired differences, diversity and Frechet distance.
+"""The statistics of an evaluation: intervals, paired differences and the Frechet distance.
 
 Prompts are the independent units everywhere: several images of one prompt share its difficulty, so they are averaged
 before any spread is taken. Nothing here imports torch.
@@ -7,7 +7,7 @@ before any spread is taken. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,18 +32,22 @@ class Mean:
         return self.value / self.error if self.error else math.copysign(math.inf, self.value)
 
 
-def by_prompt(values: Sequence[float] | Array, prompts: Sequence[str]) -> Array:
-    """Average the values [N] of each distinct prompt: [P], in order of first appearance."""
-    if len(values) != len(prompts):
-        raise ValueError(f"{len(values)} values for {len(prompts)} prompts")
-    order = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-    index = np.array([order[prompt] for prompt in prompts], dtype=np.int64)
+def by_unit(values: Sequence[float] | Array, units: Sequence[Hashable]) -> Array:
+    """Average the values [N] of each unit (a prompt): [P], in order of first appearance.
+
+    Raises:
+        ValueError: Values and units differ in number.
+    """
+    if len(values) != len(units):
+        raise ValueError(f"{len(values)} values for {len(units)} units")
+    order = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
+    index = np.array([order[unit] for unit in units], dtype=np.int64)
     sums = np.bincount(index, weights=np.asarray(values, dtype=np.float64), minlength=len(order))
     return sums / np.bincount(index, minlength=len(order))
 
 
 def mean(units: Sequence[float] | Array) -> Mean:
-    """Mean and standard error of independent units [P] (one value a prompt)."""
+    """Mean and standard error of independent units [P] (one value per prompt)."""
     units = np.asarray(units, dtype=np.float64)
     if not len(units):
         return Mean(math.nan, math.nan, 0)
@@ -96,43 +100,8 @@ def bootstrap_interval(
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def cosine_similarities(features: Array) -> Array:
-    """The matrix [K, K] of cosines between features [K, D], its diagonal exactly 1."""
-    features = np.asarray(features, dtype=np.float64)
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    matrix = np.clip(unit @ unit.T, -1.0, 1.0)
-    np.fill_diagonal(matrix, 1.0)
-    return matrix
-
-
-def mean_pairwise_distance(features: Array) -> float:
-    """Mean cosine distance ``1 - cos`` over the pairs of features [K, D]; 0 when all images are one image."""
-    count = len(features)
-    if count < 2:
-        return math.nan
-    matrix = cosine_similarities(features)
-    return float((1.0 - matrix)[np.triu_indices(count, 1)].mean())
-
-
-def vendi_score(features: Array) -> float:
-    """The effective number of different images among K: exp of the eigenvalue entropy of ``cosines / K``.
-
-    Friedman and Dieng, "The Vendi Score" (2023), equation (2) with q = 1: between 1 (all alike) and K (all unlike).
-    """
-    if not len(features):
-        return math.nan
-    return vendi_of_similarities(cosine_similarities(features))
-
-
-def vendi_of_similarities(matrix: Array) -> float:
-    """The Vendi score of a similarity matrix [K, K] with ones on its diagonal."""
-    eigenvalues = np.linalg.eigvalsh(np.asarray(matrix, dtype=np.float64) / len(matrix))
-    positive = eigenvalues[eigenvalues > 1e-12]
-    return float(np.exp(-(positive * np.log(positive)).sum()))
-
-
 def entropy(probabilities: Array) -> float:
-    """Shannon entropy in nats of a distribution [C]; ``ln C`` when every class is as likely."""
+    """Shannon entropy in nats of a distribution [C]; ``ln C`` when every class is equally likely."""
     p = np.asarray(probabilities, dtype=np.float64)
     p = p[p > 0]
     return float(-(p * np.log(p)).sum()) + 0.0

@@ -126,6 +126,56 @@ def test_a_changed_row_is_refused(recipe_file, tmp_path):
         run(recipe_file(), tmp_path / "out", only=["ph_10"], seeds="0", more=["steps=4"])
 
 
+def test_other_content_under_the_same_names_is_seen(recipe_file, tmp_path, monkeypatch):
+    """Cases B.2: a reward's code, what it imports, prompts and weights count, not their names."""
+    monkeypatch.syspath_prepend(tmp_path)
+    out, helper, weights = tmp_path / "out", tmp_path / "helper.py", tmp_path / "weights.bin"
+    plugin = tmp_path / "scorer.py"
+    plugin.write_text(SCORER, "utf-8")
+    helper.write_text("LEVEL = 1\n", "utf-8")
+    weights.write_bytes(b"1")
+    judge = {"options": {"judge": {"weights": str(weights)}}, "metrics": ["pickscore", f"judge={plugin}:Scorer"]}
+    recipe = recipe_file(evaluation=small()["evaluation"] | judge)
+    reward = f"algorithm.eval_rewards=[{{name: '{plugin}:Scorer', label: judge, options: {{weights: {weights}}}}}]"
+    options = {"only": ["ph_10"], "seeds": "0"}
+
+    def said(**more):
+        lines = []
+        run(recipe, out, say=lines.append, **options, **more)
+        return lines
+
+    said()
+    assert said() == ["2 of 2 rows are finished"]
+    for file in (plugin, helper, weights):
+        file.write_bytes(file.read_bytes() + b"\n")
+        assert said()[0] == "0 of 2 rows are finished", file
+        assert said() == ["2 of 2 rows are finished"]
+    # A row that was trained with it is refused.
+    out = tmp_path / "trained"
+    said(more=[reward])
+    helper.write_text("LEVEL = 3\n", "utf-8")
+    with pytest.raises(UsageError, match=r"algorithm\.eval_rewards: judge \(content\) is"):
+        said(more=[reward])
+    helper.write_bytes(b"LEVEL = 1\n\n")
+    said(more=[reward])
+    with (tmp_path / "prompts.txt").open("a") as stream:
+        stream.write("one more\n")
+    with pytest.raises(UsageError, match=r"data\.prompts \(content\) is"):
+        said(more=[reward])
+
+
+SCORER = """
+from rlhf_t2i.plugins import Options, Reward
+import helper
+
+class Weights(Options):
+    weights: str
+
+class Scorer(Reward):
+    Options = Weights
+"""
+
+
 def test_a_failing_row_is_named_and_the_others_go_on(recipe_file, tmp_path):
     rows = small()["rows"]
     rows[1]["set"] = {"algorithm.rewards.0.scale": 666.0}

@@ -7,17 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_t2i.tools.ablation.analysis import Bootstrap, Estimate, RowData, equal_reward
+from rlhf_t2i.tools.ablation.analysis import Bootstrap, Estimate, VariantData, equal_reward
 from rlhf_t2i.tools.ablation.schema import Frontier
 
 
 def row(name, reward, diversity):
-    return RowData(name, {"reward": np.atleast_2d(reward), "diversity": np.atleast_2d(diversity)})
+    return VariantData(name, {"reward": np.atleast_2d(reward), "diversity": np.atleast_2d(diversity)})
 
 
 def test_interval_of_one_seed_is_the_prompts_bootstrap():
     values = np.random.default_rng(0).normal(5, 2, size=(1, 200))
-    found = Bootstrap({"a": RowData("a", {"m": values})}).estimate("a", "m")
+    found = Bootstrap({"a": VariantData("a", {"m": values})}).estimate("a", "m")
     assert found.value == pytest.approx(values.mean())
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std(ddof=1) / math.sqrt(200), rel=0.06)
 
@@ -25,14 +25,14 @@ def test_interval_of_one_seed_is_the_prompts_bootstrap():
 def test_seeds_widen_the_interval():
     prompts = np.random.default_rng(0).normal(0, 0.01, size=200)
     apart = np.stack([prompts - 1, prompts, prompts + 1])
-    found = Bootstrap({"a": RowData("a", {"m": apart})}).estimate("a", "m")
+    found = Bootstrap({"a": VariantData("a", {"m": apart})}).estimate("a", "m")
     # Three seeds one apart: the standard deviation of their resampled mean is sqrt(2/3)/sqrt(3).
     assert found.high - found.low > 1.5
 
 
 def test_differences_are_paired_over_prompts():
     hard = np.random.default_rng(0).normal(0, 10, size=100)
-    rows = {"a": RowData("a", {"m": hard[None]}), "b": RowData("b", {"m": hard[None] + 1})}
+    rows = {"a": VariantData("a", {"m": hard[None]}), "b": VariantData("b", {"m": hard[None] + 1})}
     found = Bootstrap(rows).difference("b", "a", "m")
     assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
     assert found.sign == 1
@@ -65,10 +65,10 @@ def test_frontiers_that_never_meet_are_not_compared():
 
 
 def test_what_has_no_interval():
-    boot = Bootstrap({"a": RowData("a", {"m": np.array([[1.0]])}, {"fid": [3.0, 5.0]})})
+    boot = Bootstrap({"a": VariantData("a", {"m": np.array([[1.0]]), "fid": np.array([[3.0], [5.0]])})})
     assert math.isnan(boot.estimate("a", "m").low)
     assert boot.estimate("a", "fid").value == 4.0
     assert math.isnan(boot.estimate("a", "absent").value)
-    broken = Bootstrap({"a": RowData("a", {"m": np.array([[1.0, math.nan, 2.0]])})}).estimate("a", "m")
+    broken = Bootstrap({"a": VariantData("a", {"m": np.array([[1.0, math.nan, 2.0]])})}).estimate("a", "m")
     assert math.isnan(broken.value)
     assert Estimate.of(1.0, np.array([math.nan] * 5 + [1.0])).sign == 0

@@ -29,7 +29,7 @@ TABLE_2 = {
 def test_every_row_of_table_2_is_there_and_valid(name, tmp_path):
     ablation = schema.load(RECIPES / name)
     tasks = execute.tasks(ablation, tmp_path, [])
-    recipes = {task.row.name: task.recipe for task in tasks}
+    recipes = {task.variant.name: task.recipe for task in tasks}
     assert set(TABLE_2) < set(recipes)
     guidance = {7.5: recipes["distar_r0_cfg7.5"].algorithm.cfg.guidance_scale, 0: 0.0,
                 4.5: recipes["distar_r100_cfg4.5"].algorithm.cfg.guidance_scale}  # fmt: skip
@@ -40,7 +40,7 @@ def test_every_row_of_table_2_is_there_and_valid(name, tmp_path):
         assert algorithm.cfg.guidance_scale == guidance[cfg]
     longer = recipes["distar_r100_cfg7.5_long"].steps / recipes["distar_r100_cfg7.5"].steps
     assert longer > 2
-    assert not tasks[0].row.train
+    assert not tasks[0].variant.train
 
 
 def test_the_papers_figures_stand_beside_the_large_rows_only():

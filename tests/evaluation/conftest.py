@@ -1,4 +1,4 @@
-"""A one-step model's folder and settings for its evaluation."""
+"""An exported student's folder, and settings for its evaluation."""
 
 from __future__ import annotations
 

@@ -28,3 +28,13 @@ class Counting(Brightness):
 class Broken(plugins.Reward):
     def score(self, images, prompts):
         return images.mean((1, 2, 3))[:1]
+
+
+class Columns(plugins.Reward):
+    def score(self, images, prompts):
+        return images.mean((2, 3))[:, :2]
+
+
+class Unbounded(plugins.Reward):
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3)) / 0

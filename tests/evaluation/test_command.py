@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -23,7 +24,23 @@ def test_command_prints_the_table(run_folder_with_model, tiny_prompts, tmp_path)
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "mean pixel" in result.output
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["prompts"]["count"] == 2
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["images"]) == 2
+
+
+@pytest.mark.parametrize(("model", "name"), [("..", "parent"), (".", "child"), ("../child/", "child")])
+def test_the_default_folder_is_below_evaluations(model, name, tmp_path, monkeypatch):
+    """Cases E.4: evaluations/.. is the working folder."""
+    found = []
+    monkeypatch.setattr(
+        "rlhf_t2i.evaluation.run.evaluate", lambda settings, out, progress: found.append(out) or exit(0)
+    )
+    folder = tmp_path / "parent" / "child"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    app = typer.Typer()
+    app.command()(eval_command)
+    CliRunner().invoke(app, [model, "--prompts", "x.txt"])
+    assert found == [Path("evaluations") / name]
 
 
 def test_metric_options():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,17 +15,24 @@ import torch
 from PIL import Image
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import sampler as sampler_module
+from rlhf_t2i.evaluation import identity
+from rlhf_t2i.evaluation.models import StudentModel
+from rlhf_t2i.evaluation.results import read
 from rlhf_t2i.evaluation.run import evaluate
-from rlhf_t2i.evaluation.sampler import Sampler, resolve
 from tests import tiny
 from tests.evaluation.conftest import BRIGHTNESS, REWARDS
 
-TABLES = ("results.json", "table.md", "table.csv")
 
-
-def tables(out: Path) -> dict[str, bytes]:
-    return {name: (out / name).read_bytes() for name in TABLES}
+def assert_same(out: Path, other: Path) -> None:
+    """The same results up to the rounding of batches that a kill has cut otherwise."""
+    ours, theirs = (read(folder) for folder in (out, other))
+    assert ours is not None
+    assert theirs is not None
+    assert (ours.prompts, ours.images) == (theirs.prompts, theirs.images)
+    for key, metric in theirs.metrics.items():
+        assert ours.metrics[key].by_prompt == pytest.approx(metric.by_prompt, abs=1e-4)
+    assert np.abs(pixels(out) - pixels(other)).max() <= 1
+    assert all((out / name).is_file() for name in ("table.md", "table.csv"))
 
 
 def pixels(out: Path) -> np.ndarray:
@@ -32,8 +40,8 @@ def pixels(out: Path) -> np.ndarray:
 
 
 def test_writes_images_scores_and_a_table(settings, tmp_path):
-    found = evaluate(settings(), tmp_path)
-    data = json.loads(found.path.read_text())
+    evaluate(settings(), tmp_path)
+    data = json.loads((tmp_path / "results.json").read_text())
     assert len(data["images"]) == 10
     assert pixels(tmp_path).shape == (10, tiny.RESOLUTION, tiny.RESOLUTION, 3)
     rows = {row["metric"]: row for row in data["table"]}
@@ -69,51 +77,12 @@ def test_fewer_prompts_give_the_first_images(settings, tmp_path):
     assert np.abs(pixels(tmp_path / "a")[:4] - pixels(tmp_path / "b")).max() <= 1
 
 
-def test_one_step_images_equal_plain_diffusers(run_folder_with_model, settings):
-    from diffusers import LCMScheduler, StableDiffusionXLPipeline
-
-    from rlhf_t2i.algorithm import rng
-
-    chosen = resolve(settings())
-    sampler = Sampler(chosen, seed=0, device=torch.device("cpu"), precision="fp32")
-    ours = sampler.images([3, 4], ["a red cat", "a blue dog"])
-    pipeline = StableDiffusionXLPipeline.from_pretrained(run_folder_with_model / "model")
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = rng.normal(tiny.LATENTS, [(0, "evaluation", 3), (0, "evaluation", 4)])
-    theirs = pipeline(
-        ["a red cat", "a blue dog"], num_inference_steps=1, timesteps=[399], guidance_scale=0.0, latents=noise,
-        height=tiny.RESOLUTION, width=tiny.RESOLUTION, output_type="pt",
-    ).images  # fmt: skip
-    assert torch.allclose(ours, theirs.float(), atol=1e-4)
-
-
 def test_many_step_reference_by_the_same_command(settings, tiny_sdxl, tmp_path):
-    chosen = settings(model=str(tiny_sdxl), steps=2, guidance=3.0, limit=2, resolution=tiny.RESOLUTION)
+    chosen = settings(model=str(tiny_sdxl), steps=2, guidance=3.0, limit=2)
     for name, batch in (("a", 4), ("b", 1)):
         evaluate(chosen.model_copy(update={"batch_size": batch}), tmp_path / name)
     assert "2 steps, guidance 3" in (tmp_path / "a" / "table.md").read_text()
     assert np.abs(pixels(tmp_path / "a") - pixels(tmp_path / "b")).max() <= 1
-
-
-def test_how_a_model_is_sampled(settings, tiny_sdxl, run_folder_with_model):
-    assert resolve(settings()).timestep == 399
-    assert resolve(settings(steps=4)).timestep is None
-    reference = resolve(settings(model=str(tiny_sdxl)))
-    assert (reference.timestep, reference.steps, reference.resolution) == (None, 50, tiny.RESOLUTION)
-    assert resolve(settings(model=str(tiny_sdxl), timestep=249)).words.startswith("1 step at t=249")
-    unet = resolve(settings(model=str(tiny_sdxl / "unet"), base=str(tiny_sdxl), timestep=399))
-    assert unet.base == str(tiny_sdxl)
-    with pytest.raises(UsageError, match="give its --timestep"):
-        resolve(settings(model=str(tiny_sdxl / "unet"), base=str(tiny_sdxl)))
-    with pytest.raises(UsageError, match="no such model"):
-        resolve(settings(model="./nowhere"))
-
-
-def test_an_unfinished_run_folder_is_refused(settings, tmp_path):
-    (tmp_path / "recipe.yaml").write_text("steps: 1\n")
-    with pytest.raises(UsageError, match="has not finished"):
-        resolve(settings(model=str(tmp_path)))
 
 
 def test_finished_images_and_scores_are_not_repeated(settings, tmp_path, monkeypatch):
@@ -123,20 +92,23 @@ def test_finished_images_and_scores_are_not_repeated(settings, tmp_path, monkeyp
     cls = registry.load_class(registry.REWARDS, counting)
     evaluate(settings(metrics=[counting]), tmp_path)
     assert cls.scored == 10
-    monkeypatch.setattr(sampler_module.Sampler, "images", lambda *_: pytest.fail("drew an image twice"))
-    # A further metric is added to the same folder; nothing that stands is done again.
-    evaluate(settings(metrics=[counting, BRIGHTNESS]), tmp_path)
+    monkeypatch.setattr(StudentModel, "images", lambda *_: pytest.fail("drew an image twice"))
+    # A further metric is added to the same folder; nothing that is there is done again, whatever the batches.
+    evaluate(settings(metrics=[counting, BRIGHTNESS], batch_size=3), tmp_path)
     assert cls.scored == 10
 
 
 def test_only_the_missing_images_are_drawn(settings, tmp_path, monkeypatch):
     evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
-    (tmp_path / "images" / "00005.png").unlink()
+    whole = pixels(tmp_path)
+    for index in (5, 8):
+        (tmp_path / "images" / f"{index:05d}.png").unlink()
     drawn = []
-    original = sampler_module.Sampler.images
-    monkeypatch.setattr(sampler_module.Sampler, "images", lambda self, i, p: drawn.append(i) or original(self, i, p))
+    original = StudentModel.images
+    monkeypatch.setattr(StudentModel, "images", lambda self, p, keys: drawn.append(keys) or original(self, p, keys))
     evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
-    assert drawn == [[4, 5, 6, 7]]
+    assert drawn == [[(0, "evaluation", 5), (0, "evaluation", 8)]]
+    assert np.abs(pixels(tmp_path) - whole).max() <= 1
 
 
 class Stop(Exception):
@@ -161,7 +133,7 @@ def test_stopping_after_any_batch_gives_the_same_bytes(settings, tmp_path):
         with (out / "scores.jsonl").open("a") as stream:
             stream.write('{"key": "cut sho')
         evaluate(chosen, out)
-        assert tables(out) == tables(tmp_path / "calm")
+        assert_same(out, tmp_path / "calm")
 
 
 @pytest.mark.slow
@@ -172,7 +144,7 @@ def test_ten_random_kills_give_the_same_bytes(settings, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "10 killed" in done.stdout
-    assert tables(tmp_path / "a") == tables(tmp_path / "b")
+    assert_same(tmp_path / "b", tmp_path / "a")
 
 
 def test_another_evaluation_in_the_folder_is_refused(settings, tmp_path):
@@ -189,13 +161,13 @@ def test_other_weights_in_the_same_place_are_refused(settings, run_folder_with_m
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(UsageError, match="weights is"):
+    with pytest.raises(UsageError, match="model is"):
         evaluate(chosen, tmp_path / "out")
 
 
 def test_one_reward_measured_twice(settings, tmp_path):
     found = evaluate(settings(metrics=[f"one={BRIGHTNESS}", f"two={BRIGHTNESS}"]), tmp_path)
-    assert [row["metric"] for row in found.rows] == ["one", "two"]
+    assert list(found.metrics) == ["one", "two"]
     with pytest.raises(UsageError, match="write LABEL=NAME"):
         settings(metrics=[BRIGHTNESS, BRIGHTNESS])
 
@@ -208,9 +180,77 @@ def test_two_evaluations_never_share_a_folder(settings, tmp_path):
     evaluate(settings(metrics=[BRIGHTNESS]), tmp_path, second)
 
 
-def test_a_reward_of_the_wrong_length_stops_the_run(settings, tmp_path):
-    with pytest.raises(RunError, match="gave 1 scores for 4 images"):
-        evaluate(settings(metrics=[f"{REWARDS}:Broken"]), tmp_path)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Broken", r"shape \[1\], not a tensor \[4\]"), ("Columns", r"shape \[4, 2\], not a tensor \[4\]"),
+     ("Unbounded", "its value is not finite")],
+)  # fmt: skip
+def test_what_a_reward_returns_is_checked_as_in_training(settings, tmp_path, name, message):
+    """Cases B.5: two values per image were averaged without a word."""
+    with pytest.raises(RunError, match=message):
+        evaluate(settings(metrics=[f"{REWARDS}:{name}"]), tmp_path)
+    assert (tmp_path / "failures").is_dir()
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_another_reward_of_the_same_name_is_measured_anew(settings, tmp_path):
+    """Cases B.2: scores are kept by the reward's code, options and weights."""
+    plugin, weights = tmp_path / "scorer.py", tmp_path / "level.txt"
+    weights.write_text("1")
+    chosen = settings(metrics=[f"s={plugin}:Level"], options={"s": {"file": str(weights)}})
+
+    def score(code: str) -> float:
+        plugin.write_text(LEVEL.replace("CODE", code), "utf-8")
+        for name in [name for name in sys.modules if name.startswith("rlhf_t2i_file_")]:
+            del sys.modules[name]  # another process would import it anew
+        return evaluate(chosen, tmp_path / "out").metrics["s"].value
+
+    assert score("level") == 1
+    assert score("level + 1") == 2
+    weights.write_text("5")
+    assert score("level + 1") == 6
+    assert score("level") == 5
+
+
+LEVEL = """
+from pathlib import Path
+from rlhf_t2i import plugins
+
+class Named(plugins.Options):
+    file: str
+
+class Level(plugins.Reward):
+    Options = Named
+
+    def score(self, images, prompts):
+        level = float(Path(self.options.file).read_text())
+        return images.new_full([len(prompts)], CODE)
+"""
+
+
+def test_changed_package_versions_are_told(settings, tmp_path, monkeypatch):
+    evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
+    assert evaluate(settings(metrics=[BRIGHTNESS]), tmp_path).notes == []
+    monkeypatch.setattr(identity, "versions", lambda: {"torch": "9.9"})
+    notes = evaluate(settings(metrics=[BRIGHTNESS]), tmp_path).notes
+    assert len(notes) == 2
+    assert all(f"torch {torch.__version__} (now 9.9)" in note for note in notes)
+
+
+def test_a_full_disk_is_one_sentence(settings, tmp_path):
+    """Cases G.6, with a limit on the size of files in place of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (300, 700):  # too small for the folder's identity, and for an image
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(RunError, match="could not be written: File too large"):
+                evaluate(settings(metrics=[BRIGHTNESS]), tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        left = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.stat().st_size]
+        assert [path.name for path in left if path.suffix != ".json"] == []
+        assert all(json.loads(path.read_text()) for path in left)
+    evaluate(settings(metrics=[BRIGHTNESS]), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +261,9 @@ def test_a_reward_of_the_wrong_length_stops_the_run(settings, tmp_path):
         ({"metrics": ["fid"]}, "--real"),
         ({"metrics": ["frechet_clip"], "real": "/nowhere"}, "no such folder"),
         ({"metrics": ["class_entropy"]}, "--classes"),
-        ({"timestep": 399, "steps": 4}, "not both"),
+        ({"student": {"timesteps": [399]}, "steps": 4}, "not both"),
+        ({"metrics": ["cfg_implicit"]}, "scores latents"),
+        ({"height": 17}, "not a multiple"),
         ({"batch_size": 0}, "batch_size"),
         ({"options": {"clip": {"model": "x"}}}, "not among the metrics"),
         ({"prompts": "./nowhere.txt"}, "no such prompt file"),

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation import features, results
+from rlhf_t2i.evaluation import features
 from rlhf_t2i.evaluation.features import ClipFeatures, Probe
-from rlhf_t2i.evaluation.images import read_images
 from rlhf_t2i.evaluation.run import evaluate
 from rlhf_t2i.plugins import registry
+from rlhf_t2i.utils import images as image_files
 from rlhf_t2i.utils import stats
 
 
@@ -33,7 +33,7 @@ def test_clip_features_agree_with_transformers(tiny_clip, tmp_path):
 
     folder = pictures(tmp_path / "p", 3)
     paths = sorted(folder.iterdir())
-    ours = ClipFeatures(str(tiny_clip), torch.device("cpu"))(read_images(paths))
+    ours = ClipFeatures(str(tiny_clip), torch.device("cpu"))(image_files.read(paths))
     processor = CLIPImageProcessorPil.from_pretrained(tiny_clip)
     inputs = processor(images=[Image.open(path) for path in paths], return_tensors="pt")
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_clip_score_agrees_with_torchmetrics(tmp_path):
                 tmp_path / f"{index}.png"
             )
     names = json.loads((emoji64 / "data/names.json").read_text("utf-8"))[:3]
-    images, prompts = read_images(sorted(tmp_path.iterdir())), [f"{name}, on a red background" for name in names]
+    images, prompts = image_files.read(sorted(tmp_path.iterdir())), [f"{name}, on a red background" for name in names]
     judge = emoji64 / "judge"
     parts = PooledClip(CLIPModel.from_pretrained(judge, dtype=torch.float32)), AutoProcessor.from_pretrained(judge)
     metric = clip_score.CLIPScore(lambda: parts)
@@ -112,7 +112,7 @@ def test_fid_with_inceptions_own_network(settings, tmp_path, monkeypatch):
     torch.save(network.state_dict(), weights)
     real = pictures(tmp_path / "real", 8)
     found = evaluate(settings(metrics=["fid"], real=str(real), inception=str(weights)), tmp_path / "out")
-    (row,) = found.rows
+    (row,) = found.table
     assert "InceptionV3 pool3" in row["unit"]
 
     def pool3(folder):
@@ -129,41 +129,36 @@ def test_frechet_clip_names_its_features(settings, tiny_clip, tmp_path):
     real = pictures(tmp_path / "real", 8)
     chosen = settings(metrics=["frechet_clip"], features=str(tiny_clip), real=str(real))
     found = evaluate(chosen, tmp_path / "out")
-    (row,) = found.rows
+    (row,) = found.table
     assert row["mean"] > 0
     assert f"CLIP {tiny_clip.parent.name}/{tiny_clip.name}" in row["unit"]
     assert "10 against 8 real" in row["unit"]
     assert row["low"] is None
 
 
-def test_diversity_of_equal_images_is_nothing():
-    alike = np.repeat(np.random.default_rng(0).normal(size=(2, 5)), 3, axis=0)
-    found = features.diversity(alike, 3)
-    assert found.distance == pytest.approx([0, 0], abs=1e-12)
-    assert found.vendi == pytest.approx([1, 1])
-
-
 def test_class_entropy_by_hand():
     # Features of length 1 and a steep probe: each image is surely of one class.
     probe = Probe(["a", "b", "c"], 100 * np.eye(3), np.zeros(3))
     own = np.eye(3)[[0, 1, 0, 0]]  # prompt one: a and b; prompt two: a twice
-    found, overall = results.class_entropy(probe, own, 2, "test")
+    found, overall = features.class_entropy(probe, own, ["p", "p", "q", "q"], "test")
     assert found.by_prompt == pytest.approx([math.log(2), 0], abs=1e-9)
     assert found.extra["shares"] == pytest.approx({"a": 0.75, "b": 0.25, "c": 0}, abs=1e-9)
     assert overall.value == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     flat = Probe(["a", "b", "c"], 0.01 * np.eye(3), np.zeros(3), hard=True)
-    assert results.class_entropy(flat, own, 2, "test")[0].by_prompt == pytest.approx(found.by_prompt)
+    assert features.class_entropy(flat, own, ["p", "p", "q", "q"], "test")[0].by_prompt == pytest.approx(
+        found.by_prompt
+    )
 
 
 def test_class_entropy_with_labels_and_with_a_probe(settings, tiny_clip, tmp_path):
     clip = str(tiny_clip)
     chosen = settings(metrics=["class_entropy"], features=clip, classes="a red thing|a blue thing")
-    row, _ = evaluate(chosen, tmp_path / "labels").rows
+    row, _ = evaluate(chosen, tmp_path / "labels").table
     assert 0 <= row["mean"] <= math.log(2)
     probe = {"labels": ["x", "y"], "weight": np.zeros((2, 16)).tolist(), "bias": [0, 0]}
     (tmp_path / "probe.json").write_text(json.dumps(probe))
     chosen = settings(metrics=["class_entropy"], features=clip, classes=str(tmp_path / "probe.json"))
-    row, _ = evaluate(chosen, tmp_path / "probe").rows
+    row, _ = evaluate(chosen, tmp_path / "probe").table
     assert row["mean"] == pytest.approx(math.log(2))
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy import linalg
 from scipy import stats as scipy_stats
 
+from rlhf_t2i.evaluation import diversity
 from rlhf_t2i.utils import stats
 
 
@@ -38,23 +39,38 @@ def test_bootstrap_of_too_little():
 
 def test_vendi_score_of_its_definition():
     # Friedman and Dieng 2023: K for orthogonal samples, 1 for identical ones, exp of the entropy of the cluster sizes.
-    assert stats.vendi_score(np.eye(5)) == pytest.approx(5)
-    assert stats.vendi_score(np.ones((5, 3))) == pytest.approx(1)
+    assert diversity.vendi_score(np.eye(5)) == pytest.approx(5)
+    assert diversity.vendi_score(np.ones((5, 3))) == pytest.approx(1)
     clusters = np.repeat(np.eye(2), [3, 1], axis=0)
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert stats.vendi_score(clusters) == pytest.approx(expected)
+    assert diversity.vendi_score(clusters) == pytest.approx(expected)
     features = np.random.default_rng(0).normal(size=(6, 4))
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     eigenvalues = linalg.eigvalsh(unit @ unit.T / 6)
-    assert stats.vendi_score(features) == pytest.approx(
+    assert diversity.vendi_score(features) == pytest.approx(
         math.exp(scipy_stats.entropy(eigenvalues.clip(1e-15))), rel=1e-9
     )
 
 
-def test_mean_pairwise_distance_by_hand():
+def test_distances_by_hand():
     features = np.array([[1.0, 0], [0, 2.0], [-3.0, 0]])
-    assert stats.mean_pairwise_distance(features) == pytest.approx((1 + 2 + 1) / 3)
-    assert math.isnan(stats.mean_pairwise_distance(features[:1]))
+    assert diversity.cosine_distance(features) == pytest.approx((1 + 2 + 1) / 3)
+    pairs = [math.sqrt(5), 4.0, math.sqrt(13)]
+    assert diversity.rms_distance(features) == pytest.approx(np.mean(pairs) / math.sqrt(2))
+
+
+def test_diversity_is_measured_within_prompts():
+    # Of a the pairs (0, 1), (0, 3), (1, 3); one image of b; the pair of c.
+    features = np.array([[0.0], [1.0], [9.0], [3.0], [7.0], [5.0]])
+    found = diversity.within(["a", "a", "b", "a", "c", "c"], features, diversity.rms_distance)
+    assert found == pytest.approx([2.0, 2.0])
+
+
+def test_diversity_of_equal_images_is_nothing():
+    alike = np.repeat(np.random.default_rng(0).normal(size=(2, 5)), 3, axis=0)
+    units = ["a"] * 3 + ["b"] * 3
+    assert diversity.within(units, alike, diversity.cosine_distance) == pytest.approx([0, 0], abs=1e-12)
+    assert diversity.within(units, alike, diversity.vendi_score) == pytest.approx([1, 1])
 
 
 def test_frechet_distance_closed_form_and_scipy():
@@ -92,6 +108,6 @@ def test_ratio_error_by_resampling():
     assert kept.error == pytest.approx((after[draws].mean(1) / before[draws].mean(1)).std(), rel=0.1)
 
 
-def test_by_prompt_wants_one_value_a_prompt():
-    with pytest.raises(ValueError, match="2 values for 1 prompts"):
-        stats.by_prompt([1.0, 2.0], ["a"])
+def test_by_unit_needs_a_unit_for_every_value():
+    with pytest.raises(ValueError, match="2 values for 1 units"):
+        stats.by_unit([1.0, 2.0], ["a"])

@@ -61,9 +61,9 @@ def of_run(out: Path) -> Result:
         values = [row.get(name) for row in rows]
         if all(value is None or isinstance(value, int | float) for value in values):
             numbers[f"metrics/{name}"] = values
-    after = json.loads((out / "evaluation/after.json").read_text("utf-8"))
-    for name, values in (after["scores"] | after["diversity"]).items():
-        numbers[f"after/{name}"] = values
+    after = json.loads((out / "evaluation/after/results.json").read_text("utf-8"))
+    for name, metric in after["metrics"].items():
+        numbers[f"after/{name}"] = metric["by_image"] or metric["by_prompt"]
     files = sorted((out / "model").rglob("*.safetensors"))
     weights, rest = {}, {}
     for file in files:

@@ -16,7 +16,7 @@ from rlhf_t2i import cli
 from rlhf_t2i.commands.evaluate import metric_options
 from rlhf_t2i.commands.rewards import parse_options
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation.sampler import _run_folder
+from rlhf_t2i.evaluation import models
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe import reading
@@ -137,11 +137,9 @@ def test_a_home_of_nobody_elsewhere() -> None:
     with pytest.raises(UsageError, match="no-such-user"):
         registry.load_class(registry.REWARDS, f"{NOBODY}.py:Reward")
     with pytest.raises(UsageError, match="no-such-user"):
-        _run_folder(NOBODY)
+        models.load(NOBODY)
     with pytest.raises(UsageError, match="no-such-user"):
         fingerprints.of_path(NOBODY)
-    with pytest.raises(UsageError, match="no-such-user"):
-        fingerprints.of_options({"model": NOBODY})
     with pytest.raises(UsageError, match="no-such-user"):
         registry.reward("clip", open_clip="ViT-B-32", pretrained=NOBODY)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from rlhf_t2i.evaluation.results import Metric, Results
+
 PROMPTS = [f"{name}, on a {color} background" for name in ("red apple", "cat face", "very long named ferris wheel")
            for color in ("blue", "light goldenrod yellow")]  # fmt: skip
 PER_PROMPT = 4
@@ -45,18 +47,15 @@ def make_run(out: Path, *, finished: bool = True, steps: int = 60) -> Path:
 
 def write_evaluation(out: Path, name: str, prompts: list[str], scores: dict, step: int, diversity: list[float]) -> None:
     folder = out / "evaluation" / name
-    folder.mkdir(parents=True)
-    images = []
-    for index in range(len(prompts)):
-        picture(index + (100 if name == "after" else 0)).save(folder / f"{index:05d}.png")
-        images.append(f"{name}/{index:05d}.png")
-    data = {
-        "step": step, "prompts": prompts, "indices": list(range(len(prompts))),
-        "scores": {key: [float(v) for v in values] for key, values in scores.items()},
-        "kinds": {"pickscore": "train", "clip": "eval"}, "units": {"pickscore": "cosine", "clip": "cosine"},
-        "diversity": {"latent_distance": diversity}, "images": images,
-    }  # fmt: skip
-    (folder.parent / f"{name}.json").write_text(json.dumps(data))
+    (folder / "images").mkdir(parents=True)
+    images = [f"images/{index:05d}.png" for index in range(len(prompts))]
+    for index, file in enumerate(images):
+        picture(index + (100 if name == "after" else 0)).save(folder / file)
+    kinds = {"pickscore": "train", "clip": "eval"}
+    metrics = [Metric.of_images(key, [float(v) for v in values], prompts, kind=kinds[key], unit="cosine")
+               for key, values in scores.items()]  # fmt: skip
+    metrics.append(Metric.of_prompts("latent_distance", diversity, kind="diversity"))
+    Results(prompts, {m.key: m for m in metrics}, images=images, step=step, folder=folder).write()
 
 
 def picture(seed: int, side: int = 64) -> Image.Image:

@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_t2i.evaluation.compare import compare
-from rlhf_t2i.evaluation.reading import Evaluated
-from rlhf_t2i.tools.report import comparison, verdicts
+from rlhf_t2i.evaluation.compare import compare, of_run
+from rlhf_t2i.evaluation.results import Metric, Results, read
 
 
 def evaluation(scores, prompts=None, diversity=(), kind="train", **more):
     prompts = prompts or [f"p{i}" for i in range(len(scores))]
-    return Evaluated(
-        0, prompts, {"r": list(scores)}, {"r": kind}, {"r": "cosine"},
-        {"latent_distance": list(diversity)} if len(diversity) else {}, **more,
-    )  # fmt: skip
+    metrics = {"r": Metric.of_images("r", list(scores), prompts, kind=kind, unit="cosine", **more)}
+    if len(diversity):
+        metrics["latent_distance"] = Metric.of_prompts("latent_distance", list(diversity), kind="diversity")
+    return Results(prompts, metrics)
 
 
 def test_paired_difference_matches_scipy():
@@ -65,7 +64,7 @@ def test_unseen_scorer_wording():
 
 
 def test_a_score_where_lower_is_better_improves_by_falling():
-    assert changed(-1.0, higher_is_better={"r": False}).outcome == "yes"
+    assert changed(-1.0, higher_is_better=False).outcome == "yes"
 
 
 @pytest.mark.parametrize(("after", "outcome"), [([0.9, 0.7], "yes"), ([0.5, 0.6], "no")])
@@ -92,10 +91,42 @@ def test_different_prompts_cannot_be_paired():
 
 
 def test_comparison_of_a_folder(run_folder, tmp_path):
-    rows = comparison(run_folder)
+    rows = of_run(run_folder)
     assert [(row.key, row.kind) for row in rows] == [
         ("pickscore", "train"), ("clip", "eval"), ("latent_distance", "diversity"),
     ]  # fmt: skip
     assert rows[0].prompts == 6
-    assert [v.outcome for v in verdicts(rows)] == ["yes", "yes", "yes"]
-    assert comparison(tmp_path / "nothing") == []
+    assert [row.outcome for row in rows] == ["yes", "yes", "yes"]
+    assert of_run(tmp_path / "nothing") == []
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    written = Results(
+        ["a", "a", "b"],
+        {
+            "r": Metric.of_images("r", [0.1, 0.3, math.nan], ["a", "a", "b"], unit="cosine", higher_is_better=False),
+            "fid": Metric("fid", "set", value=3.5),
+        },
+        groups=["x", "x", "y"], images=["1.png", "2.png", "3.png"], step=7, folder=tmp_path,
+    )  # fmt: skip
+    written.write()
+    found = read(tmp_path)
+    assert found is not None
+    assert (found.prompts, found.groups, found.images, found.step) == (
+        written.prompts, written.groups, written.images, 7,
+    )  # fmt: skip
+    assert (found.metrics["fid"].value, found.metrics["fid"].by_prompt) == (3.5, [])
+    reward = found.metrics["r"]
+    assert reward.by_prompt[0] == pytest.approx(0.2)
+    assert math.isnan(reward.by_prompt[1])
+    assert not reward.higher_is_better
+    assert [(row["metric"], row["group"]) for row in found.table] == [("r", ""), ("fid", ""), ("r", "x"), ("r", "y")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"images": 3, "metrics": {}, "step": 0}', '{"images": [], "metrics": {"r": 1}, "step": 0}'],
+)
+def test_damaged_results_are_none(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    assert read(tmp_path) is None

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_t2i.evaluation import measure
+from rlhf_t2i.algorithm.prompts import PromptStream
+from rlhf_t2i.evaluation import compare
+from rlhf_t2i.evaluation.held_out import HeldOut
 from rlhf_t2i.recipe import reading
-from rlhf_t2i.tools.report import comparison
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -40,15 +41,13 @@ class Scores:
 def test_a_fall_is_judged_by_the_rewards_direction(higher_is_better: bool, tmp_path: Path) -> None:
     (tmp_path / "noise.py").write_text(REWARD.format(higher_is_better), "utf-8")
     reward = f"{{name: {tmp_path / 'noise.py'}:Noise, label: noise}}"
-    recipe = reading.load(
-        ROOT / "recipes/quickstart.yaml", [f"algorithm.rewards=[{reward}]", "algorithm.eval_rewards=[]"]
-    )
-    prompts = [f"prompt {index // 2}" for index in range(12)]
+    settings = ["evaluation={images: 12, images_per_prompt: 2}", f"algorithm.rewards=[{reward}]"]
+    recipe = reading.load(ROOT / "recipes/quickstart.yaml", [*settings, "algorithm.eval_rewards=[]"])
+    prompts = PromptStream([f"prompt {index}" for index in range(6)], 0, "held out")
     for when, level in (("before", 1.0), ("after", 0.5)):
-        told: list[str] = []
-        measure.evaluate(recipe, Scores(level), prompts, "raw", 0, tmp_path / "evaluation", when, told.append)
-        assert told[-1] == f"measuring {when} training: 12 of 12 images"
-    row = comparison(tmp_path)[0]
+        folder = tmp_path / "evaluation" / when
+        HeldOut(recipe, Scores(level), prompts).evaluate("raw", 0, folder, lambda done, total: None)
+    row = compare.of_run(tmp_path)[0]
     assert row.unit == "levels"
     assert row.difference == pytest.approx(-0.5)
     assert row.outcome == ("no" if higher_is_better else "yes")

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from rlhf_t2i.tools.report import write_report
-from tests.report.fake_run import make_run
+from tests.report.fake_run import PROMPTS, make_run
 from tests.report.headless import chromium
 
 
@@ -59,7 +59,7 @@ def test_an_empty_folder_gives_a_page(tmp_path):
 def test_damaged_files_cost_their_part_only(run_folder):
     (run_folder / "run.json").write_text("{")
     (run_folder / "recipe.yaml").write_bytes(b"\xff\xfe: [")
-    (run_folder / "evaluation" / "after" / "00000.png").write_bytes(b"not a picture")
+    (run_folder / "evaluation" / "after" / "images" / "00000.png").write_bytes(b"not a picture")
     (run_folder / "samples" / "step_000000.png").unlink()
     page = write_report(run_folder).read_text("utf-8")
     assert "improved by more than 3 standard errors" in page
@@ -68,9 +68,8 @@ def test_damaged_files_cost_their_part_only(run_folder):
 def test_prompts_are_escaped(run_folder):
     path = run_folder / "evaluation"
     for name in ("before", "after"):
-        data = json.loads((path / f"{name}.json").read_text())
-        data["prompts"] = ["<script>alert(1)</script>" if p == data["prompts"][0] else p for p in data["prompts"]]
-        (path / f"{name}.json").write_text(json.dumps(data))
+        file = path / name / "results.json"
+        file.write_text(file.read_text().replace(PROMPTS[0], "<script>alert(1)</script>"))
     assert "<script>alert(1)" not in write_report(run_folder).read_text("utf-8")
 
 
@@ -120,7 +119,7 @@ def test_slider_moves_the_cut(run_folder):
 
 def test_bytes_are_no_seconds(run_folder):
     page = write_report(run_folder).read_text("utf-8")
-    drawing = page[page.index("<h3>Seconds a step</h3>") :]
+    drawing = page[page.index("<h3>Seconds per step</h3>") :]
     assert ">bytes<" not in drawing[: drawing.index("</figure>")]
     assert ">assistant<" in drawing[: drawing.index("</figure>")]
 

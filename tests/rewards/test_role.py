@@ -20,6 +20,7 @@ from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from rlhf_t2i.tools.reward_check import SyntheticContext
+from rlhf_t2i.utils.images import to_8_bits
 from tests.rewards import builders, faulty
 
 CPU = torch.device("cpu")
@@ -154,14 +155,19 @@ def test_half_precision_stays_close_and_returns_float32(latents: Tensor, clip_fo
     assert torch.nn.functional.cosine_similarity(grads.flatten(), exact[1].flatten(), 0) > 0.98
 
 
-def test_scores_of_latents_are_those_of_their_images(latents: Tensor) -> None:
+def test_scores_of_latents_are_those_of_their_saved_images(latents: Tensor) -> None:
     role = make_role({"good": faulty.Good()}, micro_batch=2)
     images = role.decode(latents)
     assert images.shape == (4, 3, 36, 36)
     assert not images.requires_grad
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
-    expected = role.rewards["good"].score(images, PROMPTS)
+    expected = role.rewards["good"].score(to_8_bits(images) / 255, PROMPTS)
     assert torch.allclose(role.score(latents, PROMPTS)["good"], expected, atol=1e-6)
+    # What is measured is the image as a PNG holds it; what trains is the image as it was decoded.
+    assert not torch.allclose(role.value_and_grad(latents, PROMPTS)["good"][0], expected, atol=1e-6)
+    assert torch.equal(
+        role.score_images(to_8_bits(images) / 255, PROMPTS)["good"], role.score(latents, PROMPTS)["good"]
+    )
 
 
 def test_latent_rewards_get_the_context_and_need_one(latents: Tensor) -> None:

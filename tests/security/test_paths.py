@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_t2i import cli
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation import sampling
+from rlhf_t2i.evaluation import models
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins.scaffold import write_package
@@ -104,7 +104,7 @@ def test_a_group_is_named_without_control_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "a\0b", "", "A", "x" * 81])
 def test_rows_of_an_ablation_are_plain_names(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
-        schema.Row.model_validate({"name": name, "label": "x"})
+        schema.Variant.model_validate({"name": name, "label": "x"})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +126,7 @@ def test_the_parts_of_a_pipeline_are_plain_names(
     recipe, before = make_recipe(models__reference=str(folder)), tree(tmp_path)
     for refused in (
         lambda: ModelStore(recipe.models, recipe.student, torch.device("cpu")).check(),
-        lambda: sampling.sample(str(folder), ["a cat"]),
+        lambda: models.load(str(folder)).sample(["a cat"]),
     ):
         with pytest.raises(UsageError, match=r"model_index\.json is damaged: .* is no name of a folder"):
             refused()

@@ -11,8 +11,8 @@ import torch
 from rlhf_t2i_plugins.rewards.clip_model import load_tokenizer
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation import sampling
 from rlhf_t2i.evaluation.features import ClipFeatures
+from rlhf_t2i.evaluation.models import load
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import registry
@@ -113,7 +113,7 @@ def test_a_pipeline_with_pickled_weights_is_refused(part: str, tiny_sdxl: Path, 
         }[part]()
     refused(caught, ran, f"{folder}/{part}")
     with pytest.raises(UsageError) as caught:
-        sampling.sample(str(folder), ["a cat"])
+        load(str(folder)).sample(["a cat"])
     refused(caught, ran, str(folder))
 
 
@@ -154,7 +154,7 @@ def test_a_pipeline_with_code_of_its_own_is_not_executed(
         monkeypatch.syspath_prepend(tmp_path)
         hostile.edit(index, unet=["evil_module", "EvilUNet"])
     with pytest.raises(UsageError) as caught:
-        sampling.sample(str(folder), ["a cat"])
+        load(str(folder)).sample(["a cat"])
     refused(caught, ran, str(folder))
 
 

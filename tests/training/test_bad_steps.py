@@ -133,4 +133,4 @@ def test_all_ranks_skip_together(
     assert all(torch.equal(value, averages[1][name]) for name, value in averages[0].items())
     assert all(value.isfinite().all() for value in averages[2].values())
     assert any(not torch.equal(value, averages[2][name]) for name, value in averages[1].items())
-    assert json.loads((out / "evaluation/after.json").read_text("utf-8"))["step"] == 3
+    assert json.loads((out / "evaluation/after/results.json").read_text("utf-8"))["step"] == 3

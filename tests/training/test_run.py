@@ -52,9 +52,10 @@ def test_leaves_the_documented_files(make_recipe: MakeRecipe, tmp_path: Path) ->
         rows[0]
     )
     assert not any("loss/divergence" in row for row in rows)  # its expectation is zero: no progress signal
-    after = json.loads((out / "evaluation/after.json").read_text("utf-8"))
-    assert len(after["scores"]["pickscore"]) == len(after["prompts"]) == 8
-    assert len(after["diversity"]["latent_distance"]) == 4
+    after = json.loads((out / "evaluation/after/results.json").read_text("utf-8"))
+    assert len(after["metrics"]["pickscore"]["by_image"]) == len(after["images"]) == 8
+    assert len(after["metrics"]["latent_distance"]["by_prompt"]) == 4
+    assert all((out / "evaluation/after" / image["file"]).is_file() for image in after["images"])
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
 
 
@@ -92,7 +93,11 @@ def test_resume_is_bit_identical(
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)
-    for name in ("samples/step_000003.png", "evaluation/after.json", "checkpoints/step_000003/assistant/local.pt"):
+    for name in (
+        "samples/step_000003.png",
+        "evaluation/after/results.json",
+        "checkpoints/step_000003/assistant/local.pt",
+    ):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -388,7 +393,8 @@ def test_model_loads_in_diffusers_and_equals_sample(
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    from rlhf_t2i.evaluation.sampling import sample
+    from rlhf_t2i.evaluation import models
+    from rlhf_t2i.utils import images
 
     reference = tmp_path / "reference"
     shutil.copytree(tiny_sdxl, reference)
@@ -401,10 +407,13 @@ def test_model_loads_in_diffusers_and_equals_sample(
     pipeline = StableDiffusionXLPipeline.from_pretrained(out / "model")
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        "a red cat", num_inference_steps=1, timesteps=[399], guidance_scale=0.0, height=16, width=16,
+        "a red cat", num_inference_steps=1, guidance_scale=0.0, height=16, width=16,
         generator=torch.Generator().manual_seed(5), output_type="pt",
     ).images.float()  # fmt: skip
-    torch.testing.assert_close(sample(str(out), ["a red cat"], seed=5), theirs, rtol=0, atol=1e-5)
+    model = models.load(str(out))
+    ours = model.image("a red cat", torch.Generator().manual_seed(5))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert model.sample(["a red cat"], seed=5)[0].tobytes() == images.to_pil(ours[0]).tobytes()
 
 
 def test_the_model_has_a_manifest(make_recipe: MakeRecipe, tmp_path: Path) -> None:

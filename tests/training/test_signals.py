@@ -64,7 +64,7 @@ def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: P
             run.run(recipe, out, resume=True)
         assert model_bytes(out) == model_bytes(tmp_path / "whole"), phase
         assert metrics(out) == metrics(tmp_path / "whole"), phase
-        for name in ("evaluation/before.json", "evaluation/after.json"):
+        for name in ("evaluation/before/results.json", "evaluation/after/results.json"):
             assert (out / name).is_file(), (phase, name)
 
 

@@ -1,15 +1,15 @@
-"""What the rows say: means, differences, equal-reward comparisons and claims, all from one bootstrap.
+"""Statistics of an ablation: means, differences, comparisons at equal reward and claims, all from one bootstrap.
 
-Prompts are resampled once for all rows (every row was measured on the same prompts and noise), seeds within each row:
-the crossed bootstrap of Owen (2007), which counts both kinds of luck. With three seeds the spread between seeds is
-itself poorly known; the tables print it beside the interval.
+Prompts are resampled once for all rows (all are measured on the same prompts and noise), seeds within each row: the
+crossed bootstrap of Owen (2007), which covers both sources of randomness. Three seeds give a poor estimate of the
+spread between seeds; the tables print it beside the interval.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +23,7 @@ LEVELS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval; the interval is nan where none can be given."""
+    """A number with its 95% interval; NaN where there is none."""
 
     value: float
     low: float = math.nan
@@ -31,7 +31,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, draws: np.ndarray | None) -> Estimate:
-        """From bootstrap draws [R]; draws that are not a number are left out, too many of them leave no interval."""
+        """From bootstrap draws [R]; NaN draws are left out, and more than a tenth of them leave no interval."""
         if draws is None or not math.isfinite(value):
             return cls(value)
         finite = draws[np.isfinite(draws)]
@@ -40,6 +40,10 @@ class Estimate:
         low, high = np.percentile(finite, [2.5, 97.5])
         return cls(value, float(low), float(high))
 
+    def times(self, factor: float) -> Estimate:
+        """In another unit."""
+        return Estimate(self.value * factor, self.low * factor, self.high * factor)
+
     @property
     def sign(self) -> int:
         """1 or -1 where the whole interval is on one side of zero, else 0."""
@@ -47,24 +51,19 @@ class Estimate:
 
 
 @dataclass
-class RowData:
-    """The measurements of one row: for each metric a matrix [S seeds, P prompts], or single values [S]."""
+class VariantData:
+    """The measurements of one row: per metric a matrix [S seeds, P prompts]; P = 1 for a number of a whole set."""
 
     name: str
     values: dict[str, np.ndarray]
-    single: dict[str, list[float]] = field(default_factory=dict)
 
     def mean(self, metric: str) -> float:
-        """Over seeds and prompts; nan when unmeasured."""
-        if metric in self.values:
-            return stats.mean(self.values[metric].ravel()).value
-        return stats.mean(self.single.get(metric, [])).value
+        """Over seeds and prompts; NaN when unmeasured."""
+        return stats.mean(self.values[metric].ravel()).value if metric in self.values else math.nan
 
     def by_seed(self, metric: str) -> list[float]:
-        """One mean a seed."""
-        if metric in self.values:
-            return [stats.mean(row).value for row in self.values[metric]]
-        return list(self.single.get(metric, []))
+        """One mean per seed."""
+        return [stats.mean(row).value for row in self.values.get(metric, ())]
 
 
 class Bootstrap:
@@ -74,7 +73,7 @@ class Bootstrap:
         rows: All measured on the same prompts.
     """
 
-    def __init__(self, rows: Mapping[str, RowData], resamples: int = RESAMPLES) -> None:
+    def __init__(self, rows: Mapping[str, VariantData], resamples: int = RESAMPLES) -> None:
         self.rows, self._resamples = rows, resamples
         self._prompt_weights: dict[int, np.ndarray] = {}
         self._cache: dict[tuple[str, str], np.ndarray | None] = {}
@@ -134,8 +133,8 @@ def equal_reward(
 ) -> list[EqualReward]:
     """Compare two frontiers at equal reward gained over the initial row.
 
-    Each frontier joins its rows by straight lines in the order of their reward; the levels are quarters of the range
-    that both reach. [] when they share none.
+    Each frontier is a piecewise linear curve through its rows in the order of their reward; the levels are quarters of
+    the range that both reach. [] when they share none.
     """
     curves = [_curve(boot, initial, frontier, reward, metric) for frontier in (first, second)]
     low = max(min(gains) for gains, _ in curves)
@@ -163,8 +162,8 @@ class Finding:
     estimates: list[Estimate]
 
 
-def judge(claim: Claim, ablation: Ablation, boot: Bootstrap) -> Finding:
-    """Hold a claim against the measurements; its interval must lie on one side of zero to decide it."""
+def decide(claim: Claim, ablation: Ablation, boot: Bootstrap) -> Finding:
+    """Decide a claim: its whole interval must lie on one side of zero."""
     needed = _rows_of(claim, ablation)
     absent = [name for name in needed if name not in boot.rows]
     if absent:
@@ -179,7 +178,7 @@ def judge(claim: Claim, ablation: Ablation, boot: Bootstrap) -> Finding:
             return Finding(claim, "not shown", "the two never gain the same reward, so nothing can be compared", [])
         estimates = [row.difference for row in found]
     factor = ablation.factor(claim.metric)
-    detail = "; ".join(_words(e, factor) for e in estimates)
+    detail = "; ".join(_describe(e, factor) for e in estimates)
     if not all(math.isfinite(e.value) for e in estimates):
         return Finding(claim, "not shown", "not measured", estimates)
     signs = {estimate.sign for estimate in estimates}
@@ -218,19 +217,18 @@ def _difference_draws(
 
 def _all_draws(boot: Bootstrap, frontier: Frontier, metric: str) -> np.ndarray | None:
     """The draws of every row of a frontier [rows, R]; None where one has none."""
-    draws = [found for name in frontier.rows if (found := boot.draws(name, metric)) is not None]
+    draws = [draw for name in frontier.rows if (draw := boot.draws(name, metric)) is not None]
     return np.stack(draws) if len(draws) == len(frontier.rows) else None
 
 
 def _read_off(gains: Sequence[float] | np.ndarray, heights: Sequence[float] | np.ndarray, gain: float) -> float:
-    """Linear interpolation; nan outside the measured range, for nothing was measured there."""
+    """Linear interpolation; NaN outside the measured range."""
     x, y = np.asarray(gains, dtype=np.float64), np.asarray(heights, dtype=np.float64)
     order = np.argsort(x, kind="stable")
     return float(np.interp(gain, x[order], y[order], left=math.nan, right=math.nan))
 
 
-def _words(estimate: Estimate, factor: float) -> str:
-    value = f"{estimate.value * factor:+.4g}"
-    if math.isnan(estimate.low):
-        return f"{value} (no interval)"
-    return f"{value} [{estimate.low * factor:+.4g}, {estimate.high * factor:+.4g}]"
+def _describe(estimate: Estimate, factor: float) -> str:
+    scaled = estimate.times(factor)
+    interval = "(no interval)" if math.isnan(scaled.low) else f"[{scaled.low:+.4g}, {scaled.high:+.4g}]"
+    return f"{scaled.value:+.4g} {interval}"

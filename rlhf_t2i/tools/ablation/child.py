@@ -1,7 +1,7 @@
 """Run a command that ends with its parent: ``python -m rlhf_t2i.tools.ablation.child PARENT COMMAND...``.
 
-An ablation that is killed with SIGKILL cannot stop its rows; the kernel does it instead, with SIGTERM, on which a
-training run writes a checkpoint. Elsewhere than on Linux the row runs on, and its lock keeps others away.
+An ablation that is killed with SIGKILL cannot stop its rows; on Linux the kernel does, with SIGTERM, on which a
+training run writes a checkpoint. On other systems the row continues, and its lock keeps other processes away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
-            # It died before the request: nobody would send the signal any more.
+            # The parent died before the request: the signal would never come.
             sys.exit(128 + signal.SIGTERM)
     os.execvp(command[0], command)
 

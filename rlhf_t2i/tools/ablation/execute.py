@@ -1,4 +1,4 @@
-"""Train and evaluate the rows: each in a process of its own, finished ones never again."""
+"""Train and evaluate the rows of an ablation, each in a process of its own; finished rows are skipped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import journal
+from rlhf_t2i.evaluation import identity, journal, results
+from rlhf_t2i.evaluation.results import dumps
 from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.ablation import schema
-from rlhf_t2i.tools.ablation.schema import Ablation, Row
+from rlhf_t2i.tools.ablation.schema import Ablation, Variant
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.jsonl import read_json
 
 TRAIN = (sys.executable, "-P", "-m", "rlhf_t2i.cli", "run")
 EVALUATE = (sys.executable, "-P", "-m", "rlhf_t2i.evaluation")
@@ -32,7 +34,7 @@ EVALUATE = (sys.executable, "-P", "-m", "rlhf_t2i.evaluation")
 class Task:
     """One row with one seed."""
 
-    row: Row
+    variant: Variant
     seed: int
     recipe: Recipe
     settings: Settings
@@ -42,7 +44,7 @@ class Task:
     @property
     def name(self) -> str:
         """For messages and folders."""
-        return f"{self.row.name}/seed_{self.seed}" if self.row.train else self.row.name
+        return f"{self.variant.name}/seed_{self.seed}" if self.variant.train else self.variant.name
 
     @property
     def run(self) -> Path:
@@ -56,29 +58,33 @@ class Task:
 
     @property
     def finished(self) -> bool:
-        """Whether its numbers stand, measured as the recipe asks now."""
-        asked = self.settings.model_dump_json(indent=1)
-        settings = self.settings_file
-        stands = (self.evaluated / "results.json").is_file() and settings.is_file()
-        return stands and settings.read_text("utf-8") == asked
+        """Whether its results are there, measured as the recipe asks now, of the model and rewards as they are now."""
+        return self.settings_file.is_file() and results.exist(self.evaluated) and read_json(
+            self.settings_file) == self.asked()  # fmt: skip
 
     @property
     def settings_file(self) -> Path:
-        """The evaluation's settings, written when it is finished."""
+        """What was evaluated; written when the evaluation is finished."""
         return self.evaluated.with_name(f"{self.evaluated.name}.settings.json")
 
+    def asked(self) -> dict[str, Any]:
+        """The evaluation's settings, and digests of what they name."""
+        settings = self.settings.model_dump(mode="json")
+        return {"settings": settings, "content": identity.of_evaluation(self.settings)}
+
     def claim(self) -> None:
-        """Refuse a folder whose row was trained with another recipe.
+        """Refuse a folder whose row was trained with another recipe, other prompts, models or rewards.
 
         Raises:
             UsageError: Names the first key that differs.
         """
-        if self.row.train:
-            journal.claim(self.run.parent, f"{self.run.name}.recipe.json", _flat(self.recipe.model_dump()))
+        if self.variant.train:
+            content = _flat(self.recipe.model_dump()) | identity.of_recipe(self.recipe)
+            journal.claim(self.run.parent, f"{self.run.name}.recipe.json", content)
 
 
 def tasks(ablation: Ablation, out: Path, more: list[str], only: Sequence[str] = ()) -> list[Task]:
-    """All rows and seeds, validated; the first seed of every row comes first, so that a table is there early.
+    """All rows and seeds, validated; the first seed of every row comes first, so that there is a table early.
 
     Raises:
         UsageError: An unknown row in ``only``, or a row that makes no valid recipe.
@@ -100,12 +106,12 @@ def tasks(ablation: Ablation, out: Path, more: list[str], only: Sequence[str] = 
 
 
 class Executor:
-    """Run tasks side by side, one a slot, each slot on devices of its own.
+    """Run tasks in parallel, one per slot, each slot on devices of its own.
 
     Args:
         ablation: Names the base recipe.
-        devices: The CUDA devices each slot may see; one entry a slot, "" for a CPU.
-        say: Called with a line for every event.
+        devices: The CUDA devices visible in each slot; one entry per slot, "" for a CPU.
+        say: Called with one line per event.
         train: The training command, before ``RECIPE --set ... --out OUT``.
         measure: The evaluation command, before ``SETTINGS OUT``.
     """
@@ -128,13 +134,13 @@ class Executor:
         self._stopping = False
 
     def run(self, todo: Sequence[Task], finished: Callable[[Task], None]) -> list[str]:
-        """Work through the tasks; a failed one is reported and the others go on.
+        """Run the tasks; a failed one is reported and the others continue.
 
         Returns:
             A sentence for each failed task.
 
         Raises:
-            UsageError: A task refuses its recipe or folder; nothing more is started.
+            UsageError: A task's recipe or folder is refused; no further task starts.
         """
         failures: list[str] = []
         pool = ThreadPoolExecutor(self._parallel)
@@ -161,7 +167,7 @@ class Executor:
         slot = self._slots.get()
         try:
             with _held(task) as lock:
-                if task.row.train:
+                if task.variant.train:
                     self._train(task, slot, lock)
                 self._evaluate(task, slot, lock)
         finally:
@@ -178,20 +184,21 @@ class Executor:
                 command.append("--resume")
                 self.say(f"{task.name}: training goes on")
             else:
-                # What a kill left before the first checkpoint is worth nothing, and in the way.
+                # A run killed before its first checkpoint cannot be resumed.
                 shutil.rmtree(task.run, ignore_errors=True)
                 self.say(f"{task.name}: training starts")
             self._call(task, command, slot, "training", lock)
-            files.write_atomic(marker, journal.dumps({"finished": True}))
+            files.write_atomic(marker, dumps({"finished": True}))
         if self.ablation.discard_checkpoints:
             shutil.rmtree(task.run / "checkpoints", ignore_errors=True)
 
     def _evaluate(self, task: Task, slot: str, lock: int) -> None:
-        asked = task.settings.model_dump_json(indent=1)
-        draft = files.write_atomic(task.settings_file.with_suffix(".asked.json"), asked)
+        asked = task.asked()
+        draft = task.settings_file.with_suffix(".asked.json")
+        files.write_atomic(draft, dumps(asked["settings"]))
         self.say(f"{task.name}: evaluating")
         self._call(task, [*self.measure, str(draft), str(task.evaluated)], slot, "evaluation", lock)
-        files.write_atomic(task.settings_file, asked)
+        files.write_atomic(task.settings_file, dumps(asked))
 
     def _call(self, task: Task, command: list[str], slot: str, what: str, lock: int) -> None:
         log = task.run.with_name(f"{task.run.name}.log")
@@ -202,7 +209,7 @@ class Executor:
             with self._guard:
                 if self._stopping:
                     raise RunError(f"{task.name}: not started")
-                # The child inherits the row's lock: should this process be killed, the next one waits for the child.
+                # The child inherits the row's lock: if this process is killed, the next one waits for the child.
                 child = subprocess.Popen(
                     launcher,
                     stdout=stream,
@@ -218,7 +225,7 @@ class Executor:
             raise _failure(task, what, code, log)
 
     def _stop(self) -> None:
-        """End what still runs (a training run writes a checkpoint on SIGTERM) and wait for it."""
+        """Terminate the children; a training run writes a checkpoint on SIGTERM."""
         with self._guard:
             self._stopping = True
             children = list(self._children)
@@ -228,7 +235,7 @@ class Executor:
 
 @contextmanager
 def _held(task: Task) -> Iterator[int]:
-    """Hold a row's lock, waiting for a process that an earlier, killed ablation left behind; gives its descriptor."""
+    """Hold a row's lock and yield its descriptor; waits for a process left by a killed ablation."""
     path = task.run.with_name(f"{task.run.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
@@ -237,7 +244,7 @@ def _held(task: Task) -> Iterator[int]:
 
 
 def slots(parallel: int | str, tasks: Sequence[Task]) -> list[str]:
-    """The CUDA devices of each slot: as many rows side by side as fit, or ``parallel``; on a CPU "" for each."""
+    """The CUDA devices of each slot: as many slots as fit, or ``parallel``; on a CPU "" for each."""
     gpus = _visible_gpus()
     if not gpus:
         return [""] * (1 if parallel == "auto" else int(parallel))

@@ -1,4 +1,4 @@
-"""An ablation from its recipe to its table."""
+"""Run an ablation: its rows, then the tables and the page."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import journal
+from rlhf_t2i.evaluation.results import dumps
 from rlhf_t2i.tools.ablation import execute, page, schema
 from rlhf_t2i.tools.ablation.execute import EVALUATE, TRAIN, Executor, Task
-from rlhf_t2i.tools.ablation.schema import Ablation, Row
+from rlhf_t2i.tools.ablation.schema import Ablation, Variant
 from rlhf_t2i.tools.ablation.tables import Table
 from rlhf_t2i.utils import files, jsonl
 from rlhf_t2i.utils.jsonl import read_json
 
 FORCE_RATIO = 0.3
-"""The reward's share of the regularizer's force at x0 that the paper's alpha_r = 100 stands for (docs/ablation.md)."""
+"""Ratio of the reward's to the regularizer's force at x0 for the paper's alpha_r = 100 (docs/ablation.md)."""
 
 
 def ablate(
@@ -43,8 +43,8 @@ def ablate(
         more: ``key=value`` overrides of every training recipe.
         only: Rows to run; all when empty.
         seeds: Comma-separated seeds in place of the recipe's.
-        parallel: Rows side by side in place of the recipe's.
-        say: Told what happens, a line at a time.
+        parallel: How many rows run at once, in place of the recipe's.
+        say: Called with one line per event.
         train: The training command.
         measure: The evaluation command.
 
@@ -64,7 +64,7 @@ def ablate(
             task.claim()
         todo = [task for task in tasks if not task.finished]
         for row, key in schema.overridden(ablation, list(more), only):
-            say(f"--set {key} stands in place of what row {row} sets itself")
+            say(f"--set {key} replaces what row {row} sets itself")
         say(f"{len(tasks) - len(todo)} of {len(tasks)} rows are finished")
 
         def finished(task: Task) -> None:
@@ -85,7 +85,7 @@ def calibrate(ablation: Ablation, out: Path, more: Sequence[str], train: Sequenc
     """Measure both forces at x0 in a short run with scale 1.
 
     Returns:
-        What ``scale_unit`` makes alpha_r = 100 push as the paper's is taken to do, and the measurement in words.
+        The ``scale_unit``, see :func:`scale_unit`, and the measurement in words.
 
     Raises:
         RunError: The training run failed, or logged no gradient norms.
@@ -97,7 +97,7 @@ def calibrate(ablation: Ablation, out: Path, more: Sequence[str], train: Sequenc
     if not rows:
         raise UsageError("no row has a paper_scale, so there is nothing to calibrate")
     command = [*train, ablation.base]
-    for text in schema.overrides(ablation, Row(name="calibration", label="calibration"), 0, texts):
+    for text in schema.overrides(ablation, Variant(name="calibration", label="calibration"), 0, texts):
         command += ["--set", text]
     done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -108,14 +108,14 @@ def calibrate(ablation: Ablation, out: Path, more: Sequence[str], train: Sequenc
 def _with_unit(
     ablation: Ablation, out: Path, more: Sequence[str], say: Callable[[str], None], train: Sequence[str]
 ) -> Ablation:
-    """The ablation with its ``scale_unit: auto`` measured, once a folder."""
+    """The ablation with its ``scale_unit: auto`` measured, once per folder."""
     if ablation.scale_unit != "auto":
         return ablation
     path = out / "scale_unit.json"
     if not path.is_file():
         say("calibration: measuring the forces at x0 with scale 1")
         unit, words = calibrate(ablation, out, more, train)
-        files.write_atomic(path, journal.dumps({"scale_unit": float(f"{unit:.3g}"), "measured": words}))
+        files.write_atomic(path, dumps({"scale_unit": float(f"{unit:.3g}"), "measured": words}))
     found = read_json(path)
     if not isinstance(found.get("scale_unit"), float):
         raise UsageError(f"{path} is damaged: remove it to measure again")
@@ -124,9 +124,9 @@ def _with_unit(
 
 
 def scale_unit(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
-    """One unit of the paper's alpha_r in this world, from steps trained with scale 1.
+    """One unit of the paper's alpha_r with these models, from steps trained with scale 1.
 
-    alpha_r = 100 shall push with :data:`FORCE_RATIO` of the regularizer's pull at x0.
+    With it, alpha_r = 100 makes the reward's gradient :data:`FORCE_RATIO` times the regularizer's at x0.
 
     Raises:
         RunError: The steps hold no gradient norms.
@@ -159,14 +159,14 @@ def _with_seeds(ablation: Ablation, seeds: str) -> Ablation:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind as an exception, so that the rows under way are told to stop and write a checkpoint."""
+    """Turn SIGTERM into an exception, so that running rows are stopped and write a checkpoint."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: somebody else's program owns the signals
+    except ValueError:  # not the main thread
         yield
         return
     try:

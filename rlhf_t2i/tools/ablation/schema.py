@@ -19,8 +19,8 @@ from rlhf_t2i.utils import files
 RowName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,79}$")]
 
 
-class Row(Section):
-    """One row: changes to the base recipe."""
+class Variant(Section):
+    """One row of the table: changes to the base recipe."""
 
     name: RowName
     label: str
@@ -59,7 +59,7 @@ class Ablation(Section):
     parallel: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
     scale_key: str = "algorithm.rewards.0.scale"
     scale_unit: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        default=1.0, description="what one unit of the paper's alpha_r is in this world; auto measures it first"
+        default=1.0, description="one unit of the paper's alpha_r with these models; auto measures it first"
     )
     calibration_steps: int = Field(default=10, ge=1)
     discard_checkpoints: bool = Field(default=False, description="remove a row's checkpoints once it is finished")
@@ -68,7 +68,7 @@ class Ablation(Section):
     labels: dict[str, str] = Field(default_factory=dict, description="metric names for the table's head")
     factors: dict[str, float] = Field(default_factory=dict, description="a metric is shown times this")
     plots: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
-    rows: list[Row] = Field(min_length=1)
+    rows: list[Variant] = Field(min_length=1)
     frontiers: list[Frontier] = Field(default_factory=list)
     claims: list[Claim] = Field(default_factory=list)
 
@@ -118,14 +118,14 @@ def load(path: str | Path) -> Ablation:
     return ablation.model_copy(update={"base": str(base)})
 
 
-def overrides(ablation: Ablation, row: Row, seed: int, more: list[str]) -> list[str]:
+def overrides(ablation: Ablation, variant: Variant, seed: int, more: list[str]) -> list[str]:
     """The ``--set`` arguments of one training run; later ones win."""
     settings = dict(ablation.set)
-    if row.paper_scale is not None:
+    if variant.paper_scale is not None:
         # "auto" stands for a unit that is measured before the first row; until then the recipe is only checked.
         unit = 1.0 if ablation.scale_unit == "auto" else ablation.scale_unit
-        settings[ablation.scale_key] = row.paper_scale * unit
-    settings |= row.set
+        settings[ablation.scale_key] = variant.paper_scale * unit
+    settings |= variant.set
     texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     return [*texts, *more, f"seed={seed}"]
 
@@ -137,31 +137,34 @@ def overridden(ablation: Ablation, more: list[str], only: Sequence[str] = ()) ->
     return [(row.name, key) for row in rows for key in keys if key in row.set]
 
 
-def training_recipe(ablation: Ablation, row: Row, seed: int, more: list[str]) -> Recipe:
+def training_recipe(ablation: Ablation, variant: Variant, seed: int, more: list[str]) -> Recipe:
     """The resolved training recipe of one row and seed.
 
     Raises:
         UsageError: The row makes no valid recipe; names the row.
     """
     try:
-        return reading.load(ablation.base, overrides(ablation, row, seed, more))
+        return reading.load(ablation.base, overrides(ablation, variant, seed, more))
     except UsageError as error:
-        raise UsageError(f"row {row.name!r}: {error}") from None
+        raise UsageError(f"row {variant.name!r}: {error}") from None
 
 
-def evaluation(ablation: Ablation, row: Row, recipe: Recipe, run: Path) -> Settings:
-    """The evaluation of one row: the exported generator, or the initial one where nothing is trained."""
+def evaluation(ablation: Ablation, variant: Variant, recipe: Recipe, run: Path) -> Settings:
+    """The evaluation of one row: the exported generator, or the initial one where nothing is trained.
+
+    Raises:
+        UsageError: The ablation's ``evaluation`` sets what the rows decide.
+    """
     values = dict(ablation.evaluation)
-    taken = next(
-        (key for key in ("model", "base", "timestep", "steps", "guidance", "resolution") if key in values), None
-    )
+    decided = ("model", "base", "vae", "student", "steps", "guidance", "height", "width")
+    taken = next((key for key in decided if key in values), None)
     if taken:
         raise UsageError(f"evaluation: {taken!r} comes from the rows; remove it")
-    taus = recipe.student.timesteps or [399]
-    values |= {"timestep": int(taus[0]), "resolution": recipe.models.height}
-    if row.train:
-        return evaluation_settings.build(values | {"model": str(run)})
-    return evaluation_settings.build(values | {"model": recipe.models.generator, "base": recipe.models.reference})
+    if variant.train:
+        return evaluation_settings.build(values | {"model": str(run / "model")})
+    models, student = recipe.models, recipe.student.model_dump(exclude_unset=True)
+    drawn = {"model": models.generator, "base": models.reference, "vae": models.vae, "student": student}
+    return evaluation_settings.build(values | drawn | {"height": models.height, "width": models.width})
 
 
 def _absolute(value: Any, folder: Path) -> Any:

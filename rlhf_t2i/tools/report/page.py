@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation.compare import Row, compare, verdicts
-from rlhf_t2i.evaluation.reading import Evaluated, evaluated
+from rlhf_t2i.evaluation import results
+from rlhf_t2i.evaluation.compare import Comparison, compare
+from rlhf_t2i.evaluation.results import Results
 from rlhf_t2i.recipe import reading
-from rlhf_t2i.tools.report import training_plots
-from rlhf_t2i.tools.report.pictures import data_uri
-from rlhf_t2i.utils import files, jsonl
+from rlhf_t2i.tools.report import gallery, training_plots
+from rlhf_t2i.utils import files, inputs, jsonl
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH, duration, number, signed
 
-PROMPTS_SHOWN, IMAGES_A_PROMPT, EXTREMES, SHEETS = 12, 4, 6, 4
+PROMPTS_SHOWN, GRIDS_SHOWN = 12, 4
 
 
 def write_report(out: Path) -> Path:
-    """Write ``OUT/report.html`` from the files of a run folder, whatever of them is there yet.
+    """Write ``OUT/report.html`` from whatever files of a run's folder exist.
 
-    The page holds everything it shows: it opens from a mail or a USB stick and asks no server for anything.
+    The page holds everything it shows: it opens from a mail or a USB stick and sends no request.
     """
     out = Path(out)
-    before = evaluated(out / "evaluation" / "before.json")
-    after = evaluated(out / "evaluation" / "after.json")
-    rows, problem = _rows(before, after)
+    before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
+    comparisons, problem = _compare(before, after)
+    trained = next((c.key for c in comparisons if c.kind == "train"), None)
     steps = jsonl.flatten(jsonl.by_step(out / "metrics.jsonl"))
     run, recipe_text, recipe = read_json(out / "run.json"), *_recipe(out / "recipe.yaml")
-    context = {
+    context: dict[str, Any] = {
         "title": out.resolve().name,
         "summary": _summary(recipe, steps),
         "held_out": bool((recipe.get("data") or {}).get("held_out", True)),
-        "rows": rows,
-        "verdicts": verdicts(rows),
+        "comparisons": comparisons,
         "problem": problem,
         "events": [event for event in jsonl.rows(out / "events.jsonl") if event.get("text")],
-        "units": {row.key: row.unit for row in rows},
-        "pairs": _pairs(out, before, after) if not problem else [],
-        "extremes": _extremes(out, before, after, rows) if not problem else None,
-        "plots": [
-            *training_plots.tradeoff(before, after, rows),
-            *training_plots.training(steps, _units(after, before)),
-        ],
-        "sheets": _sheets(out / "samples"),
+        "plots": training_plots.training(steps, _units(before, after)),
+        "grids": _grids(out / "samples"),
         "cost": _cost(run, steps),
         "run": run,
         "recipe": recipe_text,
     }
+    if before and after and not problem:
+        context["pairs"] = gallery.pairs(before, after, PROMPTS_SHOWN)
+        context["extremes"] = gallery.extremes(before, after, trained) if trained else None
+        context["plots"] = [*training_plots.tradeoff(before, after, comparisons), *context["plots"]]
     return files.write_atomic(out / "report.html", render("run.html", context))
 
 
@@ -64,7 +60,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     return environment.get_template(template).render(context)
 
 
-def _rows(before: Evaluated | None, after: Evaluated | None) -> tuple[list[Row], str]:
+def _compare(before: Results | None, after: Results | None) -> tuple[list[Comparison], str]:
     """The before/after table, or why there is none."""
     if before is None:
         return [], "This run holds no evaluation of the start yet."
@@ -78,9 +74,9 @@ def _rows(before: Evaluated | None, after: Evaluated | None) -> tuple[list[Row],
 
 def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = path.read_text("utf-8")
+        text = inputs.read_text(path, "recipe", inputs.RECIPE)
         data = reading.parse_value(text, str(path))
-    except (OSError, ValueError, UsageError):
+    except UsageError:
         return "", {}
     return text, data if isinstance(data, dict) else {}
 
@@ -91,86 +87,44 @@ def _summary(recipe: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
     rewards = algorithm.get("rewards") or []
     named = " + ".join(f"{r.get('scale', 1):g} x {r.get('label') or r.get('name')}" for r in rewards) or "no reward"
     divergence = (algorithm.get("divergence") or {}).get("name", "?")
-    cfg = algorithm.get("cfg") or {}
     parts = [f"Reward: {named}", f"divergence: {divergence}"]
+    cfg = algorithm.get("cfg") or {}
     if cfg:
-        parts.append(
-            f"{cfg.get('mode')} guidance {cfg.get('guidance_scale'):g}" if cfg.get("guidance_scale") else "no guidance"
-        )
+        scale = cfg.get("guidance_scale")
+        parts.append(f"{cfg.get('mode')} guidance {scale:g}" if scale else "no guidance")
     if steps:
         parts.append(f"{steps[-1]['step']:,} generator updates")
     return "; ".join(parts) + "."
 
 
-def _units(*evaluations: Evaluated | None) -> dict[str, str]:
-    return next((e.units for e in evaluations if e is not None), {})
+def _units(*evaluations: Results | None) -> dict[str, str]:
+    return {m.key: m.unit for evaluation in evaluations if evaluation for m in evaluation.metrics.values()}
 
 
-def _pairs(out: Path, before: Evaluated | None, after: Evaluated | None) -> list[dict[str, Any]]:
-    """Evenly spaced prompts (none was chosen), each with its pictures before and after."""
-    if not before or not after or not before.images or len(before.images) != len(after.images):
-        return []
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(before.prompts[: len(before.images)]):
-        groups.setdefault(prompt, []).append(index)
-    prompts = list(groups)
-    chosen = [prompts[round(i * (len(prompts) - 1) / max(1, PROMPTS_SHOWN - 1))] for i in range(PROMPTS_SHOWN)]
-    pairs = []
-    for prompt in dict.fromkeys(chosen):
-        pictures = [_pair(out, before, after, index) for index in groups[prompt][:IMAGES_A_PROMPT]]
-        pairs.append({"prompt": prompt, "pictures": [picture for picture in pictures if picture]})
-    return [pair for pair in pairs if pair["pictures"]]
-
-
-def _pair(out: Path, before: Evaluated, after: Evaluated, index: int) -> dict[str, str] | None:
-    folder = out / "evaluation"
-    old, new = data_uri(folder / before.images[index]), data_uri(folder / after.images[index])
-    return {"before": old, "after": new, "prompt": before.prompts[index]} if old and new else None
-
-
-def _extremes(
-    out: Path, before: Evaluated | None, after: Evaluated | None, rows: Sequence[Row]
-) -> dict[str, Any] | None:
-    """The pictures whose trained reward rose and fell most."""
-    key = next((row.key for row in rows if row.kind == "train"), None)
-    if not before or not after or key is None:
-        return None
-    count = min(len(before.images), len(after.images), len(before.prompts))
-    change = [after.scores[key][i] - before.scores[key][i] for i in range(count)]
-    order = sorted((i for i in range(count) if math.isfinite(change[i])), key=lambda i: change[i])
-
-    def tiles(indices: Sequence[int]) -> list[dict[str, Any]]:
-        found = [(_pair(out, before, after, index), change[index]) for index in indices]
-        return [pair | {"change": value} for pair, value in found if pair]
-
-    best, worst = tiles(order[::-1][:EXTREMES]), tiles(order[:EXTREMES])
-    return {"key": key, "best": best, "worst": worst} if best else None
-
-
-def _sheets(folder: Path) -> list[dict[str, Any]]:
+def _grids(folder: Path) -> list[dict[str, Any]]:
     """A few preview grids from the first to the last."""
     found = sorted(folder.glob("step_*.png"))
-    if len(found) > SHEETS:
-        found = [found[round(i * (len(found) - 1) / (SHEETS - 1))] for i in range(SHEETS)]
-    sheets = [{"step": int(f.stem.removeprefix("step_") or 0), "uri": data_uri(f, 640)} for f in found]
-    return [sheet for sheet in sheets if sheet["uri"]]
+    chosen = [found[index] for index in gallery.evenly_spaced(len(found), GRIDS_SHOWN)]
+    grids = [{"step": int(f.stem.removeprefix("step_") or 0), "uri": gallery.data_uri(f, 640)} for f in chosen]
+    return [grid for grid in grids if grid["uri"]]
 
 
 def _cost(run: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What the run took, in plain units."""
-    seconds = run.get("seconds")
-    device = str(run.get("device", "cpu"))
+    """What the run took."""
+    seconds, device = run.get("seconds"), str(run.get("device", "cpu"))
     devices = sum(int(group[1]) for group in run.get("placement") or [] if len(group) > 1) or 1
-    rows = [("Time", duration(seconds))] if seconds is not None else []
+    rows = []
     if seconds is not None:
         unit = "Process-hours on the CPU" if "cpu" in device.lower() else "GPU-hours"
-        rows.append((unit, f"{seconds * devices / 3600:.3g} ({devices} x {duration(seconds)})"))
+        rows = [
+            ("Time", duration(seconds)),
+            (unit, f"{seconds * devices / 3600:.3g} ({devices} x {duration(seconds)})"),
+        ]
     rows.append(("Device", device))
     if steps:
         images = steps[-1].get("images")
         rows.append(("Images generated for training", f"{images:,}" if images else DASH))
-        timed = [row["timing/step"] for row in steps if isinstance(row.get("timing/step"), int | float)]
+        timed = sorted(row["timing/step"] for row in steps if isinstance(row.get("timing/step"), int | float))
         if timed:
-            middle = sorted(timed)[len(timed) // 2]
-            rows.append(("Seconds a step (median)", number(middle, 3)))
+            rows.append(("Seconds per step (median)", number(timed[len(timed) // 2], 3)))
     return rows

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf_t2i.evaluation.compare import Row
-from rlhf_t2i.evaluation.reading import Evaluated
+from rlhf_t2i.evaluation.compare import Comparison
+from rlhf_t2i.evaluation.results import Results
 from rlhf_t2i.tools.report import plots
 from rlhf_t2i.tools.report.plots import Plot
 from rlhf_t2i.utils import stats
@@ -29,25 +29,24 @@ def training(rows: Rows, units: Mapping[str, str]) -> list[Plot]:
     return found + _timing(rows)
 
 
-def tradeoff(before: Evaluated | None, after: Evaluated | None, rows: Sequence[Row]) -> list[Plot]:
+def tradeoff(before: Results, after: Results, comparisons: Sequence[Comparison]) -> list[Plot]:
     """Each reward against diversity, before and after, with standard errors."""
-    measure = next((row.key for row in rows if row.kind == "diversity"), None)
-    if not before or not after or measure is None:
+    measure = next((c.key for c in comparisons if c.kind == "diversity"), None)
+    if measure is None:
         return []
     found = []
-    for row in (row for row in rows if row.kind != "diversity"):
-        groups = {}
+    for comparison in (c for c in comparisons if c.kind in ("train", "eval")):
+        key, points = comparison.key, {}
         for label, evaluation in (("before", before), ("after", after)):
-            x = stats.mean(evaluation.diversity[measure])
-            y = stats.mean(stats.by_prompt(evaluation.scores[row.key], evaluation.prompts))
-            groups[label] = (x.value, y.value, x.error, y.error)
+            x, y = (stats.mean(evaluation.metrics[name].by_prompt) for name in (measure, key))
+            points[label] = (x.value, y.value, x.error, y.error)
         svg = plots.points(
-            groups, f"diversity ({_words(measure)})", _axis(row.key, row.unit), f"tradeoff-{slug(row.key)}",
+            points, f"diversity ({_words(measure)})", _axis(key, comparison.unit), f"tradeoff-{slug(key)}",
             arrows=[("before", "after")],
         )  # fmt: skip
-        role = "trained on" if row.kind == "train" else "never trained on"
-        note = f"{row.key} is {role}. Up is better, left is less varied; bars are one standard error over prompts."
-        found.append(Plot(f"{row.key} against diversity", note, svg))
+        role = "trained on" if comparison.kind == "train" else "never trained on"
+        note = f"{key} is {role}. Up is better, left is less varied; bars are one standard error over prompts."
+        found.append(Plot(f"{key} against diversity", note, svg))
     return found
 
 
@@ -81,7 +80,7 @@ def _timing(rows: Rows) -> list[Plot]:
     if phases and whole:
         series = pick(whole, {key: key.removeprefix("timing/") for key in phases})
         note = "Where a step's seconds go, by phase."
-        found.append(Plot("Seconds a step", note, plots.stacked(series, "step", "seconds a step", "seconds")))
+        found.append(Plot("Seconds per step", note, plots.stacked(series, "step", "seconds per step", "seconds")))
     series = pick(rows, {key: key.removeprefix("timing/idle/") for key in _all(rows, "timing/idle/")})
     if series:
         note = "The share of a step's time in which a process waited."

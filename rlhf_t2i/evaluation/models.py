@@ -1,0 +1,296 @@
+"""Models that draw images: a student through this package's own code, a many-step reference through diffusers.
+
+Image i depends on its own noise alone, not on its batch. An evaluation draws noise by sample key
+(:mod:`rlhf_t2i.algorithm.rng`); :meth:`StudentModel.sample` draws it as a diffusers pipeline does, so that a plain
+``pipe(prompt, num_inference_steps=K, guidance_scale=0, generator=...)`` gives the same picture.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rlhf_t2i.algorithm import rng
+from rlhf_t2i.algorithm.student import Noise, keyed_noise
+from rlhf_t2i.errors import RunError, UsageError, first_line
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.export import STUDENT, StudentFile
+from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe.schema import Models, StudentSettings
+from rlhf_t2i.utils import files, images
+from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.quiet import quietly
+
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 7.5
+MAX_SEED = 2**62
+
+
+class ImageModel(ABC):
+    """A model in this process that draws images.
+
+    Args:
+        store: Its networks; read when it draws first.
+    """
+
+    def __init__(self, store: ModelStore) -> None:
+        self.store = store
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """How it draws, for a table's heading."""
+
+    @abstractmethod
+    def images(self, prompts: Sequence[str], keys: Sequence[rng.Key]) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] on the CPU; image i is a function of its prompt and ``keys[i]`` alone."""
+
+    @abstractmethod
+    def image(self, prompt: str, generator: torch.Generator) -> Tensor:
+        """One image [1, 3, H, W] in [0, 1], all of whose noise comes from a generator, as in a pipeline call."""
+
+    @quietly()
+    def sample(self, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
+        """One image per prompt; image i uses the noise of ``seed + i``.
+
+        Raises:
+            UsageError: No such seed.
+            RunError: An image is not finite.
+        """
+        if not 0 <= seed <= MAX_SEED:
+            raise UsageError(f"no such seed: {seed}; seeds are whole numbers from 0 to 2^62")
+        # One at a time, as the pipeline call that it must equal: a batch may round differently in the last bit.
+        seeds = range(seed, seed + len(prompts))
+        drawn = [self.image(p, torch.Generator().manual_seed(s)) for p, s in zip(prompts, seeds, strict=True)]
+        return [images.to_pil(image[0]) for image in drawn]
+
+    def _size(self) -> str:
+        height, width = self.store.size
+        return f"{width} x {height} px"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a model is drawn.
+
+    Attributes:
+        model: Folder or hub id of the pipeline, or of a network beside ``base``.
+        base: The pipeline that lends everything but the network.
+        vae: Decodes in place of the base's; None for the base's.
+        student: The generator's steps; None for a many-step model.
+        steps: Sampling steps of a many-step model.
+        guidance: Guidance scale of a many-step model.
+        height: Pixels; the model's own when None.
+        width: Pixels; the model's own when None.
+    """
+
+    model: str
+    base: str
+    vae: str | None = None
+    student: StudentSettings | None = None
+    steps: int = DEFAULT_STEPS
+    guidance: float = DEFAULT_GUIDANCE
+    height: int | None = None
+    width: int | None = None
+
+    def load(self, device: torch.device | None = None, precision: str = "fp32") -> ImageModel:
+        """Load the model; its networks are read when it draws first.
+
+        Raises:
+            UsageError: The model is missing, damaged or of an unknown family.
+        """
+        settings = self.student or StudentSettings()
+        models = Models(reference=self.base, generator=self.model, vae=self.vae, height=self.height, width=self.width)
+        store = ModelStore(models, settings, device or default_device(), precision)
+        store.family.check()
+        _ = store.latent_shape
+        if self.student is None:
+            return PipelineModel(store, self)
+        _ = store.student
+        if self.model != self.base:
+            store.family.check_structure(sources.parse(self.model), "the model")
+        return StudentModel(store)
+
+
+def resolve(
+    model: str,
+    *,
+    base: str | None = None,
+    vae: str | None = None,
+    steps: int | None = None,
+    guidance: float = DEFAULT_GUIDANCE,
+    student: StudentSettings | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Drawing:
+    """Decide how to draw a model.
+
+    Args:
+        model: A run's folder, a diffusers folder, a hub id, or a network alone (with ``base``).
+        base: The pipeline that lends a network its text encoders and decoder.
+        vae: Decodes in place of the model's own.
+        steps: Of a many-step model; makes a folder that names its own student a many-step one.
+        guidance: Of a many-step model.
+        student: Draws with these steps; the model's own when None.
+        height: Pixels; the model's own when None.
+        width: Pixels; the model's own when None.
+
+    Raises:
+        UsageError: Not a model, or a network without its base's steps.
+    """
+    model = _exported(model)
+    source = sources.parse(base or model)
+    sources.pipeline_index(source)
+    if base is not None and student is None:
+        raise UsageError("--base is for a generator's network alone: give its --timesteps (399 for DMD2 and DI*)")
+    for text in (model, vae):
+        if text is not None:
+            sources.parse(text)
+    own = _student_file(source) if base is None else None
+    if own is not None:
+        height, width = height or own.height, width or own.width
+        if student is None and steps is None:
+            student = StudentSettings.model_validate(
+                {"timesteps": own.timesteps, "transition": own.transition, "input": own.input}
+            )
+    return Drawing(model, base or model, vae, student, steps or DEFAULT_STEPS, guidance, height, width)
+
+
+@quietly()
+def load(model: str) -> ImageModel:
+    """Load a model to draw with, e.g. ``load("runs/quickstart").sample(["a red cat"], seed=0)``.
+
+    Args:
+        model: A run's folder, a diffusers folder or a hub id.
+
+    Raises:
+        UsageError: The model is missing, damaged or of an unknown family.
+    """
+    return resolve(model).load()
+
+
+class StudentModel(ImageModel):
+    """A one- or few-step generator."""
+
+    @property
+    def description(self) -> str:
+        """See :class:`ImageModel`."""
+        student = self.store.student
+        steps = ", ".join(f"{tau:g}" for tau in student.timesteps)
+        return f"{_count(student.steps, 'step')} at t = {steps}, {self._size()}"
+
+    def images(self, prompts: Sequence[str], keys: Sequence[rng.Key]) -> Tensor:
+        """See :class:`ImageModel`."""
+        return self._draw(prompts, keyed_noise(self.store.latent_shape, keys, self.store.device))
+
+    def image(self, prompt: str, generator: torch.Generator) -> Tensor:
+        """See :class:`ImageModel`."""
+        drawn: list[Tensor] = []
+
+        def noise(k: int) -> Tensor:
+            while len(drawn) <= k:
+                drawn.append(torch.randn(1, *self.store.latent_shape, generator=generator).to(self.store.device))
+            return drawn[k]
+
+        return self._draw([prompt], noise)
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str], noise: Noise) -> Tensor:
+        return _finite(self.store.decoder.decode(self.store.generate(self._network, prompts, noise)))
+
+    @cached_property
+    def _network(self) -> torch.nn.Module:
+        return self.store.generator_network().eval().requires_grad_(False)
+
+
+class PipelineModel(ImageModel):
+    """A many-step model, drawn by its own diffusers pipeline.
+
+    Args:
+        store: Its decoder and size.
+        drawing: Its steps and guidance.
+    """
+
+    def __init__(self, store: ModelStore, drawing: Drawing) -> None:
+        super().__init__(store)
+        self._drawing = drawing
+        self._plain_latents = True  # until the pipeline returns packed ones
+
+    @property
+    def description(self) -> str:
+        """See :class:`ImageModel`."""
+        return f"{_count(self._drawing.steps, 'step')}, guidance {self._drawing.guidance:g}, {self._size()}"
+
+    def images(self, prompts: Sequence[str], keys: Sequence[rng.Key]) -> Tensor:
+        """See :class:`ImageModel`."""
+        # One generator per image: its starting noise and a stochastic scheduler's draws depend on that image alone.
+        return self._draw(prompts, [torch.Generator().manual_seed(rng.seed_of(*key)) for key in keys])
+
+    def image(self, prompt: str, generator: torch.Generator) -> Tensor:
+        """See :class:`ImageModel`."""
+        return self._draw([prompt], [generator])
+
+    def _draw(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
+        height, width = self.store.size
+        call: Callable[..., Any] = partial(
+            self._pipeline, prompt=list(prompts), num_inference_steps=self._drawing.steps,
+            guidance_scale=self._drawing.guidance, height=height, width=width,
+        )  # fmt: skip
+        if self._plain_latents:
+            fresh = [generator.clone_state() for generator in generators]
+            latents = call(generator=fresh, output_type="latent").images
+            self._plain_latents = tuple(latents.shape[1:]) == self.store.latent_shape
+            if self._plain_latents:  # decoded here in float32: SDXL's VAE overflows half precision
+                return _finite(self.store.decoder.decode(latents))
+        return _finite(call(generator=list(generators), output_type="pt").images)
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        from diffusers import DiffusionPipeline
+
+        source = sources.parse(self._drawing.model)
+        try:
+            pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=self.store.dtype, **source.kwargs)
+        except Exception as error:
+            raise UsageError(f"{self._drawing.model} cannot be loaded: {first_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.store.device)
+
+
+def _student_file(source: ModelRef) -> StudentFile | None:
+    """The steps that an exported model names, locally or on the hub."""
+    if source.is_local:
+        return StudentFile.read(Path(source.location))
+    try:
+        return StudentFile.read(Path(sources.hub_file(source, STUDENT)).parent)
+    except UsageError:  # absent, or out of reach: then loading fails with its own message
+        return None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _finite(drawn: Tensor) -> Tensor:
+    drawn = drawn.float().cpu()
+    if not bool(drawn.isfinite().all()):
+        raise RunError("the model drew an image that is not finite: its weights or precision are at fault")
+    return drawn.clamp(0, 1)
+
+
+def _exported(model: str) -> str:
+    """The exported pipeline of a run's folder; anything else unchanged."""
+    folder = files.expanded(model)
+    if (folder / "model" / "model_index.json").is_file():
+        return str(folder / "model")
+    if (folder / "recipe.yaml").is_file() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"{model} is a run without a model/ folder: it has not finished; resume it first")
+    return model

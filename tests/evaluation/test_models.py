@@ -1,0 +1,155 @@
+"""Drawing in this process: the same images as a plain diffusers call, and refusals in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.evaluation.models import MAX_SEED, load, resolve
+from rlhf_t2i.families.export import write_model
+from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe.schema import Models, StudentSettings
+from tests import tiny
+
+PROMPTS = ["a red cat, smiling", "a gold whale"]
+
+
+def exported(folder: Path, out: Path, height: int = tiny.RESOLUTION, **student: Any) -> Path:
+    models = Models(reference=str(folder), generator=str(folder), height=height, width=tiny.RESOLUTION)
+    store = ModelStore(models, StudentSettings(**student), torch.device("cpu"))
+    write_model(store, store.generator_network().state_dict(), out / "model")
+    return out
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("height", [16, 24])
+def test_sample_draws_what_a_plain_pipeline_draws(
+    steps: int, height: int, tiny_sdxl: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = exported(tiny_sdxl, tmp_path, height, steps=steps)
+    ours = load(str(out)).sample(PROMPTS, seed=5)
+    said = capfd.readouterr()
+    assert said.out + said.err == "", "the libraries' progress bars and advice are not for who draws an image"
+    pipe: Any = DiffusionPipeline.from_pretrained(out / "model")
+    pipe.set_progress_bar_config(disable=True)
+    for index, prompt in enumerate(PROMPTS):
+        theirs = pipe(
+            prompt, num_inference_steps=steps, guidance_scale=0, height=height, width=16,
+            generator=torch.Generator().manual_seed(5 + index),
+        ).images[0]  # fmt: skip
+        assert ours[index].size == theirs.size == (16, height)
+        assert np.abs(np.asarray(ours[index]).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    assert ours[1].tobytes() == load(str(out / "model")).sample(PROMPTS[1:], seed=6)[0].tobytes()
+
+
+def test_an_evaluations_noise_is_keyed_by_sample(tiny_sdxl: Path, tmp_path: Path) -> None:
+    model = load(str(exported(tiny_sdxl, tmp_path, steps=4)))
+    keys = [(0, "evaluation", index) for index in range(3)]
+    prompts = [*PROMPTS, "a bee"]
+    together = model.images(prompts, keys)
+    apart = torch.cat([model.images([prompt], [key]) for prompt, key in zip(prompts, keys, strict=True)])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+    other = model.images(prompts, [(1, "evaluation", index) for index in range(3)])
+    assert (together - other).abs().max() > 0.05
+
+
+def test_a_many_step_model_draws_as_its_pipeline(tiny_sdxl: Path) -> None:
+    model = resolve(str(tiny_sdxl), steps=3, guidance=2.0).load()
+    assert model.description == "3 steps, guidance 2, 16 x 16 px"
+    pipe: Any = DiffusionPipeline.from_pretrained(tiny_sdxl)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    theirs = pipe(PROMPTS[0], num_inference_steps=3, guidance_scale=2.0, generator=generator).images[0]
+    (ours,) = model.sample(PROMPTS[:1], seed=3)
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_how_a_model_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:
+    out = exported(tiny_sdxl, tmp_path, timesteps=[749, 249])
+    own = resolve(str(out))
+    assert own.student is not None
+    assert (own.student.timesteps, own.height, own.width) == ([749.0, 249.0], 16, 16)
+    assert resolve(str(out), steps=4).student is None
+    chosen = resolve(str(tiny_sdxl), student=StudentSettings(timesteps=[249]))
+    assert chosen.load().description == "1 step at t = 249, 16 x 16 px"
+    reference = resolve(str(tiny_sdxl))
+    assert (reference.student, reference.steps) == (None, 50)
+    network = resolve(f"{tiny_sdxl}/unet", base=str(tiny_sdxl), student=StudentSettings(timesteps=[399]))
+    assert network.base == str(tiny_sdxl)
+    with pytest.raises(UsageError, match="give its --timesteps"):
+        resolve(f"{tiny_sdxl}/unet", base=str(tiny_sdxl))
+    with pytest.raises(UsageError, match="no such model"):
+        resolve("./nowhere")
+
+
+def test_an_unfinished_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("steps: 1\n")
+    with pytest.raises(UsageError, match="has not finished"):
+        load(str(tmp_path))
+
+
+def test_a_pipeline_of_several_dtypes_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """A float32 run's export beside its reference's float16 encoders and VAE, as emoji64's and SDXL's often are."""
+    (whole,) = load(str(exported(tiny_sdxl, tmp_path / "a"))).sample(PROMPTS[:1])
+    folder = exported(tiny_sdxl, tmp_path / "b") / "model"
+    for file in (*folder.glob("text_encoder*/*.safetensors"), *folder.glob("vae/*.safetensors")):
+        save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
+    for file in folder.glob("text_encoder*/config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"dtype": "float16"}), "utf-8")
+    (mixed,) = load(str(folder)).sample(PROMPTS[:1])
+    assert np.abs(np.asarray(whole).astype(int) - np.asarray(mixed).astype(int)).max() < 13
+
+
+@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 2**64])
+def test_a_seed_out_of_range_is_one_sentence(seed: int, tiny_sdxl: Path) -> None:
+    with pytest.raises(UsageError, match="no such seed"):
+        resolve(str(tiny_sdxl), student=StudentSettings()).load().sample(PROMPTS, seed)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"timesteps": []}', '{"timesteps": ["x"]}', '{"timesteps": [399], "height": -1}']
+)
+def test_a_damaged_student_file_is_one_sentence(text: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sdxl, tmp_path / "model")
+    (tmp_path / "model" / "student.json").write_text(text)
+    with pytest.raises(UsageError, match=r"student\.json is damaged"):
+        load(str(tmp_path))
+
+
+def test_an_image_that_is_not_finite_is_never_saved(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = exported(tiny_sdxl, tmp_path) / "model"
+    (file,) = (folder / "unet").glob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"] *= float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(RunError, match="not finite"):
+        load(str(folder)).sample(PROMPTS)
+
+
+def test_sample_on_a_full_disk_leaves_nothing(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Cases G.6, with a limit on the size of files in place of a full disk."""
+    out = exported(tiny_sdxl, tmp_path)
+    code = (
+        "import resource, sys; from rlhf_t2i import cli; import diffusers, transformers;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200)); cli.main()"
+    )
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-c", code, "sample", str(out), "--prompt", "a", "-o", str(tmp_path / "here/a.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        "could not be written: File too large; what was written before is intact"
+    )
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "here").iterdir()) == []
