@@ -11,7 +11,7 @@ import typer
 from rlhf_t2i.commands import ablate, evaluate, families, plan, rewards
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
-from rlhf_t2i.errors import RunError, Stopped, UsageError
+from rlhf_t2i.errors import RunError, Stopped, UsageError, printable
 from rlhf_t2i.utils.streams import survive_lost_readers
 
 app = typer.Typer(
@@ -72,8 +72,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, at_once: bool = False) -> None:
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    print(f"rlhf-t2i: {line}", file=sys.stderr, flush=True)
+    print(f"rlhf-t2i: {printable(message)}", file=sys.stderr, flush=True)
     if at_once:  # threads of Ray and torch must not delay the exit
         os._exit(code)
     sys.exit(code)

@@ -45,6 +45,11 @@ def exit_in_plugin(error: BaseException) -> RunError:
     return RunError(f"{place} {what} during the run; raise an Exception instead")
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with control characters escaped, so that a terminal obeys none; those in ``keep`` stay."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error that says something, else its kind: one sentence for the user."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

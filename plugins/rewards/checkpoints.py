@@ -45,7 +45,7 @@ def read_state(path: Path, device: str = "cpu") -> State:
         UsageError: Damaged, or a pickle that holds more than tensors.
     """
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
@@ -58,6 +58,12 @@ def read_state(path: Path, device: str = "cpu") -> State:
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
         raise UsageError(f"{path} holds no weights: a mapping of names to tensors is needed")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the content: a hub cache's own files have no suffix. 8 bytes of length, then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def load_exactly(module: Any, state: State, path: Path) -> None:

@@ -75,7 +75,7 @@ class CLIPReward(plugins.Reward):
             return load_clip(self.options.model)
         checkpoint = files.expanded(pretrained)
         if checkpoint.is_file():
-            network = plugins.shared(load_open_clip, checkpoint.resolve(), name.endswith("-quickgelu"))
+            network = plugins.shared(load_open_clip, files.absolute(checkpoint), name.endswith("-quickgelu"))
             place = sources.parse(self.options.tokenizer or _OPENAI)
             tokenizer = load_tokenizer(place, network.config.text_config.vocab_size)
             size = network.config.vision_config.image_size
@@ -98,7 +98,7 @@ class CLIPReward(plugins.Reward):
             return clip_footprint(options.model)
         checkpoint = files.expanded(pretrained)
         if checkpoint.is_file():
-            return open_clip_footprint(checkpoint.resolve(), name.endswith("-quickgelu"))
+            return open_clip_footprint(files.absolute(checkpoint), name.endswith("-quickgelu"))
         published = _PUBLISHED.get((name, pretrained))
         return clip_footprint(published) if published else None
 

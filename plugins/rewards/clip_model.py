@@ -166,6 +166,8 @@ def load_weights(cls: Any, source: ModelRef) -> Any:
     Raises:
         UsageError: The files are missing, damaged or of another architecture.
     """
+    if not source.is_local or (Path(source.location) / "config.json").is_file():
+        sources.read_json(source, "config.json")  # refuses sizes that would be built for ever
     try:
         with quietly():
             network, info = cls.from_pretrained(
@@ -216,7 +218,7 @@ def read_preprocess(source: ModelRef) -> Preprocess:
             continue
         try:
             return Preprocess.from_config(sources.read_json(source, file))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{source.location}/{file}: {error}") from error
         except UsageError:
             if source.is_local or file == _PREPROCESSORS[-1]:

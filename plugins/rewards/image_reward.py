@@ -6,7 +6,6 @@ BLIP weight for weight, and gives the same scores and gradients (tests/rewards/f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +64,7 @@ class ImageReward(plugins.Reward):
         vision = rename_vision(state)
         text = _below(state, "blip.text_encoder.")
         text = {name: tensor for name, tensor in text.items() if not name.endswith("position_ids")}
-        med = json.loads(find_file(source, ["med_config.json"]).read_text("utf-8"))
+        med = sources.read_json(sources.ModelRef(str(path.parent)) if source.is_local else source, "med_config.json")
         try:
             self.vision, self.text = build_blip(vision, text, med)
         except KeyError as error:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from rlhf_t2i.recipe.schema import Recipe
@@ -16,6 +15,7 @@ from rlhf_t2i.tools.planning.fit import Fit
 from rlhf_t2i.tools.planning.memory import Memory
 from rlhf_t2i.tools.planning.plan import Plan
 from rlhf_t2i.tools.planning.time import StepTime
+from rlhf_t2i.utils.terminal import PlainConsole
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Report:
 
     def show(self) -> None:
         """Print everything: the whole run first."""
-        console = Console(width=80, highlight=False, markup=False)
+        console = PlainConsole(width=80)
         for line in self._run():
             console.print(line)
         for line in self._shape():

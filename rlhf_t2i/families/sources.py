@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 
+_DEEPEST = 10_000
 _HASH = re.compile("[0-9a-f]{40}")
 _FILES = (".bin", ".safetensors", ".pt", ".pth")
 _revisions: dict[str, str] = {}
@@ -134,13 +134,23 @@ def read_json(source: ModelRef, file: str) -> dict[str, Any]:
     path = Path(source.location) / file if source.is_local else _hub_json(source, file)
     if not path.is_file():
         raise UsageError(f"{source.location} has no {file}: it is not the folder of a diffusers model")
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError):
-        raise UsageError(f"{path} is damaged: not valid JSON") from None
+    data = inputs.read_json(path, "configuration")
     if not isinstance(data, dict):
         raise UsageError(f"{path} is damaged: not a JSON object")
+    _check_depths(data, path)
     return data
+
+
+def _check_depths(value: object, path: Path, key: str = "") -> None:
+    """Refuse a configuration whose network would be built for ever."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_depths(item, path, str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _check_depths(item, path, key)
+    elif isinstance(value, int) and value > _DEEPEST and re.search("layers|depth|blocks", key):
+        raise UsageError(f"{path}: {key} {value} is over {_DEEPEST:,}, more than any model has")
 
 
 def _hub_json(source: ModelRef, file: str) -> Path:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, printable
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Divergence, LatentReward, Reward
-from rlhf_t2i.utils.terminal import PlainConsole, printable
+from rlhf_t2i.utils.terminal import PlainConsole
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ class Preprocess:
             ValueError: The configuration asks for a step, a filter or a size that this class does not know.
         """
         config = config.get("image_processor", config)
+        if not isinstance(config, dict):
+            raise ValueError("the image processor's configuration is not a mapping")
         config = _with_defaults(config)
         unknown = next((key for key in _UNSUPPORTED if config.get(key)), None)
         if unknown:

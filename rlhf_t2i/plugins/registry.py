@@ -138,7 +138,7 @@ def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Map
         raise mistakes.explain(error.__cause__, cls.Options, place, "option") from None
 
 
-def divergence(name: str, **options: Any) -> Divergence:
+def divergence(name: str, /, **options: Any) -> Divergence:
     """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``.
 
     Raises:
@@ -150,7 +150,7 @@ def divergence(name: str, **options: Any) -> Divergence:
         return cls(parsed)
 
 
-def reward(name: str, **options: Any) -> Reward:
+def reward(name: str, /, **options: Any) -> Reward:
     """Build a reward, e.g. ``reward("pickscore", model="path/to/folder")``; its weights are loaded here.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, printable
 
 KeyPath = tuple[str | int, ...]
 
@@ -81,7 +81,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def shown(text: str) -> str:
     """User input shortened to one line, with control characters escaped."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = printable(text)
     return line if len(line) <= 200 else line[:197] + "..."
 
 

@@ -7,10 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-
-def printable(text: str) -> str:
-    """The text with control characters escaped, line feeds and tabs excepted."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+from rlhf_t2i.errors import printable
 
 
 class PlainConsole(Console):
@@ -18,11 +15,12 @@ class PlainConsole(Console):
 
     Args:
         stderr: Print there instead of stdout.
+        width: In characters; the terminal's when None.
     """
 
-    def __init__(self, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+    def __init__(self, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text as rich prints it."""
-        return super().render_str(printable(text), **options)
+        return super().render_str(printable(text, keep="\n\t"), **options)

@@ -190,7 +190,7 @@ def test_checkpoints_of_another_architecture_are_refused(tmp_path: Path) -> None
     folder = builders.write_image_reward(tmp_path / "ir")
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
     (folder / "med_config.json").unlink()
-    with pytest.raises(UsageError, match=r"holds none of: med_config.json"):
+    with pytest.raises(UsageError, match=r"has no med_config\.json"):
         registry.reward("image_reward", model=str(folder))
     builders.write_image_reward(folder)
     torch.save({n: t for n, t in state.items() if n != "mlp.layers.7.bias"}, folder / "ImageReward.pt")
@@ -233,3 +233,68 @@ def test_open_clip_tags_without_the_library(monkeypatch: pytest.MonkeyPatch) -> 
 def test_wrong_options_name_the_plugin_and_the_key(options: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=f"reward 'clip'.*{message}"):
         registry.reward("clip", **options)
+
+
+def test_the_format_of_weights_is_told_by_their_content(tmp_path: Path) -> None:
+    """A hub cache's own files are named by their hash."""
+    from safetensors.torch import save_file
+
+    state = {"a": torch.ones(2)}
+    save_file(state, tmp_path / "0123")
+    torch.save(state, tmp_path / "4567")
+    (tmp_path / "w.bin").symlink_to(tmp_path / "0123")
+    for name in ("0123", "4567", "w.bin"):
+        assert torch.equal(checkpoints.read_state(tmp_path / name)["a"], torch.ones(2))
+
+
+def test_an_option_may_be_called_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rlhf_t2i.plugins import Options, Reward\n"
+        "class MineOptions(Options):\n    name: str\n"
+        "class Mine(Reward):\n    Options = MineOptions\n"
+    )
+    assert registry.reward(f"{tmp_path}/mine.py:Mine", name="x").options.name == "x"
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "depth"])
+def test_a_model_of_a_million_layers_is_refused_at_once(key: str, tmp_path: Path) -> None:
+    import json
+
+    folder = builders.write_clip(tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][key] = 1_000_000
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"{key} 1000000 is over 10,000"):
+        registry.reward("pickscore", model=str(folder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": [224, 224]}, {"image_processor": 5}, {"resample": []}, {"image_mean": None, "image_std": "x"},
+     {"rescale_factor": "x"}, {"crop_size": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_any_processor_is_read_or_refused_in_a_sentence(change: dict[str, object], tmp_path: Path) -> None:
+    import json
+
+    folder = builders.write_clip(tmp_path / "clip")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UsageError, match=r"preprocessor_config\.json: ") as caught:
+        registry.reward("pickscore", model=str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_models_own_processor_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PickScore of a repository with its own processor: not the fallback's."""
+    from rlhf_t2i_plugins.rewards import clip_model
+
+    from rlhf_t2i.families import sources
+
+    there = {"preprocessor_config.json", "tokenizer.json"}
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda _, name, revision: str(tmp_path) if name in there else None
+    )
+    assert clip_model.has_processor(sources.parse("someone/pick"))
+    there.remove("tokenizer.json")
+    assert not clip_model.has_processor(sources.parse("someone/pick"))
