@@ -91,7 +91,7 @@ class Networks:
         found = [(x_t - g * self.noise_prediction(network, x_t, t, c)) / a for network, c in pairs]
         return found[0], found[1], found[2]
 
-    def generator_loss(self, step: int, divergence: str, mode: str) -> Tensor:
+    def generator_loss(self, step: int, divergence: str, mode: str, implicit: float | Tensor = 0.5) -> Tensor:
         """Equation (3.8), (3.4) with L2, or section 3.1's, minus the scaled rewards; the mean over the batch."""
         x0 = self.x0("generator", step)
         t, eps = self.times(20, 979, "generator", step, "t"), self.normal("generator", step, "noise")
@@ -115,8 +115,8 @@ class Networks:
         eps = self.normal("generator", step, "latent reward noise")
         a, g = self.coefficients(t)
         _, conditional, unconditional = self.predictions((a * x0 + g * eps).detach(), t)
-        loss = loss - 0.5 * (conditional - unconditional).detach() * x0
-        return (loss.sum((1, 2, 3)) - 100 * pickscore - 30 * clip).mean()
+        force = ((conditional - unconditional).detach() * x0).sum((1, 2, 3))
+        return (loss.sum((1, 2, 3)) - implicit * force - 100 * pickscore - 30 * clip).mean()
 
     def assistant_loss(self, count: int) -> Tensor:
         """Denoising score matching with lambda(t) = g_t^2 on the generator's samples."""

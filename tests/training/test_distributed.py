@@ -16,6 +16,7 @@ from rlhf_t2i.algorithm import rng
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.generator import GeneratorRole
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -82,6 +83,27 @@ def test_ten_steps_equal_local(
     try:
         assert relative(gradient(cluster, recipe), expected_gradient) < 1e-5
         assert relative(train(cluster, 10), expected) < 1e-5
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize(("learner", "assistant", "zero"), [(1, 2, 2), (2, 1, 3)])
+def test_a_four_step_generator_equals_local(
+    ray_instance: None, make_recipe: Callable[..., Recipe], learner: int, assistant: int, zero: int
+) -> None:
+    """Which step of a sample is trained does not depend on ranks; under ZeRO-3 all of them call as often."""
+    local = LocalCluster(make_recipe(student__steps=4))
+    expected = train(local, 3)
+    cluster = start_ray(ray_recipe(make_recipe, learner, assistant, zero, student__steps=4))
+    try:
+        assert relative(train(cluster, 3), expected) < 1e-5
+        keys = [(0, "sample", i) for i in range(3)]
+        for rollout in (False, True):
+            ours, theirs = (
+                c.clients("generator")[0].submit(GeneratorRole.sample, PROMPTS[:3], keys, "raw", rollout).result()
+                for c in (cluster, local)
+            )
+            assert relative(ours, theirs) < 1e-5
     finally:
         cluster.close()
 
