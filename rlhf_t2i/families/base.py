@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import Schedule
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.families.sources import ModelRef
 
 if TYPE_CHECKING:
@@ -264,8 +265,14 @@ class Family(ABC):
         """Uninitialized conditioning of the right shapes on torch's current default device, for planning."""
 
     def enable_checkpointing(self, network: nn.Module) -> None:
-        """Recompute the network's activations in the backward pass; in place."""
+        """Recompute the network's activations in the backward pass; in place.
+
+        As diffusers' networks do it, or the layers of every ``nn.ModuleList``.
+        """
         module: Any = network
+        if not hasattr(module, "enable_gradient_checkpointing"):
+            checkpoint_layers(network)
+            return
         module.enable_gradient_checkpointing()
         # diffusers recomputes in training mode only; its denoisers have no dropout or batch norm to wake.
         module.train()
