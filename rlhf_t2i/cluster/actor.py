@@ -38,7 +38,7 @@ class WorkerActor:
     def rendezvous(self) -> tuple[str, int]:
         """Open the store through which the group's processes find each other; its address and port.
 
-        torch would listen on every interface: here it is only the one that Ray uses.
+        It listens on the interface that Ray uses; torch's default is every interface.
         """
         from torch.distributed import TCPStore
 
@@ -92,7 +92,7 @@ class WorkerActor:
 
     @ray.method(concurrency_group="watch")
     def status(self) -> str:
-        """What this process does, and since when; answered in a thread of its own, whatever the others do."""
+        """What this process does, and for how long; answered in a thread of its own, also during a call."""
         from rlhf_t2i.roles.stopwatch import stopwatch
 
         waiting = ", waiting for another process" if stopwatch.waiting() else ""
@@ -106,7 +106,7 @@ class WorkerActor:
 
 
 class WeightStore:
-    """Holds the newest weights of a generator in a group of its own, for when its process is restarted."""
+    """Holds the newest weights of a generator in a group of its own, for its process after a restart."""
 
     def __init__(self) -> None:
         self._newest: dict[str, Any] = {}
@@ -145,7 +145,7 @@ def join_group(rank: int, world: int, master: tuple[str, int], timeout: timedelt
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # every rank joins the store that rendezvous() opened
     interface = network_interface(ray.util.get_node_ip_address())
     if interface is not None:
-        # Left alone gloo asks what the machine's name resolves to: on Debian 127.0.1.1, where no other machine is.
+        # By default gloo uses the address of the machine's name: on Debian 127.0.1.1, which no other machine reaches.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     cuda = torch.cuda.is_available()

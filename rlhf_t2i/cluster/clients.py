@@ -33,7 +33,7 @@ class NoAnswer(RunError):
 
 
 def partners(caller: int, callers: int, servers: int) -> list[int]:
-    """The servers of one caller; of the two numbers one divides the other.
+    """Indices of the servers that one caller calls; ``callers`` divides ``servers`` or the reverse.
 
     More callers than servers: neighbors share one. More servers: each caller has a block of its own.
     """

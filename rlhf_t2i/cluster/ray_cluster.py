@@ -28,10 +28,11 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
 
 _START_LIMIT = Limit(600.0, "the limit for starting")
-_PLACE_TIMEOUT_S = 120.0  # of what is free already: nothing has to start
+_PLACE_TIMEOUT_S = 120.0  # for devices that are free already
 _STATUS_TIMEOUT_S = 10.0
+_DEAD = "dead"
 _RELEASE_TIMEOUT_S = 15.0
-_CALL_RETRIES = 3  # of a call whose process died: one that dies of the call itself shall not do so for ever
+_CALL_RETRIES = 3  # of a call whose process died; the call itself may be the cause
 _WEIGHT_STORE = "rlhf_t2i weight_store {}"  # of a placement group
 
 
@@ -77,7 +78,7 @@ class RayCluster(Cluster):
         return [spec for specs in self._specs.values() for spec in specs]
 
     def _reserve(self) -> None:
-        """Reserve all devices at once, or say what is missing; nothing waits in silence."""
+        """Reserve all devices at once, or raise an error that says what is missing; never wait for devices."""
         kind = "GPU" if self._gpus else "CPU"
         needed = len(self._all_specs)
         available = _available(kind, needed)
@@ -121,8 +122,8 @@ class RayCluster(Cluster):
         masters = {
             group: self._actors[group][0].rendezvous.remote() for group, specs in self._specs.items() if specs[0].trains
         }
-        found = self._wait(list(masters.values()), "first process of a group", _START_LIMIT)
-        addresses = dict(zip(masters, found, strict=True))
+        opened = self._wait(list(masters.values()), "first process of a group", _START_LIMIT)
+        addresses = dict(zip(masters, opened, strict=True))
         building = {
             group: [actor.build.remote(addresses.get(group)) for actor in actors]
             for group, actors in self._actors.items()
@@ -162,14 +163,14 @@ class RayCluster(Cluster):
         The role ``reward`` without any reward still decodes.
         """
         keys = {r.key for r in self._recipe.algorithm.rewards}
-        found: dict[str, Limit] = {}
+        groups: dict[str, Limit] = {}
         for group, specs in self._specs.items():
             hosted = hosted_rewards(self._recipe, specs[0].roles)
             wanted = [r for r in hosted if r.key in keys or not trained]
             if wanted or (not trained and "reward" in specs[0].roles):
                 limits = [Limit(r.timeout_s, f"timeout_s of {r.key}") for r in wanted]
-                found[group] = max(limits, key=lambda limit: limit.seconds or 0, default=self._limit)
-        return found
+                groups[group] = max(limits, key=lambda limit: limit.seconds or 0, default=self._limit)
+        return groups
 
     def clients(self, role: str) -> list[RemoteClient]:
         """One for all processes of a role; for ``reward`` one per group of rewards."""
@@ -195,11 +196,11 @@ class RayCluster(Cluster):
 
     @contextmanager
     def _classify_errors(self, role: str) -> Iterator[None]:
-        """Tell a lost or stuck process from one that failed.
+        """Distinguish lost and stuck processes from a call that failed.
 
         Raises:
             ProcessLost: A process that holds training state died.
-            RunError: A role failed, or no answer came in time; then also where every process stands.
+            RunError: A role failed, or no answer came in time; then with what every process was doing.
         """
         try:
             yield
@@ -208,46 +209,41 @@ class RayCluster(Cluster):
         except ProcessLost:
             raise
         except RunError as error:
-            # The peers of a dead rank fail too, in their collectives, and may be heard first.
+            # The peers of a dead rank fail too, in their collectives, and their errors may arrive first.
             lost = self._lost()
             if lost is not None:
                 raise ProcessLost(f"process {lost} died while the {role} worked") from error
             raise
 
     def _lost(self) -> str | None:
-        """The name of a trained process that is dead; those that work do not answer and count as alive."""
-        trained = {f"{s.group}/{s.rank}": self._actors[s.group][s.rank] for s in self._all_specs if s.trains}
-        asked = {name: actor.status.remote() for name, actor in trained.items()}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_STATUS_TIMEOUT_S)
-        for name, reference in asked.items():
-            try:
-                ray.get(reference, timeout=0)
-            except ray.exceptions.RayActorError:
-                return name
-            except ray.exceptions.GetTimeoutError:
-                continue
-        return None
+        """The name of a trained process that is dead, if any."""
+        states = self._states([spec for spec in self._all_specs if spec.trains])
+        return next((name for name, state in states.items() if state == _DEAD), None)
 
     def _describe_processes(self) -> str:
-        """Where every process stands, for the one who must find out what hangs."""
-        asked = {f"{s.group}/{s.rank}": self._actors[s.group][s.rank].status.remote() for s in self._all_specs}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=_STATUS_TIMEOUT_S)
-        told = []
-        for name, reference in asked.items():
+        """What every process was doing, to find out which one hangs."""
+        return "; ".join(f"{name}: {state}" for name, state in self._states(self._all_specs).items())
+
+    def _states(self, specs: list[WorkerSpec]) -> dict[str, str]:
+        """By process (``group/rank``): what it was doing, "does not answer" or "dead"."""
+        status = {f"{s.group}/{s.rank}": self._actors[s.group][s.rank].status.remote() for s in specs}
+        ray.wait(list(status.values()), num_returns=len(status), timeout=_STATUS_TIMEOUT_S)
+        states = {}
+        for name, reference in status.items():
             try:
-                told.append(f"{name}: {ray.get(reference, timeout=0)}")
+                states[name] = str(ray.get(reference, timeout=0))
             except ray.exceptions.GetTimeoutError:
-                told.append(f"{name}: does not answer")
+                states[name] = "does not answer"
             except ray.exceptions.RayActorError:
-                told.append(f"{name}: dead")
-        return "; ".join(told)
+                states[name] = _DEAD
+        return states
 
     @property
     def _limit(self) -> Limit:
         return Limit(self._recipe.placement.step_timeout_s)
 
     def sync_generator(self) -> None:
-        """Send the learner's weights to a generator that lives elsewhere."""
+        """Send the learner's weights to a generator in another group."""
         if self._roles["generator"][0] != self._roles["learner"][0]:
             weights = self.call_all("learner", "weights", "raw")[0]
             self.call_all("generator", "load", "raw", weights)
@@ -272,7 +268,7 @@ class RayCluster(Cluster):
 
 
 def _check_sharing(specs: dict[str, list[WorkerSpec]], share: float) -> None:
-    """Ranks that train together need a GPU each: NCCL refuses two on one, minutes later and without a name.
+    """Refuse ranks that train together on one GPU: NCCL would, minutes later and without naming the group.
 
     Raises:
         UsageError: There are fewer GPUs than processes, and a group that trains has several.
@@ -286,15 +282,15 @@ def _check_sharing(specs: dict[str, list[WorkerSpec]], share: float) -> None:
 
 
 def start_weight_store(name: str) -> Any:
-    """A :class:`WeightStore` beside the driver, without whose node the run is lost anyway.
+    """Start a :class:`WeightStore` on the driver's node; a run does not survive the loss of that node in any case.
 
-    Left to Ray it may share the node of a generator, which would take the weights along that it should start from.
+    Ray could place it on a generator's node: lost together, the generator could not be restarted.
     """
     return ray.remote(WeightStore).options(num_cpus=0, name=name, scheduling_strategy=same_node()).remote()
 
 
 def _available(kind: str, needed: int) -> float:
-    """Free devices; before too few are believed, a moment passes: Ray gives those of dead processes back late."""
+    """Free devices. Ray returns those of dead processes late: too few are checked again for some seconds."""
     wanted = min(needed, ray.cluster_resources().get(kind, 0))
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
     while (free := float(ray.available_resources().get(kind, 0))) < wanted and time.monotonic() < deadline:
@@ -303,7 +299,7 @@ def _available(kind: str, needed: int) -> float:
 
 
 def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | None) -> dict[str, list[WorkerSpec]]:
-    """One spec a process, by group."""
+    """One spec per process, by group."""
     groups = recipe.placement.groups
     specs: dict[str, list[WorkerSpec]] = {}
     for name, group in groups.items():
