@@ -264,7 +264,7 @@ class Group(Section):
 
     devices: Size = Field(1, description="processes, one a device")
     roles: list[Name] = Field(min_length=1, description=f"of {', '.join(ROLES)}, or reward:LABEL for one reward")
-    threads: Size | None = Field(None, description="CPU threads a process; a fair share of the machine when absent")
+    threads: Size | None = Field(None, description="CPU threads per process; default: a share of the node's cores")
 
 
 class Placement(Section):

@@ -54,9 +54,7 @@ def flat(weights: dict[str, Tensor]) -> Tensor:
 def gradient(cluster: Cluster, recipe: Recipe) -> Tensor:
     keys = [(recipe.seed, "probe", i) for i in range(4)]
     x0 = rng.normal((4, 8, 8), keys)
-    return cluster.call_all(
-        "learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, torch.ones(len(PROMPTS), dtype=torch.int64), {}
-    )[0]
+    return cluster.call_all("learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, {})[0]
 
 
 def train(cluster: Cluster, steps: int) -> Tensor:

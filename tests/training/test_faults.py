@@ -38,9 +38,7 @@ def cluster(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> Iter
 def gradient(cluster: Any) -> torch.Tensor:
     keys = [(3, "probe", i) for i in range(4)]
     x0 = rng.normal((4, 8, 8), keys)
-    return cluster.call_all(
-        "learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, torch.ones(len(PROMPTS), dtype=torch.int64), {}
-    )[0]
+    return cluster.call_all("learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, {})[0]
 
 
 def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_recipe: MakeRecipe) -> None:
