@@ -49,7 +49,9 @@ def add(module: nn.Module, settings: Lora, targets: Sequence[str], seed: int) ->
 
 
 def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by its plain name with the adapters added in, in float32; without adapters, as they are.
+    """Every weight by its plain name with the adapters added in, in float32; without adapters, as they are.
+
+    Weights are parameters and the buffers that belong to a state dict (a transformer's fixed position embedding).
 
     Args:
         module: The network; all ranks iterate together.
@@ -64,6 +66,10 @@ def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterato
             first, second = (full(factor[_ADAPTER].weight) for factor in (layer.lora_A, layer.lora_B))
             value = value + layer.scaling[_ADAPTER] * (second @ first)
         yield name.replace(_BASE, "."), value
+    stored = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in stored:
+            yield name.replace(_BASE, "."), buffer.detach().float()
 
 
 def frozen(module: nn.Module) -> set[str]:
