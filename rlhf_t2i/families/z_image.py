@@ -57,8 +57,7 @@ class ZImageFamily(PipelineFamily):
 
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
-        mask = cond.tensors["prompt_mask"].bool()
-        prompts = [row[kept].to(x_t.dtype) for row, kept in zip(cond.tensors["prompt_embeds"], mask, strict=True)]
+        prompts = _ragged(cond.tensors["prompt_embeds"].to(x_t.dtype), cond.tensors["prompt_mask"])
         images = list(x_t.unsqueeze(2).unbind(0))  # the network's images have a frame axis
         return torch.stack(list(network(images, time, prompts, return_dict=False)[0])).squeeze(2)
 
@@ -89,6 +88,11 @@ class ZImageFamily(PipelineFamily):
     def export_scheduler(self, student: Student) -> ExportScheduler:
         """See :meth:`PipelineFamily.export_scheduler`."""
         return export_scheduler(student)
+
+
+def _ragged(embeds: Tensor, mask: Tensor) -> list[Tensor]:
+    """The prompts of a padded batch, each at its own length; at full length on the meta device, which has no mask."""
+    return list(embeds) if mask.is_meta else [row[kept] for row, kept in zip(embeds, mask, strict=True)]
 
 
 class _ZImageConditioner(Conditioner):
