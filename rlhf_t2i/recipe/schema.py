@@ -71,7 +71,7 @@ class StudentSettings(Section):
         None, description="the K timesteps in thousandths, falling, in place of the family's own"
     )
     transition: Literal["stochastic", "deterministic"] = Field(
-        "stochastic", description="between steps: fresh noise (as LCM), or the noise that the prediction implies"
+        "stochastic", description="between steps: fresh noise, or the noise that the prediction implies"
     )
     input: Literal["unit", "sigma"] = Field(
         "unit", description="what the first step gets: unit noise, or noise scaled by its level (SiD-LSG)"
@@ -233,7 +233,8 @@ class Optimization(Section):
         False, description="recompute activations, of all roles or of these: less memory, more time"
     )
     compile: bool = Field(
-        False, description="torch.compile of the blocks of UNets and VAE: faster steps, after minutes of compiling"
+        False,
+        description="torch.compile of the blocks of networks and decoder: faster steps, after minutes of compiling",
     )
     generator: Optimizer = Optimizer()
     assistant: Optimizer = Optimizer()
