@@ -16,7 +16,7 @@ from rlhf_t2i.utils.streams import survive_lost_readers
 
 app = typer.Typer(
     name="rlhf-t2i",
-    help="Align one-step text-to-image generators with human-preference rewards (Diff-Instruct*).",
+    help="Align one- and few-step text-to-image generators with human-preference rewards (Diff-Instruct*).",
     epilog="A first run, from the repository: rlhf-t2i run recipes/quickstart.yaml",
     no_args_is_help=True,
     add_completion=False,

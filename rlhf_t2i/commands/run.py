@@ -27,7 +27,7 @@ def run_command(
         str | None, typer.Option(metavar="HOST:PORT", help="Join this Ray cluster instead of starting one.")
     ] = None,
 ) -> None:
-    """Train a one-step generator as a recipe says. Writes report.html, model/ and checkpoints."""
+    """Align a generator as a recipe says. Writes report.html, model/ and checkpoints."""
     from rlhf_t2i.recipe import reading
     from rlhf_t2i.recipe.placement import check_placement
 
