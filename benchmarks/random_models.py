@@ -107,7 +107,8 @@ def build(folder: Path, sizes: Sizes, device: str, dtype: torch.dtype) -> dict[s
     return {
         "models.reference": str(pipeline),
         "models.generator": str(generator),
-        "models.resolution": sizes.resolution,
+        "models.height": sizes.resolution,
+        "models.width": sizes.resolution,
         "data.prompts": str(prompts),
         "data.held_out": str(prompts),
         "algorithm.rewards": [

@@ -124,7 +124,7 @@ class MeasuredWorker(Worker):
     def _build_rewards(self, choices: Any) -> Any:
         with self._noting("reward"):
             built = super()._build_rewards(choices)
-        modules = [*built.role.rewards.values(), self._context.store.decoder]
+        modules = [*built.rewards.values(), self._context.store.decoder]
         self._own("reward", torch.nn.ModuleList(modules))
         return built
 

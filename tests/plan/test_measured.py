@@ -92,7 +92,7 @@ def test_every_part_of_a_step_is_timed_beside_the_plan(built: Any) -> None:
 
     import full_size
 
-    settings = dataclasses.replace(built, overrides=("models.resolution=64",))
+    settings = dataclasses.replace(built, overrides=("models.height=64", "models.width=64"))
     rates = full_size.Rates(1e9, 2e9)
     rows = []
     for part in full_size.PARTS:
@@ -115,7 +115,7 @@ def test_every_part_of_a_step_is_timed_beside_the_plan(built: Any) -> None:
 def test_a_section_that_fails_is_written_down_and_the_others_go_on(tmp_path: Path) -> None:
     done = subprocess.run(
         [
-            sys.executable, BENCHMARKS / "gpu.py", "--small", "--sections", "flops", "--set", "models.resolution=63",
+            sys.executable, BENCHMARKS / "gpu.py", "--small", "--sections", "flops", "--set", "models.height=63",
             "--out", tmp_path,
         ],
         capture_output=True, text=True, timeout=240, check=False,
@@ -123,5 +123,5 @@ def test_a_section_that_fails_is_written_down_and_the_others_go_on(tmp_path: Pat
     assert done.returncode == 1, done.stderr
     sections = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["sections"]
     assert sections["build"]["status"] == "done"
-    assert sections["flops"]["status"].startswith("failed: UsageError: models.resolution: 63")
+    assert sections["flops"]["status"].startswith("failed: UsageError: models.height: 63")
     assert "**flops**: failed" in (tmp_path / "gpu.md").read_text("utf-8")
