@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.families.recomputing import checkpoint_layers
@@ -65,13 +66,9 @@ class Network:
 
         def counted() -> tuple[int, int]:
             network = self._frozen()
-            alive = _Alive(network)
-
-            def call() -> None:
-                with alive:
-                    self.call(network)
-
-            return flops(call), alive.highest
+            with torch.no_grad(), _Counter(network) as counter:
+                self.call(network)
+            return counter.flops, counter.highest
 
         return self._once(("forward",), counted)
 
@@ -96,10 +93,10 @@ class Network:
 
 
 def flops(call: Callable[[], Any]) -> int:
-    """FLOPs of a call without gradient: matrix products, convolutions and attention."""
-    with torch.no_grad(), flash_attention() as attention, FlopCounterMode(display=False) as counter:
+    """FLOPs of a call on meta tensors, backward included: matrix products, convolutions and attention."""
+    with _Counter() as counter:
         call()
-    return int(counter.get_total_flops()) + attention.flops
+    return counter.flops
 
 
 def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> int:
@@ -109,24 +106,41 @@ def peak(network: nn.Module, call: Callable[[], tuple[Tensor, Tensor]]) -> int:
         network: Its parameters and buffers are left out, and so are gradients of parameters.
         call: Makes the input and gives (input, output).
     """
-    with flash_attention(), _Alive(network) as alive, torch.enable_grad():
+    with torch.enable_grad(), _Counter(network) as counter:
         leaf, output = call()
         torch.autograd.grad(output, leaf, torch.empty_like(output))
         del leaf, output
-    return alive.highest
+    return counter.highest
 
 
-class _Alive(TorchDispatchMode):
-    """Adds up the storages that operators make, while they live."""
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs, and the storages that operators make while they live; a network's own are left out.
 
-    def __init__(self, network: nn.Module) -> None:
+    torch's FlopCounterMode has the formulas, but tracks modules by hooks that fail on inputs that are views.
+    """
+
+    def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.highest = self._now = 0
+        self.flops = self.highest = self._now = 0
         # By address, which is a storage's own while it lives.
-        self._known = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+        owned = () if network is None else (*network.parameters(), *network.buffers())
+        self._known = {t.untyped_storage()._cdata for t in owned}
+
+    def __enter__(self) -> _Counter:
+        self._settings = ExitStack()
+        self._settings.enter_context(_flash_attention(self))
+        # Masks select everything: nothing is known about their values.
+        self._settings.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._settings.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         for made in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(made, Tensor):
                 storage = made.untyped_storage()
@@ -156,28 +170,17 @@ class _Flash(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-@dataclass
-class Attention:
-    """What :func:`flash_attention` saw.
-
-    Attributes:
-        flops: Of all calls.
-    """
-
-    flops: int = 0
-
-
 @contextmanager
-def flash_attention() -> Iterator[Attention]:
+def _flash_attention(counter: _Counter) -> Iterator[None]:
     """On the meta device torch takes the path that keeps the whole attention matrix; GPUs and CPUs do not."""
-    original, seen = functional.scaled_dot_product_attention, Attention()
+    original = functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        seen.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        counter.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return _Flash.apply(query, key, value)
 
     functional.scaled_dot_product_attention = attention
     try:
-        yield seen
+        yield
     finally:
         functional.scaled_dot_product_attention = original

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.families import registry, sources
+from rlhf_t2i.recipe.schema import Optimization
 from rlhf_t2i.tools.planning import zero
 from rlhf_t2i.tools.planning.memory import GroupPlan, Memory, RolePlan, trained_memory
 
@@ -157,3 +160,16 @@ def test_what_ranks_exchange(stage: int | None, expected: int, overlaps: bool) -
     assert sum(item.bytes for item in sent) == expected
     assert all(item.overlaps == overlaps for item in sent)
     assert zero.collectives(SIZES, setting(stage, ranks=1), micro_batches=5) == []
+
+
+def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
+    """Plain torch saves here; DeepSpeed's sizes were measured with its own ``save``."""
+    engine = LocalEngine(torch.nn.Linear(400, 400), Optimization().generator, 1)
+    engine.backward(engine(torch.ones(1, 400)).sum())
+    engine.step(1e-3)
+    engine.save(tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size == pytest.approx(zero.saved(setting(None, "fp32", 1)) * (400 * 400 + 400), rel=0.01)
+    measured = {0: (12, 14), 1: (16, 14), 2: (16, 14), 3: (12, 12)}
+    for stage, sizes in measured.items():
+        assert tuple(zero.saved(setting(stage, precision)) for precision in ("fp32", "bf16")) == sizes

@@ -47,10 +47,8 @@ def disk(recipe: Recipe, placed: Mapping[str, tuple[str, int]], networks: Footpr
     for role in TRAINED:
         optimizer = settings.generator if role == "learner" else settings.assistant
         numbers = sum(networks.network(optimizer.lora).sizes())
-        local = zero_setting(recipe, placed[role][1]).stage is None
-        moments = 2 if optimizer.kind == "adamw_8bit" else 8
-        # DeepSpeed writes masters, moments and the weights in the compute precision; plain torch weights and moments.
-        checkpoint += numbers * (moments + 4 + (0 if local else zero.BYTES[settings.precision]))
+        saved = zero.saved(zero_setting(recipe, placed[role][1]))
+        checkpoint += numbers * (saved - 6 if optimizer.kind == "adamw_8bit" else saved)
     policy = recipe.checkpoints
     written = -(-recipe.steps // policy.every)
     height, width = networks.store.size

@@ -93,6 +93,15 @@ def total(items: list[Term], when: When) -> int:
     return sum(item.bytes for item in items if item.when == when)
 
 
+def saved(setting: Setting) -> int:
+    """Bytes per trained number in a checkpoint: weights and Adam's two moments, and copies in the compute precision.
+
+    Measured with the engines' own ``save``. Stage 3 writes its masters alone; without ZeRO float32 has no masters.
+    """
+    alone = setting.stage in (None, 3) or (setting.stage == 0 and setting.precision == "fp32")
+    return 12 if alone else 12 + BYTES[setting.precision]
+
+
 @dataclass(frozen=True)
 class Collective:
     """Bytes that a rank sends in the collectives of one update, and whether the computation goes on meanwhile."""
