@@ -59,8 +59,8 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = _Loader.yaml_implicit_resolvers
 
 
-class Source:
-    """The recipe's file and the line of every key, for error messages."""
+class RecipeFile:
+    """A recipe's path and the line of every key, for error messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,7 +110,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def read(path: str | Path, noun: str = "recipe") -> tuple[dict[str, Any], Source]:
+def read(path: str | Path, noun: str = "recipe") -> tuple[dict[str, Any], RecipeFile]:
     """Read a YAML file whose keys are to be validated: its data, and the place of every key.
 
     Args:
@@ -121,7 +121,7 @@ def read(path: str | Path, noun: str = "recipe") -> tuple[dict[str, Any], Source
         UsageError: No such file, or no YAML mapping of a recipe's size; names the file and the line.
     """
     path = Path(path)
-    source = Source(path)
+    source = RecipeFile(path)
     text = inputs.read_text(path, noun, inputs.RECIPE)
     try:
         data = _parse(text, source)
@@ -147,12 +147,12 @@ def parse_value(text: str, place: str) -> Any:
         UsageError: Not YAML, or anchors that contain themselves or expand without bounds.
     """
     try:
-        return _parse(text, Source(Path(place)))
+        return _parse(text, RecipeFile(Path(place)))
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UsageError(f"{place}: the value is not valid YAML") from None
 
 
-def _parse(text: str, source: Source) -> Any:
+def _parse(text: str, source: RecipeFile) -> Any:
     """The data of a YAML text, counted before anything is built: merged anchors expand while it is built."""
     node = yaml.compose(text, Loader=_Loader)
     if node is not None:
@@ -160,7 +160,7 @@ def _parse(text: str, source: Source) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _collect_lines(node: yaml.Node, key: KeyPath, source: Source, above: set[int]) -> None:
+def _collect_lines(node: yaml.Node, key: KeyPath, source: RecipeFile, above: set[int]) -> None:
     if id(node) in above:
         raise source.error(key, "an anchor refers to itself: a recipe cannot contain itself")
     source.lines.setdefault(key, node.start_mark.line + 1)
@@ -185,7 +185,7 @@ def _collect_lines(node: yaml.Node, key: KeyPath, source: Source, above: set[int
             _collect_lines(child, (*key, index), source, above | {id(node)})
 
 
-def _check_tag(node: yaml.Node, key: KeyPath, source: Source) -> None:
+def _check_tag(node: yaml.Node, key: KeyPath, source: RecipeFile) -> None:
     """Refuse tags that build objects or dates, and values that are not what their tag says (``!!bool x``)."""
     name = node.tag.removeprefix(_TAG)
     fits = name in ("str", "seq", "map") or (
@@ -197,7 +197,7 @@ def _check_tag(node: yaml.Node, key: KeyPath, source: Source) -> None:
         raise source.error(key, f"not valid YAML for a recipe: {mistakes.shown(f'{value} with the tag {node.tag}')}")
 
 
-def _apply_override(data: dict[str, Any], override: str, source: Source) -> None:
+def _apply_override(data: dict[str, Any], override: str, source: RecipeFile) -> None:
     name, equals, text = override.partition("=")
     place = f"--set {mistakes.shown(override)}"
     name, append = name.removesuffix("+"), name.endswith("+")
@@ -232,7 +232,7 @@ def _apply_override(data: dict[str, Any], override: str, source: Source) -> None
             source.overrides[tuple(parts)] = override
 
 
-def _append(target: Any, part: Any, value: Any, key: KeyPath, override: str, source: Source) -> None:
+def _append(target: Any, part: Any, value: Any, key: KeyPath, override: str, source: RecipeFile) -> None:
     """Add a value, or the values of a list, to the list at ``target[part]`` or to the schema's default."""
     here = target[part] if isinstance(target, list) else target.get(part, mistakes.default(Recipe, key) or [])
     if not isinstance(here, list):

@@ -25,7 +25,7 @@ def _no_control(text: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_no_control)]
-Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control)]
+PathOrId = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control)]
 Timestep = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Pixels = Annotated[int, Field(ge=8, le=8192)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
@@ -42,25 +42,25 @@ class Section(BaseModel):
 class Models(Section):
     """Which networks; each a local folder (``./``, ``../``, ``~`` or ``/``) or a hub id, ``org/name@revision``."""
 
-    reference: Source = Field(
+    reference: PathOrId = Field(
         description="diffusers pipeline of the frozen reference; its text encoders and VAE are used"
     )
-    generator: Source = Field(
+    generator: PathOrId = Field(
         description="the network to align: its folder, a pipeline folder, or a .bin or .safetensors file"
     )
-    assistant: Source | None = Field(None, description="where the assistant starts; the reference when absent")
-    vae: Source | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
+    assistant: PathOrId | None = Field(None, description="where the assistant starts; the reference when absent")
+    vae: PathOrId | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
     vae_precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the decoder; bf16 has float32's range, so that nothing overflows, but 8 bits: coarser"
+        "fp32", description="precision of the decoder; bf16 does not overflow, but is coarser"
     )
     vae_slicing: bool = Field(
-        False, description="decode one image at a time: the same pictures, less memory where no gradient is taken"
+        False, description="decode one image at a time: same images, less memory without gradient"
     )
     vae_tiling: bool = Field(
-        False, description="decode in overlapping tiles, blended: less memory, but slightly other pictures"
+        False, description="decode in overlapping blended tiles: less memory, slightly different images"
     )
-    height: Pixels | None = Field(None, description="of the images, in pixels; the reference's own size when absent")
-    width: Pixels | None = Field(None, description="of the images, in pixels; the reference's own size when absent")
+    height: Pixels | None = Field(None, description="pixels; default: the reference's own size")
+    width: Pixels | None = Field(None, description="pixels; default: the reference's own size")
 
 
 class StudentSettings(Section):
@@ -90,13 +90,13 @@ class StudentSettings(Section):
 
 
 class Data(Section):
-    """Prompts: a text file one a line, jsonl, or csv."""
+    """Prompt files: .txt with one prompt per line, .jsonl, .json, .csv or .tsv."""
 
-    prompts: Source = Field(description="the prompts to train on")
-    column: Name = Field("prompt", description="the key of a jsonl object or the csv column that holds the prompt")
-    held_out: Source | None = Field(
+    prompts: PathOrId = Field(description="the prompts to train on")
+    column: Name = Field("prompt", description="the JSON key or the table column that holds the prompt")
+    held_out: PathOrId | None = Field(
         None,
-        description="prompts no step trains on, for previews and the table before/after; else training's",
+        description="prompts that are not trained on, for previews and the before/after table; default: data.prompts",
     )
 
 
@@ -104,16 +104,22 @@ class PluginChoice(Section):
     """A plugin by registered name or ``path/to/file.py:Class``, with its options."""
 
     name: Name
-    options: dict[str, Any] = Field(default_factory=dict, description="the plugin's own options")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the plugin")
 
 
 class RewardChoice(PluginChoice):
     """A reward, its weight in the objective and how its actor is called."""
 
-    scale: float = Field(1.0, allow_inf_nan=False, ge=-1e9, le=1e9, description="alpha_r of (3.3); rewards: only")
-    label: Name | None = Field(None, description="the name in metrics; the plugin's name when absent")
-    micro_batch: Size | None = Field(None, description="images a call of score(); the whole request when absent")
-    timeout_s: Positive = Field(600.0, description="a longer call stops the run over Ray; placement: local waits")
+    scale: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        ge=-1e9,
+        le=1e9,
+        description="weight alpha_r in the objective (3.3); eval_rewards ignore it",
+    )
+    label: Name | None = Field(None, description="name in metrics; default: the plugin's name, or the class of a file")
+    micro_batch: Size | None = Field(None, description="images per call of score(); default: all at once")
+    timeout_s: Positive = Field(600.0, description="seconds after which a call ends the run (over Ray only)")
 
     @property
     def key(self) -> str:
@@ -132,7 +138,7 @@ class Guidance(Section):
 
 
 class Timesteps(Section):
-    """How training timesteps are drawn, in thousandths, 0 (data) to 1000 (noise)."""
+    """Sampling of training timesteps, in thousandths: 0 is data, 1000 is noise."""
 
     generator: Annotated[list[Timestep], Field(min_length=2, max_length=2)] | None = Field(
         None, description="[first, last] of the divergence's t; [20, 979] (flow matching: [20, 980]) when absent"
@@ -160,13 +166,17 @@ class Algorithm(Section):
 
     divergence: PluginChoice = PluginChoice(name="pseudo_huber")
     weighting: Literal["unit_x0", "inv_mean_abs", "score", "eps"] = Field(
-        "unit_x0", description="w(t), see algorithm.md"
+        "unit_x0", description="w(t), see algorithm.md 1.6"
     )
-    rewards: list[RewardChoice] = Field(default_factory=list, description="train; none makes SIM or Diff-Instruct")
-    eval_rewards: list[RewardChoice] = Field(default_factory=list, description="only measured, never trained on")
+    rewards: list[RewardChoice] = Field(
+        default_factory=list, description="rewards to train on; without any: SIM or Diff-Instruct"
+    )
+    eval_rewards: list[RewardChoice] = Field(default_factory=list, description="rewards that are measured only")
     cfg: Guidance = Guidance()
-    assistant_steps: int = Field(1, ge=0, le=1000, description="K_TA: assistant updates for each generator update")
-    assistant_warmup: int = Field(0, ge=0, le=1_000_000, description="assistant updates before the first generator one")
+    assistant_steps: int = Field(1, ge=0, le=1000, description="K_TA: assistant updates per generator update")
+    assistant_warmup: int = Field(
+        0, ge=0, le=1_000_000, description="assistant updates before the first generator update"
+    )
     timesteps: Timesteps = Timesteps()
     reward_steps: Literal["all", "last"] = Field(
         "all", description="which of the generator's steps a reward trains: each, or its last one alone"
@@ -182,12 +192,12 @@ class Algorithm(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters: they alone are trained, and are merged into the weights that are sampled and exported."""
+    """Low-rank adapters. Only they are trained; sampling and export use the merged weights."""
 
     rank: int = Field(64, ge=1, le=4096, description="inner dimension of an adapter")
-    alpha: Positive | None = Field(None, description="an adapter is scaled by alpha / rank; the rank when absent")
+    alpha: Positive | None = Field(None, description="an adapter is scaled by alpha / rank; default: the rank")
     targets: Annotated[list[Name], Field(min_length=1)] | None = Field(
-        None, description="ends of the names of linear layers; the attention layers of the model family when absent"
+        None, description="suffixes of names of linear layers; default: the model family's attention layers"
     )
 
 
@@ -195,46 +205,47 @@ class Optimizer(Section):
     """AdamW with a linear warm-up to a constant rate, and clipping by global norm."""
 
     kind: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw is torch's fused one; adamw_8bit has states of a byte (bitsandbytes, CUDA only)"
+        "adamw", description="adamw: torch's fused AdamW; adamw_8bit: 1-byte states (bitsandbytes, CUDA only)"
     )
-    lr: Positive = Field(1e-6, description="the learning rate after warm-up")
+    lr: Positive = Field(1e-6, description="learning rate after warm-up")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.0, 0.999], min_length=2, max_length=2, description="Adam's decay rates"
     )
     eps: Positive = Field(1e-8, description="Adam's epsilon")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="updates of linear warm-up")
-    max_grad_norm: Positive = Field(10.0, description="gradients are clipped to this global norm")
+    max_grad_norm: Positive = Field(10.0, description="global norm to which gradients are clipped")
     lora: Lora | None = Field(None, description="train adapters instead of the whole network")
 
 
 class Ema(Section):
     """Exponential moving average of the generator's weights, by half-life in thousands of images (SiD's rule)."""
 
-    half_life_kimg: Positive = Field(description="thousands of images after which a weight counts half")
-    rampup: Positive = Field(0.05, description="the half-life never exceeds this fraction of the images seen")
+    half_life_kimg: Positive = Field(description="half-life in thousands of images")
+    rampup: Positive = Field(0.05, description="upper bound of the half-life, as a fraction of the images seen")
 
 
 class Optimization(Section):
     """Batches, precision and both optimizers."""
 
-    batch_size: Size = Field(128, description="images a generator update (and an assistant update), over all ranks")
-    micro_batch: Size | None = Field(None, description="images a rank handles at once; all of its share when absent")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute; master weights are float32")
+    batch_size: Size = Field(
+        128, description="images per update of the generator, and of the assistant, over all ranks"
+    )
+    micro_batch: Size | None = Field(None, description="images per rank at once; default: the rank's whole share")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute precision; master weights are float32")
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimizer states in host memory")
     max_bad_steps: int = Field(
         3,
         ge=0,
         le=1_000_000,
-        description="updates of a network in a row that may be skipped, their gradient not being finite",
+        description="consecutive updates that may be skipped because their gradient is not finite",
     )
     gradient_checkpointing: bool | Annotated[list[Checkpointed], Field(min_length=1)] = Field(
-        False, description="recompute activations, of all roles or of these: less memory, more time"
+        False, description="recompute activations in the backward pass, of all roles or of a list of roles"
     )
     compile: bool = Field(
-        False,
-        description="torch.compile of the blocks of networks and decoder: faster steps, after minutes of compiling",
+        False, description="torch.compile the blocks of networks and decoder: faster steps, minutes of compiling"
     )
     generator: Optimizer = Optimizer()
     assistant: Optimizer = Optimizer()
@@ -261,9 +272,9 @@ class Optimization(Section):
 
 
 class Group(Section):
-    """A set of devices and the roles that share them: one process a device."""
+    """A set of devices and the roles that share them, one process per device."""
 
-    devices: Size = Field(1, description="processes, one a device")
+    devices: Size = Field(1, description="processes, one per device")
     roles: list[Name] = Field(min_length=1, description=f"of {', '.join(ROLES)}, or reward:LABEL for one reward")
     threads: Size | None = Field(None, description="CPU threads per process; default: a share of the node's cores")
 
@@ -273,16 +284,16 @@ class Placement(Section):
 
     mode: Literal["ray", "local"] = Field("ray", description="local: one process, no Ray; `placement: local` for short")
     groups: dict[Name, Group] = Field(
-        default_factory=lambda: {"all": Group(roles=list(ROLES))}, description="by a name of your choice"
+        default_factory=lambda: {"all": Group(roles=list(ROLES))}, description="groups by name"
     )
     share_devices: bool = Field(
-        False, description="with fewer GPUs than processes, let several groups share one; small models only"
+        False, description="let several groups share a GPU if there are fewer GPUs than processes; small models only"
     )
     max_restarts: int = Field(
-        3, ge=0, le=1000, description="how often a run that lost a trained process restores itself"
+        3, ge=0, le=1000, description="how often a run that lost a training process restores itself"
     )
     step_timeout_s: Positive = Field(
-        3600.0, description="over Ray a call without an answer for this long ends the run; placement: local waits"
+        3600.0, description="seconds after which a call without an answer ends the run (over Ray only)"
     )
 
     @model_validator(mode="before")
@@ -292,25 +303,27 @@ class Placement(Section):
 
 
 class Logging(Section):
-    """What a run writes while it goes."""
+    """What a run writes while it trains."""
 
-    samples_every: Count = Field(100, description="steps between pictures of the same prompts and noise")
-    sample_count: int = Field(16, ge=1, le=256, description="pictures in a preview")
+    samples_every: Count = Field(100, description="steps between previews of the same prompts and noise")
+    sample_count: int = Field(16, ge=1, le=256, description="images per preview")
     watch_every: int = Field(
-        50, ge=0, le=1_000_000_000, description="steps between looks for reward hacking and bf16 drift; 0: never"
+        50, ge=0, le=1_000_000_000, description="steps between checks for reward hacking and bf16 drift; 0: never"
     )
-    watch_images: int = Field(64, ge=2, le=1_000_000, description="of the evaluation's images, drawn again in a look")
+    watch_images: int = Field(
+        64, ge=2, le=1_000_000, description="images of the evaluation that are sampled again in a check"
+    )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
-        default_factory=list, description="besides metrics.jsonl"
+        default_factory=list, description="experiment trackers besides metrics.jsonl"
     )
 
 
 class Checkpoints(Section):
-    """When state is saved and how many are kept."""
+    """When checkpoints are written and which are kept."""
 
     every: Count = Field(100, description="generator updates between checkpoints")
-    keep: Count = Field(2, description="how many of the newest are kept")
-    keep_best: bool = Field(True, description="besides them, the one with the highest reward over its last steps")
+    keep: Count = Field(2, description="number of newest checkpoints to keep")
+    keep_best: bool = Field(True, description="also keep the checkpoint with the highest reward over its last steps")
 
 
 class Evaluation(Section):
@@ -320,15 +333,15 @@ class Evaluation(Section):
         256, description="held-out images scored before and after"
     )
     images_per_prompt: Annotated[int, Field(ge=2, le=1000)] = Field(
-        4, description="diversity is measured within a prompt"
+        4, description="images per prompt; diversity is measured within a prompt"
     )
-    batch_size: Size = Field(32, description="images drawn and scored at once")
+    batch_size: Size = Field(32, description="images sampled and scored at once")
 
 
 class Recipe(Section):
     """A whole run."""
 
-    seed: int = Field(0, ge=0, le=2**62, description="of every random draw")
+    seed: int = Field(0, ge=0, le=2**62, description="seed of all randomness")
     steps: Count = Field(description="generator updates")
     models: Models
     student: StudentSettings = StudentSettings()
@@ -341,5 +354,5 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     revisions: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{40}$")]] = Field(
         default_factory=dict,
-        description="commit hashes of hub models by org/name or org/name@branch; a run adds those it used",
+        description="commit hashes of hub models by org/name or org/name@branch; a run adds those it uses",
     )
