@@ -118,7 +118,13 @@ class _Checker:
         return RewardRole({"reward": self.reward}, _Identity(), device=self.device, dtype=dtype)
 
     def _score(self, inputs: Tensor, prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._role(dtype).score(inputs, prompts, context=self.context)["reward"].double()
+        return self._values(self._role(dtype), inputs, prompts)
+
+    def _values(self, role: RewardRole, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Exact values in float64: ``role.score`` rounds decoded images to 8 bits."""
+        if self.on_latents:
+            return role.score(inputs, prompts, context=self.context)["reward"].double()
+        return role.score_images(inputs, prompts)["reward"].double()
 
     def shape(self) -> str:
         for inputs, prompts in ((self.inputs, PROMPTS), (self.wide, PROMPTS), (self.inputs[:1], PROMPTS[:1])):
@@ -200,10 +206,7 @@ class _Checker:
             expected = (grads * direction).flatten(1).sum(1)
             errors = []
             for step in (1e-3, 1e-4, 1e-5, 1e-6):
-                ahead, behind = (
-                    role.score(inputs + sign * step * direction, PROMPTS, context=self.context)["reward"]
-                    for sign in (1, -1)
-                )
+                ahead, behind = (self._values(role, inputs + sign * step * direction, PROMPTS) for sign in (1, -1))
                 errors.append(float(((ahead - behind) / (2 * step) - expected).abs().max()))
         finally:
             freeze(self.reward, self.device, torch.float32)

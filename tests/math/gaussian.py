@@ -35,7 +35,7 @@ def golden() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Moments:
-    """The closed forms at one timestep for the Gaussians of this module (algorithm.md 4.1 and 4.2).
+    """The closed forms at one timestep for the Gaussians of this module (algorithm.md 4.2).
 
     Attributes:
         a: Of the path.

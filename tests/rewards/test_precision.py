@@ -66,6 +66,6 @@ def test_a_reward_that_writes_into_its_images_changes_nobody_elses_score(tmp_pat
     )
     images = builders.pictures(2)
     rewards = {name: registry.reward(f"{tmp_path}/mine.py:{name}") for name in ("Writes", "Mean")}
-    found = RewardRole(rewards, builders.Identity(), device=CPU).score(images, ["a", "b"])
+    found = RewardRole(rewards, builders.Identity(), device=CPU).score_images(images, ["a", "b"])
     assert torch.equal(found["Writes"], torch.zeros(2))
     torch.testing.assert_close(found["Mean"], 2 * images.mean((1, 2, 3)))
