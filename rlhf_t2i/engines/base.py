@@ -1,4 +1,4 @@
-"""What a role needs to train a network, and what both engines share: learning rate and optimizer."""
+"""The interface of training engines, and what both share: learning rate and optimizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_t2i.recipe.schema import Optimizer
 
 
 class Engine(Protocol):
-    """What a role needs to train a network."""
+    """Trains a network: forward, backward, update, save and load."""
 
     module: nn.Module
 
@@ -26,13 +26,14 @@ class Engine(Protocol):
         """Accumulate the gradient of a micro-batch's mean loss."""
 
     def step(self, learning_rate: float) -> float:
-        """Update after the last micro-batch; returns the gradient norm over all ranks before clipping.
+        """Update after the last micro-batch.
 
-        Where that norm is not finite nothing is updated, on any rank, and it is returned as infinite.
+        Returns:
+            The gradient norm over all ranks before clipping; infinite if it is not finite: then no rank updates.
         """
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole, adapters merged, in float32 on the device; all ranks must iterate together."""
+        """Every parameter gathered, adapters merged, in float32 on the device; all ranks must iterate together."""
 
     def bf16_drift(self) -> dict[str, float]:
         """Drift of the bf16 copies from their float32 masters, {} under fp32; all ranks must call it together."""
@@ -41,7 +42,7 @@ class Engine(Protocol):
         """Write this rank's share of the state into an existing folder."""
 
     def load(self, folder: Path) -> str | None:
-        """Restore what :meth:`save` wrote: bit for bit, or with a sentence on why not."""
+        """Restore what :meth:`save` wrote; returns None if bit for bit, otherwise a message that says why not."""
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:
@@ -52,7 +53,7 @@ def learning_rate(optimizer: Optimizer, step: int) -> float:
 
 
 def adamw(parameters: Any, optimizer: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of both engines; fused, since ZeRO's flat partition makes the loop of operators 20 times slower.
+    """The optimizer of both engines. Fused: on ZeRO's flat partition the unfused loop is 20 times slower.
 
     Raises:
         UsageError: 8-bit states without bitsandbytes or without a GPU.
@@ -72,7 +73,7 @@ def adamw(parameters: Any, optimizer: Optimizer) -> torch.optim.Optimizer:
 
 
 def check_eight_bit() -> None:
-    """Refuse ``kind: adamw_8bit`` where it cannot run.
+    """Check that ``kind: adamw_8bit`` can run here.
 
     Raises:
         UsageError: bitsandbytes is not installed, or there is no GPU.
@@ -82,4 +83,4 @@ def check_eight_bit() -> None:
             "optimization: kind adamw_8bit needs bitsandbytes: pip install 'rlhf-t2i[8bit]', or set kind to adamw"
         )
     if not torch.cuda.is_available():
-        raise UsageError("optimization: kind adamw_8bit needs an NVIDIA GPU, and none is here: set kind to adamw")
+        raise UsageError("optimization: kind adamw_8bit needs an NVIDIA GPU and there is none: set kind to adamw")

@@ -19,13 +19,13 @@ from rlhf_t2i.recipe.schema import Optimization, Optimizer
 
 _SHARDS = "zero"
 _KINDS = (0, 1, 1, 3)
-"""What the shards of ZeRO 0 to 3 hold: nothing is partitioned, the optimizer's states are, or the weights, too."""
+"""Layout of the shards of ZeRO 0 to 3: nothing is partitioned, the optimizer's states are, or the weights too."""
 _SAMPLED_PARAMETERS, _SAMPLED_WEIGHTS = 16, 4096
-"""For the look at bf16 rounding: parameters, and weights of each."""
+"""For :meth:`DeepSpeedEngine.bf16_drift`: parameters, and weights per parameter."""
 
 
 REDUCE_BUCKET = 500_000_000
-"""Gradients that ZeRO reduces at once (DeepSpeed's default); stage 3 keeps a buffer of so many all the time."""
+"""Gradients that ZeRO reduces at once (DeepSpeed's default); stage 3 holds a buffer of this size all the time."""
 
 
 class DeepSpeedEngine:
@@ -94,14 +94,14 @@ class DeepSpeedEngine:
         """The float32 master weights, gathered one at a time, adapters merged."""
 
         def full(parameter: nn.Parameter) -> Tensor:
-            # What is frozen has no master copy; nor has what is float32 itself and not partitioned.
+            # Frozen parameters have no master copy, nor have unpartitioned ones that are float32 themselves.
             master = self._master(parameter) if parameter.requires_grad else None
             return (parameter.detach() if master is None else master).float()
 
         return adapters.merged(self.module, full)
 
     def _master(self, parameter: nn.Parameter) -> Tensor | None:
-        """The float32 weights of a trained parameter, whole; all ranks together."""
+        """The gathered float32 weights of a trained parameter; all ranks must call it together."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         optimizer = self._engine.optimizer
@@ -110,11 +110,11 @@ class DeepSpeedEngine:
                 for copy, master in zip(copies, masters, strict=True):
                     if copy is parameter:
                         return master.detach()
-        found: Tensor | None = safe_get_full_fp32_param(parameter)
-        return found
+        master: Tensor | None = safe_get_full_fp32_param(parameter)
+        return master
 
     def bf16_drift(self) -> dict[str, float]:
-        """Masters against copies on a sample of the weights, now and at the start."""
+        """Compare masters with copies on a sample of the weights, now and at the start."""
         if self._at_start is None:
             return {}
         error = size = moved = unmoved = 0.0
@@ -128,11 +128,11 @@ class DeepSpeedEngine:
         return drift | ({"bf16_unmoved": unmoved / moved} if moved else {})
 
     def _sample(self) -> list[tuple[Tensor, Tensor]]:
-        """Some weights as (master, bf16 copy), in float64 on the CPU."""
+        """A sample of the weights as (master, bf16 copy), in float64 on the CPU."""
         from deepspeed import zero
 
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        found = []
+        sample = []
         for parameter in trained[:: -(-len(trained) // _SAMPLED_PARAMETERS)]:
             master = self._master(parameter)
             with zero.GatheredParameters([parameter], enabled=self._stage == 3):
@@ -140,21 +140,21 @@ class DeepSpeedEngine:
             if master is None:
                 raise RunError("a bf16 weight has no float32 master: its small updates would be lost")
             stride = -(-copy.numel() // _SAMPLED_WEIGHTS)
-            found.append((master.flatten()[::stride].double().cpu(), copy[::stride].double().cpu()))
-        return found
+            sample.append((master.flatten()[::stride].double().cpu(), copy[::stride].double().cpu()))
+        return sample
 
     def save(self, folder: Path) -> None:
-        """Write the ZeRO shards with DeepSpeed's own format, without what is frozen."""
+        """Write the ZeRO shards in DeepSpeed's format, without frozen parameters."""
         partial = bool(adapters.frozen(self.module))
         self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False, exclude_frozen_parameters=partial)
         if distributed.get_rank() == 0:
             resharding.write_layout(folder, self._stage)
 
     def load(self, folder: Path) -> str | None:
-        """Read the ZeRO shards, through a universal checkpoint where they have another layout.
+        """Read the ZeRO shards, through a universal checkpoint if they have another layout.
 
         Returns:
-            A sentence about a change of layout: then the rest of the run is not bit for bit what it would have been.
+            A message about the change of layout, after which the run is not bit for bit what it would have been.
         """
         with pickles.tensors_only(folder):
             return self._load_layout(folder)
@@ -164,7 +164,7 @@ class DeepSpeedEngine:
         now = {"ranks": distributed.get_world_size(), "zero_stage": self._stage}
         if saved is None or saved == now or (saved["zero_stage"] == now["zero_stage"] == 0):
             self._load(folder, _SHARDS)
-            said = None
+            message = None
         elif _KINDS[saved["zero_stage"]] != _KINDS[now["zero_stage"]]:
             raise RunError(
                 f"{folder} was saved under zero_stage {saved['zero_stage']} and cannot be loaded under "
@@ -177,14 +177,14 @@ class DeepSpeedEngine:
                     self._load(folder, tag)
                 finally:
                     self._engine._config.load_universal_checkpoint = False
-            said = (
+            message = (
                 f"{folder.name}: {saved['ranks']} ranks at zero_stage {saved['zero_stage']} become {now['ranks']} at "
                 f"{now['zero_stage']} through a universal checkpoint; weights and moments are the same, but sums over "
                 "ranks round differently from here on: bit-equality is not promised"
             )
         if self._at_start is not None:
             self._at_start = self._sample()
-        return said
+        return message
 
     def _load(self, folder: Path, tag: str) -> None:
         if not (folder / tag).is_dir():

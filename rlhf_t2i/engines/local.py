@@ -1,4 +1,4 @@
-"""The engine of ``placement: local``: plain PyTorch in float32, which distributed runs are compared with."""
+"""The engine of ``placement: local``: plain PyTorch in float32, the reference for distributed runs."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class LocalEngine:
         return norm if math.isfinite(norm) else math.inf
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters as they are, adapters merged."""
+        """The parameters, adapters merged."""
         return adapters.merged(self.module, lambda parameter: parameter.detach().float())
 
     def bf16_drift(self) -> dict[str, float]:
-        """Nothing: the weights are float32 themselves."""
+        """{}: the weights are float32 themselves."""
         return {}
 
     def save(self, folder: Path) -> None:
-        """Write ``local.pt``, without what is frozen."""
+        """Write ``local.pt``, without frozen parameters."""
         frozen = adapters.frozen(self.module)
         module = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
         torch.save({"module": module, "optimizer": self._optimizer.state_dict()}, folder / "local.pt")

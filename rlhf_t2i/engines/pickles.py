@@ -1,4 +1,4 @@
-"""Reading ZeRO's files without running what a pickle can hold."""
+"""Read ZeRO's files without running code that a pickle can hold."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Turn torch's refusal of a pickle into a sentence.
+    """Turn torch's refusal of a pickle into an error message.
 
     Args:
         folder: What is read in the block.
@@ -70,6 +70,6 @@ def tensors_only(folder: Path) -> Iterator[None]:
 
 
 def wanted(error: pickle.UnpicklingError) -> str:
-    """What the file asks for, from torch's page of advice."""
-    found = re.search(r"(?:GLOBAL|class|function) [\w.]+", str(error))
-    return found[0] if found else first_line(error)
+    """The name that the file asks for, from torch's long message."""
+    match = re.search(r"(?:GLOBAL|class|function) [\w.]+", str(error))
+    return match[0] if match else first_line(error)

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoint: ZeRO shards of one layout made loadable by another number of ranks or stage."""
+"""DeepSpeed's universal checkpoint: makes ZeRO shards loadable by another number of ranks or another stage."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ASIDE = ".universal"
 
 
 def write_layout(folder: Path, stage: int) -> None:
-    """Say in a checkpoint which layout its shards have."""
+    """Record in a checkpoint the layout of its shards."""
     files.write_json(folder / LAYOUT, {"ranks": distributed.get_world_size(), "zero_stage": stage})
 
 
 def read_layout(folder: Path) -> dict[str, int] | None:
-    """``ranks`` and ``zero_stage`` of a checkpoint's shards; None where they are not said."""
+    """``ranks`` and ``zero_stage`` of a checkpoint's shards; None if unknown."""
     try:
         return dict(json.loads((folder / LAYOUT).read_text("utf-8")))
     except OSError:
@@ -65,7 +65,7 @@ def converted(folder: Path, shards: str) -> Iterator[str]:
 
 
 def _convert(source: Path, target: Path) -> str | None:
-    """What went wrong, or None."""
+    """Convert; returns the error message, or None."""
     from deepspeed.checkpoint import ds_to_universal
 
     settings = Namespace(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, then renamed. And folders that one process has to itself."""
+"""Atomic files and folders: written aside, then renamed. And folders that one process holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models are loaded and called without the libraries' own progress bars and advice."""
+"""Silence the progress bars and advice of transformers and diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Nothing but errors from transformers and diffusers; what is wrong is said by the caller, in one sentence.
+    """Let transformers and diffusers log errors only; the caller reports problems itself.
 
     Downloads keep their bars: they take minutes.
     """
