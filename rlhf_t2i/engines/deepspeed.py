@@ -110,8 +110,8 @@ class DeepSpeedEngine:
                 for copy, master in zip(copies, masters, strict=True):
                     if copy is parameter:
                         return master.detach()
-        master: Tensor | None = safe_get_full_fp32_param(parameter)
-        return master
+        gathered: Tensor | None = safe_get_full_fp32_param(parameter)
+        return gathered
 
     def bf16_drift(self) -> dict[str, float]:
         """Compare masters with copies on a sample of the weights, now and at the start."""

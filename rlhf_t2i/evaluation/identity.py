@@ -6,7 +6,6 @@ import ast
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,14 @@ from rlhf_t2i.families import sources
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, fingerprints
+from rlhf_t2i.utils.versions import installed
 
 _PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "numpy", "pillow")
 
 
 def versions() -> dict[str, str]:
     """The versions of the packages that numbers depend on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return installed(_PACKAGES)
 
 
 def of_model(text: str) -> str:

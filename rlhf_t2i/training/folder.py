@@ -1,4 +1,4 @@
-"""The folder a run writes: where everything is, and what is recorded about the run itself."""
+"""The folder of a run: its paths, its recipe, and the record of the run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.evaluation import identity
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import provenance
@@ -36,9 +37,10 @@ class RunFolder:
         self.failures = self.path / "failures"
         self.run = self.path / "run.json"
         self.inputs = self.path / "inputs.json"
+        self.events = self.path / "events.jsonl"
 
     def create(self, recipe: Recipe) -> None:
-        """Make the folder and write the resolved recipe.
+        """Create the folder and write the resolved recipe.
 
         Raises:
             UsageError: The folder holds another run, or cannot be written.
@@ -55,7 +57,7 @@ class RunFolder:
             raise UsageError(f"--out {self.path} cannot be written: {error.strerror}") from None
 
     def discard(self) -> None:
-        """Take back what :meth:`create` wrote for a run that never started; anything else in the folder stays."""
+        """Remove what :meth:`create` wrote for a run that never started; other files in the folder stay."""
         for file in (self.recipe, self.inputs, self.path / files.LOCK):
             file.unlink(missing_ok=True)
         for folder in (self.samples, self.evaluation, self.path):
@@ -63,7 +65,7 @@ class RunFolder:
                 folder.rmdir()
 
     def revisions(self) -> dict[str, str]:
-        """The commits of hub models that the run here has used so far.
+        """The commits of hub models that the run has used so far.
 
         Raises:
             UsageError: There is no run here.
@@ -77,16 +79,16 @@ class RunFolder:
 
         Args:
             recipe: The recipe given now.
-            allow_change: Accept changes that make the rest of the run another one than its beginning.
+            allow_change: Accept changes of what is trained.
 
         Returns:
-            Every difference, as ``key (old -> new)``, or ``key (the content)`` of a file or plugin.
+            Every difference, as ``key (old -> new)``, or ``key (content)`` of a file, model or plugin.
 
         Raises:
-            UsageError: A change means another run; the differences are listed.
+            UsageError: A change of what is trained; the message lists the differences.
         """
         changed = self._changes(recipe)
-        refused = [name for name in changed if not _harmless(name)]
+        refused = [name for name in changed if not _is_accepted(name)]
         if refused and not allow_change:
             raise UsageError(
                 f"--resume: the recipe has changed since the run began: {', '.join(refused)}; "
@@ -95,7 +97,7 @@ class RunFolder:
         return changed
 
     def update_recipe(self, recipe: Recipe, step: int) -> None:
-        """Make a changed recipe the run's own; ``recipe_changes.jsonl`` keeps what changed at which step."""
+        """Record a changed recipe as the run's; ``recipe_changes.jsonl`` records what changed at which step."""
         changed = self._changes(recipe)
         if not changed:
             return
@@ -108,13 +110,12 @@ class RunFolder:
         before, now = read_json(self.inputs), _inputs(recipe)
         if not before:
             return [*changed, f"{self.inputs.name} (missing or damaged)"]
-        edited = [key for key, digest in now["content"].items() if before["content"].get(key, digest) != digest]
-        changed += [f"{key} (the content)" for key in edited]
+        changed += [key for key, digest in now["content"].items() if before["content"].get(key, digest) != digest]
         return changed + _differences(before["versions"], now["versions"], _VERSIONS)
 
     @contextmanager
     def record(self, recipe: Recipe, command: str) -> Iterator[None]:
-        """Write run.json when the block ends well: versions, git revision, seed, times and cost."""
+        """Write run.json when the block succeeds: versions, git revision, seed, times and devices."""
         began, clock = datetime.now(UTC), time.monotonic()
         yield
         placement = recipe.placement
@@ -136,17 +137,17 @@ class RunFolder:
 
 
 def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
-    return {"content": provenance.content(recipe), "versions": provenance.versions()}
+    return {"content": identity.of_recipe(recipe), "versions": provenance.versions()}
 
 
 _VERSIONS = "versions"
-_HARMLESS = (f"{_VERSIONS}.", "logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
+_ACCEPTED = (f"{_VERSIONS}.", "logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
 """A change of these leaves the meaning of the steps already done as it is; versions are reported, not refused."""
 
 
-def _harmless(difference: str) -> bool:
-    """A revision that was not known before takes nothing back."""
-    return difference.startswith(_HARMLESS) or (difference.startswith("revisions.") and "(None ->" in difference)
+def _is_accepted(difference: str) -> bool:
+    """A revision that was unknown before changes nothing that was done."""
+    return difference.startswith(_ACCEPTED) or (difference.startswith("revisions.") and "(None ->" in difference)
 
 
 def _differences(old: object, new: object, name: str = "") -> list[str]:

@@ -54,20 +54,20 @@ class Measurement:
 
 @dataclass
 class HackingDetector:
-    """Compares every measurement with the best one before it, signal by signal; speaks once per occurrence."""
+    """Compares every measurement with the best one before it, signal by signal; warns once per occurrence."""
 
     _best: dict[str, Measurement] = field(default_factory=dict)
-    _found: dict[str, int] = field(default_factory=dict)
+    _in_a_row: dict[str, int] = field(default_factory=dict)
 
-    def take(self, now: Measurement) -> list[str]:
-        """Take in the next measurement; returns a sentence for each occurrence that it confirms."""
+    def update(self, now: Measurement) -> list[str]:
+        """Add the next measurement; returns a warning for each occurrence that it confirms."""
         warnings = []
         for name, values in now.signals.items():
             best = self._best.setdefault(name, now)
-            fall = _fall(name, best, now)
-            self._found[name] = self._found.get(name, 0) + 1 if fall else 0
-            if fall and self._found[name] == IN_A_ROW:
-                warnings.append(fall)
+            warning = _fall(name, best, now)
+            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if warning else 0
+            if warning and self._in_a_row[name] == IN_A_ROW:
+                warnings.append(warning)
             height, highest = stats.mean(values).value, stats.mean(best.signals[name]).value
             if height > highest or not math.isfinite(highest):
                 self._best[name] = now
@@ -80,10 +80,10 @@ def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
     if rise.prompts < PROMPTS or not rise.t_statistic > RISEN:
         return None
     if name == DIVERSITY:
-        kept = stats.ratio(then.signals[name], now.signals[name])
-        if not stats.Mean(kept.value - KEPT, kept.error, kept.prompts).t_statistic < -FALLEN:
+        ratio = stats.ratio(then.signals[name], now.signals[name])
+        if not stats.Mean(ratio.value - KEPT, ratio.error, ratio.prompts).t_statistic < -FALLEN:
             return None
-        fell = f"diversity within a prompt fell to {kept.value:.0%} ± {kept.error:.0%}"
+        fell = f"diversity within a prompt fell to {ratio.value:.0%} ± {ratio.error:.0%}"
     else:
         change = stats.paired(then.signals[name], now.signals[name])
         if not change.t_statistic < -FALLEN:
@@ -96,7 +96,7 @@ def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
     )
 
 
-class Watch:
+class HackingMonitor:
     """The measurements of one run, kept in ``evaluation/watch.jsonl`` so that a resumed run goes on from them.
 
     Args:
@@ -113,14 +113,14 @@ class Watch:
         self._detector = HackingDetector()
         if not self._path.is_file():
             return
-        kept = [Measurement(**row) for row in jsonl.rows(self._path) if row["step"] <= last_step]
-        files.write_text(self._path, "".join(map(_line, kept)))
-        for m in kept:
-            self._detector.take(
+        measurements = [Measurement(**row) for row in jsonl.rows(self._path) if row["step"] <= last_step]
+        files.write_text(self._path, "".join(map(_line, measurements)))
+        for m in measurements:
+            self._detector.update(
                 Measurement(m.step, _nan(m.reward), {name: _nan(values) for name, values in m.signals.items()})
             )
 
-    def take(self, step: int, samples: Samples) -> tuple[dict[str, float], list[str]]:
+    def update(self, step: int, samples: Samples) -> tuple[dict[str, float], list[str]]:
         """Record a measurement.
 
         Returns:
@@ -130,7 +130,7 @@ class Watch:
         if measurement is None:
             return {}, []
         files.append_line(self._path, vars(measurement))
-        return measurement.metrics(), self._detector.take(measurement)
+        return measurement.metrics(), self._detector.update(measurement)
 
     def _measurement(self, step: int, samples: Samples) -> Measurement | None:
         """None where no trained reward can be measured: then nothing can be hacked."""

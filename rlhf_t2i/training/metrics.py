@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,9 @@ from rlhf_t2i.families import flops
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
 from rlhf_t2i.training.state import TrainState
-from rlhf_t2i.utils import files, jsonl
 
-_BUCKETS = ((0, 249), (250, 499), (500, 749), (750, 999))
+_QUARTERS = ("t000-249", "t250-499", "t500-749", "t750-999")
+"""Of the timesteps in thousandths; with continuous ones a name's last number stands for all up to the next."""
 
 
 def step_metrics(
@@ -47,10 +45,10 @@ def step_metrics(
         metrics[name] = float(values.mean())
         if name.startswith("reward/"):
             metrics[name.replace("reward/", "reward_std/", 1)] = float(values.std())
-    for low, high in _BUCKETS:
-        inside = (timesteps >= low) & (timesteps <= high)
-        if inside.any():
-            metrics[f"delta_norm/t{low:03d}-{high}"] = float(samples["delta_norm"][inside].mean())
+    quarters = np.minimum(timesteps // 250, 3)
+    for number, name in enumerate(_QUARTERS):
+        if (quarters == number).any():
+            metrics[f"delta_norm/{name}"] = float(samples["delta_norm"][quarters == number].mean())
     if assistant:
         metrics["assistant_loss"] = float(np.mean([r["loss"] for r in assistant]))
         metrics["param_grad_norm/assistant"] = assistant[-1]["grad_norm"]
@@ -82,22 +80,3 @@ def reward_term(recipe: Recipe, metrics: dict[str, Any]) -> float | None:
     """``sum_i alpha_i r_i`` of (3.3), the mean over the step's batch; None for a recipe without rewards."""
     rewards = recipe.algorithm.rewards
     return sum(reward.scale * metrics[f"reward/{reward.key}"] for reward in rewards) if rewards else None
-
-
-class StepLog:
-    """A JSON-lines file of steps that a resumed run continues: ``metrics.jsonl``, ``events.jsonl``."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def drop_after(self, state: TrainState) -> None:
-        """Remove the rows of updates that a resumed run repeats, and a row cut short by a kill."""
-        if not self._path.is_file():
-            return
-        done = [state.step, state.round]
-        retained = [row for row in jsonl.rows(self._path) if row.get("after", [row["step"], 0]) <= done]
-        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in retained))
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row and wait until it is on the disk."""
-        files.append_line(self._path, row)

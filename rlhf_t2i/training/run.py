@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import ProcessLost, RunError, UsageError, exit_in_plugin
+from rlhf_t2i.errors import ProcessLost, RunError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints, trackers
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -187,6 +187,3 @@ class _Run:
         if saved is None:
             self.callback.on_message("no checkpoint was written yet: starting from the beginning")
         return saved, state
-
-
-__all__ = ["RunError", "RunResult", "Trainer", "UsageError", "run"]

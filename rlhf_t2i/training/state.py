@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+TRAINED_ROLES = {"generator": "learner", "assistant": "assistant"}
+"""The trained networks, and the roles that train them."""
 _LONGEST_WINDOW = 1000
 
 
@@ -66,6 +68,21 @@ class TrainState:
         """Append a step's reward to the window; None and values that are not finite are ignored."""
         if reward is not None and math.isfinite(reward):
             self.rewards = [*self.rewards, reward][-min(window, _LONGEST_WINDOW) :]
+
+    def count_update(self, network: str, applied: bool) -> int:
+        """Count an update that was applied or skipped.
+
+        Each network by itself: they take turns, so good updates of one would hide that the other never moves.
+
+        Returns:
+            The network's skipped updates in a row; 0 after one that was applied.
+        """
+        if applied:
+            self.bad_in_a_row.pop(network, None)
+            return 0
+        self.bad_steps += 1
+        self.bad_in_a_row[network] = self.bad_in_a_row.get(network, 0) + 1
+        return self.bad_in_a_row[network]
 
     def mean_reward(self) -> float | None:
         """The mean over the window; None before the first reward."""

@@ -15,7 +15,7 @@ from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.evaluation import results
 from rlhf_t2i.evaluation.held_out import HeldOut, Samples
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training.hacking import Watch
+from rlhf_t2i.training.hacking import HackingMonitor
 from rlhf_t2i.utils import stats
 
 MakeRecipe = Callable[..., Recipe]
@@ -84,7 +84,7 @@ def test_diversity_is_a_root_mean_square_distance_within_a_prompt(make_recipe: M
 
 def test_the_watched_reward_is_the_scaled_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     samples = Samples(["a", "a", "b", "b"], torch.randn(4, 4, 2, 2), {"pickscore": [0.1, 0.3, 0.4, 0.4]})
-    metrics, _ = Watch(tmp_path / "watch.jsonl", make_recipe()).take(0, samples)
+    metrics, _ = HackingMonitor(tmp_path / "watch.jsonl", make_recipe()).update(0, samples)
     assert metrics["watch/reward"] == pytest.approx(100 * 0.3)
 
 

@@ -24,6 +24,7 @@ from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, provenance, run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
+from rlhf_t2i.training.loop import Trainer
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import manifest
 
@@ -63,14 +64,14 @@ class StopAt(TrainCallback):
     """Sends SIGTERM to this process once ``rounds`` assistant rounds and ``step`` steps are done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, rounds: int) -> None:
-        original = run.Trainer._stop_if_asked
+        original = Trainer._stop_if_requested
 
-        def stop(trainer: run.Trainer) -> None:
+        def stop(trainer: Trainer) -> None:
             if (trainer.state.step, trainer.state.round) == (step, rounds):
                 signal.raise_signal(signal.SIGTERM)
             original(trainer)
 
-        monkeypatch.setattr(run.Trainer, "_stop_if_asked", stop)
+        monkeypatch.setattr(Trainer, "_stop_if_requested", stop)
 
 
 @pytest.mark.parametrize("stop", [(1, 0), (1, 1), (2, 1), (0, 1)])
@@ -252,12 +253,12 @@ def test_an_edited_prompt_file_is_a_change_of_the_recipe(make_recipe: MakeRecipe
     changed = {"data__prompts": str(prompts), "data__held_out": make_recipe().data.prompts}
     run.run(make_recipe(steps=1, **changed), out)
     prompts.write_text("a red cat\na blue dog\na green owl\n", "utf-8")
-    with pytest.raises(UsageError, match=r"since the run began: data\.prompts \(the content\); .*--allow-recipe"):
+    with pytest.raises(UsageError, match=r"since the run began: data\.prompts \(content\); .*--allow-recipe"):
         run.run(make_recipe(steps=2, **changed), out, resume=True)
     assert [row["step"] for row in metrics(out)] == [1]
     run.run(make_recipe(steps=2, **changed), out, resume=True, allow_recipe_change=True)
     change = json.loads((out / "recipe_changes.jsonl").read_text("utf-8"))
-    assert change == {"step": 1, "changed": ["steps (1 -> 2)", "data.prompts (the content)"]}
+    assert change == {"step": 1, "changed": ["steps (1 -> 2)", "data.prompts (content)"]}
     run.run(make_recipe(steps=3, **changed), out, resume=True)  # accepted once, it is the run's own
 
 
@@ -297,15 +298,15 @@ def test_everything_that_the_result_depends_on_is_compared(
     folder.create(recipe)
     assert folder.compare_recipe(recipe) == []
     for file, key in (
-        (plugin, "algorithm.rewards.mean code"),
-        (helper, "algorithm.rewards.mean code"),
-        (table, "algorithm.rewards.mean options"),
+        (plugin, "algorithm.rewards: mean"),
+        (helper, "algorithm.rewards: mean"),
+        (table, "algorithm.rewards: mean"),
         (reference / "vae/diffusion_pytorch_model.safetensors", "models.reference"),
         (tmp_path / "generator/diffusion_pytorch_model.safetensors", "models.generator"),
     ):
         whole = file.read_bytes()
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UsageError, match=rf"since the run began: {key} \(the content\); .*--allow-recipe"):
+        with pytest.raises(UsageError, match=rf"since the run began: {key} \(content\); .*--allow-recipe"):
             folder.compare_recipe(recipe)
         file.write_bytes(whole)
     monkeypatch.setattr(provenance, "versions", lambda: {"torch": "99.0"})

@@ -35,7 +35,7 @@ def warnings(
         signals = {"judge": prompts + judge(number) + noise[0], "diversity": np.exp(noise[1]) * spread(number)}
         reward = prompts + climb * number + noise[2]
         now = Measurement(number, reward.tolist(), {name: values.tolist() for name, values in signals.items()})
-        found += [(number, text) for text in detector.take(now)]
+        found += [(number, text) for text in detector.update(now)]
     return found
 
 
@@ -146,7 +146,7 @@ def test_rounding_is_judged_once_an_occurrence(make_recipe: MakeRecipe) -> None:
 
     def take(step: int, drift: float, unmoved: float) -> list[str]:
         measured: dict[str, Any] = {"bf16_drift": drift, "bf16_unmoved": unmoved}
-        return judge.take(step, {"generator": measured, "assistant": {}})
+        return judge.update(step, {"generator": measured, "assistant": {}})
 
     assert take(5, 0.0016, 1.0) == []  # warming up
     (text,) = take(15, 0.0016, 0.995)

@@ -1,0 +1,57 @@
+"""What a run logs: metrics.jsonl, events.jsonl and experiment trackers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.folder import RunFolder
+from rlhf_t2i.training.state import TrainState
+from rlhf_t2i.training.trackers import Trackers
+from rlhf_t2i.utils import files, jsonl
+
+
+class RunLog:
+    """The logs of one run.
+
+    Args:
+        recipe: The recipe.
+        out: The run's folder.
+        callback: Receives the metrics and warnings too.
+    """
+
+    def __init__(self, recipe: Recipe, out: RunFolder, callback: TrainCallback) -> None:
+        self._metrics, self._events, self._callback = out.metrics, out.events, callback
+        self._trackers = Trackers(recipe.logging.trackers, out.path, callback.on_message)
+
+    def resume(self, state: TrainState) -> None:
+        """Drop the rows of updates that a resumed run repeats, and rows cut short by a kill."""
+        done = [state.step, state.round]
+        for path in (self._metrics, self._events):
+            if path.is_file():
+                retained = [row for row in jsonl.rows(path) if row.get("after", [row["step"], 0]) <= done]
+                files.write_text(path, "".join(json.dumps(row) + "\n" for row in retained))
+
+    def step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Log a generator step; the row is on the disk when this returns."""
+        files.append_line(self._metrics, metrics)
+        self._trackers.log(state.step, metrics)
+        self._callback.on_step(state, metrics)
+
+    def warn(self, text: str, step: int, round_: int = 0) -> None:
+        """Log a warning for the user and the report.
+
+        Args:
+            text: One sentence.
+            step: Generator updates done.
+            round_: Assistant rounds of the next step done; 0 for a warning about step ``step`` itself.
+        """
+        named = step + 1 if round_ else step
+        self._callback.on_message(f"step {named}: {text}")
+        files.append_line(self._events, {"step": named, "after": [step, round_], "text": text})
+
+    def close(self) -> None:
+        """Close the trackers."""
+        self._trackers.close()
