@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-_PREFIX = "rlhf-t2i-"
+from filelock import FileLock, Timeout
+
+_PREFIX, _LOCK = "rlhf-t2i-", "lock"
 _SOCKET_BYTES = 107  # the longest path of a Unix socket
 _INSIDE = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12"
 _STALE_S = 3600.0
@@ -35,8 +35,8 @@ class RayFolder:
     def __init__(self) -> None:
         temporary = Path(tempfile.gettempdir())
         private = self._make([temporary, Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")])
-        self._lock = os.open(private, os.O_RDONLY)  # held as long as this process lives
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self._lock = FileLock(private / _LOCK)  # held as long as this process lives
+        self._lock.acquire()
         roomy = private if private.parent == temporary else Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.ray, self.spill = private / "ray", roomy / "spill"
 
@@ -46,8 +46,7 @@ class RayFolder:
         for parent in parents:
             if not fits(parent):
                 continue
-            for folder in _stale(parent):
-                shutil.rmtree(folder, ignore_errors=True)
+            _remove_stale(parent)
             try:
                 return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             except OSError as error:
@@ -58,7 +57,7 @@ class RayFolder:
         """Remove both folders."""
         for folder in (self.ray, self.spill):
             shutil.rmtree(folder.parent, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.release()
 
 
 def fits(parent: Path) -> bool:
@@ -66,16 +65,11 @@ def fits(parent: Path) -> bool:
     return len(os.fsencode(parent / f"{_PREFIX}12345678")) + len(_INSIDE) <= _SOCKET_BYTES
 
 
-def _stale(parent: Path) -> Iterator[Path]:
-    """This user's folders of runs that were killed, one hour after the last change."""
+def _remove_stale(parent: Path) -> None:
+    """Remove this user's folders of runs that were killed, one hour after the last change."""
     for folder in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, Timeout):
             status = folder.lstat()
-            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _STALE_S:
-                continue
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield folder
-            finally:
-                os.close(descriptor)
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > _STALE_S:
+                with FileLock(folder / _LOCK, timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
