@@ -28,7 +28,7 @@ class AestheticOptions(plugins.Options):
 
 
 class Aesthetic(plugins.Reward):
-    """People's mean rating of an image's looks, about 1 to 10; most generated images lie between 4 and 7.
+    """Predicted mean rating of an image's looks, about 1 to 10; most generated images get 4 to 7.
 
     License: the predictor Apache-2.0, CLIP ViT-L/14 MIT.
     """

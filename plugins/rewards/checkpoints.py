@@ -29,17 +29,17 @@ def find_file(source: ModelRef, names: Sequence[str]) -> Path:
     path = Path(source.location)
     if path.is_file():
         return path
-    found = next((path / name for name in names if (path / name).is_file()), None)
-    if found is None:
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
         raise UsageError(f"{path} holds none of: {', '.join(names)}")
-    return found
+    return file
 
 
 def read_state(path: Path, device: str = "cpu") -> State:
     """The tensors of a ``.safetensors`` file, or of a ``torch.save`` file read with ``weights_only=True``.
 
     On the device ``meta`` a ``torch.save`` file gives shapes alone.
-    A training checkpoint's ``state_dict`` entry is taken; DistributedDataParallel's ``module.`` prefix is removed.
+    Of a training checkpoint the entry ``state_dict`` is read; DistributedDataParallel's prefix ``module.`` is removed.
 
     Raises:
         UsageError: Damaged, or a pickle that holds more than tensors.

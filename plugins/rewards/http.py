@@ -1,8 +1,9 @@
-"""A scorer behind a URL: PNG images in JSON, a list of numbers back. For evaluation only, since it has no gradient.
+"""A scorer behind a URL: PNG images in JSON, a list of numbers back. For evaluation only: it has no gradient.
 
 Request, ``POST url``: ``{"prompts": [...], "images": ["<base64 PNG>", ...]}``. Answer: ``{"scores": [...]}``, one
-number a prompt. Nothing is unpickled and nothing is compressed with loss. No redirect is followed, so that
-pictures and token go to the named host alone; an answer longer than its numbers can be is refused.
+number per prompt. Nothing is unpickled and nothing is compressed with loss. No redirect is followed and no proxy is
+used, so that images and token go to the named host alone; host and token need consent by name (docs/security.md). An
+answer longer than its numbers can be is refused.
 """
 
 from __future__ import annotations
@@ -32,13 +33,17 @@ Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
 class HTTPOptions(plugins.Options):
-    """Where the scorer answers and how patient to be."""
+    """Address of the scorer, timeouts and retries."""
 
-    url: str = Field(description="http:// or https:// address that takes the POST")
+    url: str = Field(description="http:// or https:// address of the POST request")
     timeout_s: Seconds = Field(60.0, description="seconds for one attempt, from the connection to the last byte")
-    retries: int = Field(3, ge=0, le=100, description="more attempts after a time-out, a lost connection or a 5xx")
-    backoff_s: float = Field(1.0, ge=0, le=600, description="pause before the first retry; doubled each time")
-    token_env: str | None = Field(None, description="environment variable with a bearer token")
+    retries: int = Field(
+        3, ge=0, le=100, description="attempts after the first, on a timeout, a lost connection, 429 or 5xx"
+    )
+    backoff_s: float = Field(
+        1.0, ge=0, le=600, description="seconds before the first retry; doubled for each further one"
+    )
+    token_env: str | None = Field(None, description="environment variable that holds a bearer token")
     unit: str = Field("", description="the unit of the score, for tables")
 
     @field_validator("url")
@@ -63,7 +68,7 @@ class _Elsewhere(nn.Module):
 
 
 class HTTPReward(plugins.Reward):
-    """Whatever the server measures. Images are rounded to 8 bits, as PNG needs."""
+    """Score computed by a server. Images are rounded to 8 bits for PNG."""
 
     Options = HTTPOptions
     options: HTTPOptions
@@ -72,7 +77,7 @@ class HTTPReward(plugins.Reward):
 
     @classmethod
     def preflight(cls, options: HTTPOptions) -> None:
-        """Refuse hosts and tokens without consent, and a token that no header takes (docs/security.md)."""
+        """Refuse hosts and tokens without consent, and a token that no HTTP header can hold (docs/security.md)."""
         consent.check_host(options.url, "reward 'http'")
         if options.token_env is None:
             return
@@ -82,8 +87,8 @@ class HTTPReward(plugins.Reward):
             raise UsageError(f"reward 'http': the environment variable {options.token_env} is not set")
         if not (token.isascii() and token.isprintable()):  # a client's error would show it
             raise UsageError(
-                f"reward 'http': the environment variable {options.token_env} holds a character that no header "
-                "takes: a line break at its end?"
+                f"reward 'http': the environment variable {options.token_env} holds a character that no HTTP "
+                "header can hold: a line break at its end?"
             )
 
     @classmethod
@@ -133,7 +138,7 @@ class HTTPReward(plugins.Reward):
                 reason = f"status {status}"
                 continue
             if status != 200:
-                # A mistake in the request stays one: no retry.
+                # The same request would fail again: no retry.
                 raise RunError(f"{self.options.url} answered {status}: {_readable(content)}")
             try:
                 return json.loads(content)
@@ -145,7 +150,7 @@ class HTTPReward(plugins.Reward):
         """One attempt: the status and the body.
 
         Asynchronous for its timeout: httpx's own is per read, so that a server that sends a byte now and then could
-        hold a run for days. Proxies of the environment are not used: pictures go to the named host alone.
+        hold a run for days. Proxies of the environment are not used: images go to the named host alone.
 
         Raises:
             RunError: A redirect, or a body over the limit.

@@ -37,19 +37,19 @@ def read(path: str | Path, column: str = "prompt", place: str = "data: ") -> lis
         raise UsageError(f"{place}{path} holds binary data, not prompts")
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        found = _jsonl(path, text, column, place)
+        lines = _jsonl(path, text, column, place)
     elif suffix == ".json":
-        found = _json(path, text, column, place)
+        lines = _json(path, text, column, place)
     elif suffix in (".csv", ".tsv"):
-        found = (row[column] or "" for row in rows(path, text, column, place))
+        lines = (row[column] or "" for row in rows(path, text, column, place))
     elif suffix in _TEXT:
-        found = iter(_lines(text))
+        lines = iter(_lines(text))
     else:
         raise UsageError(
             f"{place}{path}: the suffix {suffix!r} names no format of prompts: "
             f"rename it to .txt (one prompt per line), .jsonl, .json, .csv or .tsv"
         )
-    prompts = [prompt.strip() for prompt in found if prompt.strip()]
+    prompts = [prompt.strip() for prompt in lines if prompt.strip()]
     if not prompts:
         raise UsageError(f"{place}{path} holds no prompts")
     _check(path, prompts, place)
@@ -123,15 +123,15 @@ def rows(path: Path, text: str, column: str, place: str = "data: ") -> list[dict
             reader = csv.DictReader(source, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
         else:
             reader = csv.DictReader(source, strict=True)
-        found = list(reader)
+        table = list(reader)
     except csv.Error as error:
         raise UsageError(f"{place}{path}: {error}") from None
-    if not found or column not in found[0]:
+    if not table or column not in table[0]:
         named = ", ".join(name for name in (reader.fieldnames or ()) if name)[:200]
         raise UsageError(
             f"{place}{path} has no column {column!r} (it has: {named or 'none'}); data.column or --column names it"
         )
-    return [{name: _unquoted(value) for name, value in row.items()} for row in found] if tabs else found
+    return [{name: _unquoted(value) for name, value in row.items()} for row in table] if tabs else table
 
 
 def _unquoted(field: Any) -> Any:

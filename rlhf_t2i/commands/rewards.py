@@ -41,13 +41,13 @@ def check(
     size: Annotated[int, typer.Option(min=8, max=4096, metavar="PIXELS", help="Height of the test images.")] = 64,
 ) -> None:
     """Test a reward: shape, determinism, gradient, cost. Exit code 1 if a check fails."""
-    chosen = parse_options(options or [])
+    parsed = parse_options(options or [])
 
     from rlhf_t2i.plugins import registry
     from rlhf_t2i.tools.reward_check import check_reward
 
     where = output.torch_device(device)
-    built = registry.reward(reward, **chosen)
+    built = registry.reward(reward, **parsed)
     findings = check_reward(built, where, size)
     output.print_findings(f"rewards check {reward}", findings)
     failed = sum(finding.outcome == "fail" for finding in findings)

@@ -1,8 +1,8 @@
-"""The public base classes of a plugin: everything an author needs to know, on one page.
+"""Base classes of plugins: the whole API for authors of rewards and divergences.
 
 A plugin is a class registered under the entry-point group ``rlhf_t2i.rewards`` or ``rlhf_t2i.divergences`` (or named
-in a recipe as ``path/to/file.py:Class``). Its ``Options`` are a pydantic model: an unknown key or a wrong type in a
-recipe is refused before anything starts, with the plugin's and the key's name.
+in a recipe as ``path/to/file.py:Class``). Its ``Options`` are a pydantic model: an unknown option or a wrong type in a
+recipe fails before anything starts, with the names of the plugin and the option.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 
 class Options(BaseModel):
-    """Base of every plugin's options: immutable, and unknown keys are errors."""
+    """Base class of a plugin's options: immutable; unknown options are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a reward's model costs, for ``rlhf-t2i plan``: its layers without weights.
+    """A reward's network without weights, for ``rlhf-t2i plan``.
 
     Attributes:
         weights: Names the weights; rewards of one process with the same ones share them.
@@ -39,11 +39,11 @@ class Footprint:
 
 
 class Reward(nn.Module):
-    """A human-preference score of images for prompts; subclass it and write :meth:`score`.
+    """Base class of rewards: scores of images for prompts. Subclass it and define :meth:`score`.
 
-    The framework owns the rest: device and dtype, freezing, micro-batching, decoding latents to images, activation
+    The framework does the rest: device and dtype, freezing, micro-batching, decoding latents to images, activation
     checkpointing, the gradient with respect to the latents, retries and timeouts. Build the model in ``__init__``
-    after ``super().__init__(options)``; submodules move to the right device by themselves.
+    after ``super().__init__(options)``; submodules are moved to the right device.
 
     Each sample's score must depend on that sample alone (no batch statistics): then the gradient of the sum is the
     gradient of every score, and one stateless call serves any weighting.
@@ -51,20 +51,20 @@ class Reward(nn.Module):
 
     Options: ClassVar[type[Options]] = Options
     differentiable: bool = True
-    """False: the reward can measure (``eval_rewards:``) but not train (``rewards:``)."""
+    """False: the reward can be in ``eval_rewards``, but not in ``rewards``."""
     unit: str = ""
-    """What a value of 1 means, for tables and plots; e.g. ``cosine``. See :meth:`unit_of`."""
+    """Unit of the score for tables and plots, e.g. ``cosine``. See :meth:`unit_of`."""
     value_range: tuple[float, float] = (float("-inf"), float("inf"))
-    """The smallest and largest possible value."""
+    """Smallest and largest possible score."""
     higher_is_better: ClassVar[bool] = True
     uses_prompt: ClassVar[bool] = True
-    """False: the prompt makes no difference (an aesthetic score), and ``rewards check`` expects that."""
+    """False: the score does not depend on the prompt (an aesthetic score)."""
     license: ClassVar[str] = ""
-    """The license of the published weights."""
+    """License of the published weights."""
     requires: ClassVar[tuple[str, ...]] = ()
-    """Import names of packages this reward needs beyond the core's."""
+    """Import names of packages that the reward needs beyond the core's."""
     pip: ClassVar[tuple[str, ...]] = ()
-    """Package versions that clash with the core's; the reward's actor then runs in an environment of its own."""
+    """Requirements that conflict with the core's; the reward then runs in an environment of its own."""
 
     def __init__(self, options: Any = None) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Reward(nn.Module):
 
     @classmethod
     def hub_models(cls, options: Any) -> list[str]:
-        """Hub ids that it may load, whose revisions a run pins; by default its options that read like one."""
+        """Hub ids that the reward may load, whose revisions a run pins; by default all options that are text."""
         return [value for _, value in options if isinstance(value, str)]
 
     @classmethod
@@ -92,7 +92,7 @@ class Reward(nn.Module):
 
     @classmethod
     def footprint(cls, options: Any) -> Footprint | None:
-        """Its layers without weights, for ``rlhf-t2i plan``; None: unknown, and the plan says so."""
+        """The network without weights, for ``rlhf-t2i plan``; None if unknown: the plan reports that."""
         return None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -108,11 +108,11 @@ class Reward(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define score(images, prompts)")
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Features [B, ...] of prompts; override it and call :meth:`text_features` in ``score``."""
+        """Features [B, ...] of prompts. Define it and call :meth:`text_features` in ``score``."""
         raise NotImplementedError(f"{type(self).__name__} must define encode_text(prompts) to use text_features")
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """:meth:`encode_text`, computed once a prompt, without gradient."""
+        """Cached features [B, ...]: :meth:`encode_text`, called once per prompt, without gradient."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
         if self._text_cache and len(self._text_cache) + len(missing) > 65536:
             self._text_cache.clear()
@@ -130,16 +130,16 @@ class Reward(nn.Module):
 
 
 class LatentContext(Protocol):
-    """What a :class:`LatentReward` may use: the frozen reference and the noise of this call.
+    """What a :class:`LatentReward` may use: the frozen reference and the noise of a call.
 
-    A call has one timestep and one noise a sample: who asks again gets the same, as do other latent rewards.
+    A call has one timestep and one noise per sample; repeated requests, and other latent rewards, get the same.
     """
 
     def sample_timesteps(self, batch: int) -> Tensor:
         """Integer timesteps [B], uniform over the recipe's range, reproducible from the run's seed."""
 
     def sample_noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise shaped like the latents, reproducible from the run's seed."""
+        """Standard normal noise with the shape of the latents, reproducible from the run's seed."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """``x_t = a_t x_0 + g_t eps``."""
@@ -148,22 +148,22 @@ class LatentContext(Protocol):
         """``(a_t, g_t)``, broadcastable over ``like``."""
 
     def reference(self, x_t: Tensor, t: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Give the reference's x0-predictions with and without the prompt; no gradient flows."""
+        """The reference's x0-predictions with and without the prompt, without gradient."""
 
 
 class LatentReward(Reward):
-    """A reward on latents that may call the reference denoiser (an implicit reward)."""
+    """Base class of rewards on latents that may call the reference denoiser (implicit rewards)."""
 
     reference_calls: ClassVar[int] = 1
     """Calls of :meth:`LatentContext.reference` per :meth:`score_latents`; each makes two predictions."""
 
     def score_latents(self, latents: Tensor, prompts: Sequence[str], context: LatentContext) -> Tensor:
-        """Score latents [B, C, h, w]; the gradient of the returned [B] tensor is the reward's gradient."""
+        """Scores [B] of latents [B, C, h, w]; their gradient in the latents is the reward's gradient."""
         raise NotImplementedError(f"{type(self).__name__} must define score_latents(latents, prompts, context)")
 
 
 class Divergence:
-    """How far apart the assistant's and the reference's denoisers are: ``d(y)`` and its derivative.
+    """Base class of divergences: a distance ``d(y)`` between two denoisers, and its derivative.
 
     Both methods get ``delta = D_assistant - D_reference``, x0-predictions [B, ...] in float32 or better, and must
     treat samples independently (algorithm.md 1.6).
@@ -171,8 +171,8 @@ class Divergence:
 
     Options: ClassVar[type[Options]] = Options
     needs_vjp: ClassVar[bool] = True
-    """True: equation (3.4), differentiated through both denoisers. False: the KL force of section 3.1, which only
-    needs their values, so no vector-Jacobian product is computed."""
+    """True: equation (3.4), differentiated through both denoisers. False: a force like KL's (section 3.1), which needs
+    their values alone, so that no vector-Jacobian product is computed."""
     order: ClassVar[int] = 1
     """The homogeneity degree of ``d``: powers of ``a_t / g_t^2`` between x0 space and score space."""
     path_weight: float = 0.0
@@ -186,11 +186,11 @@ class Divergence:
         self.options = options if options is not None else self.Options()
 
     def value(self, delta: Tensor) -> Tensor:
-        """``d(delta)`` [B]: what is logged as the distance; never negative."""
+        """``d(delta)`` [B], not negative; logged as ``divergence``."""
         raise NotImplementedError(f"{type(self).__name__} must define value(delta)")
 
     def derivative(self, delta: Tensor) -> Tensor:
-        """``d'(delta)``, shaped like delta; keep it differentiable."""
+        """``d'(delta)``, with the shape of delta; it must be differentiable."""
         raise NotImplementedError(f"{type(self).__name__} must define derivative(delta)")
 
 
@@ -199,9 +199,9 @@ _loaded: ContextVar[dict[Any, Any] | None] = ContextVar("models that the rewards
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Let the rewards built in this block share their models: those of one role, which has one device and one dtype.
+    """Share models among the rewards built in this block, those of one role.
 
-    Not the whole process: a second role of another dtype would round the weights of the first.
+    Not among all rewards of a process: another role may have another dtype, which would round the shared weights.
     """
     token = _loaded.set({})
     try:
@@ -211,7 +211,7 @@ def sharing() -> Iterator[None]:
 
 
 def shared(loader: Callable[..., Any], *args: Any) -> Any:
-    """Load a model once a role: two rewards that call ``shared(load, path)`` as they are built get the same object."""
+    """Load a model once per role: rewards that call ``shared(load, path)`` in ``__init__`` get the same object."""
     loaded = _loaded.get()
     if loaded is None:
         return loader(*args)

@@ -22,11 +22,11 @@ from rlhf_t2i.utils import files
 
 
 def overlay_python(packages: Sequence[str], cache: Path | None = None) -> Path:
-    """The interpreter of the overlay with these packages; built on first use, found again later.
+    """The interpreter of the overlay with these packages; built on first use, then reused.
 
     Args:
         packages: pip requirements: ``name==version``, paths of wheels, or pip options (``--no-index``).
-        cache: Where overlays are kept; ``~/.cache/rlhf-t2i/environments`` when None.
+        cache: Folder of the overlays; ``~/.cache/rlhf-t2i/environments`` when None.
 
     Raises:
         UsageError: pip cannot install the packages; its last line says why.

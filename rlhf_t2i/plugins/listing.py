@@ -1,4 +1,4 @@
-"""The tables of ``rlhf-t2i rewards list`` and ``divergences list``; a broken plugin is a row, not an error."""
+"""Tables of ``rlhf-t2i rewards list`` and ``divergences list``; a broken plugin is a row, not an error."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rlhf_t2i.utils.terminal import PlainConsole
 
 
 @dataclass(frozen=True)
-class Row:
-    """One plugin: its class, or the reason why there is none."""
+class PluginRow:
+    """A plugin: its class, or the reason why it cannot be imported."""
 
     name: str
     package: str
@@ -25,31 +25,33 @@ class Row:
     problem: str = ""
 
 
-def rows(group: str) -> Iterator[Row]:
+def rows(group: str) -> Iterator[PluginRow]:
     """Every registered plugin of a group, imported."""
     for name, plugins in registry.registered(group).items():
         packages = ", ".join(f"{plugin.package} {plugin.version}".strip() for plugin in plugins)
         try:
-            yield Row(name, packages, registry.load_class(group, name))
+            yield PluginRow(name, packages, registry.load_class(group, name))
         except UsageError as error:
             reason = error.__cause__ if error.__cause__ is not None else error
-            yield Row(name, packages, None, f"{type(reason).__name__}: {reason}" if reason is not error else str(error))
+            yield PluginRow(
+                name, packages, None, f"{type(reason).__name__}: {reason}" if reason is not error else str(error)
+            )
 
 
 def gradient(cls: type[Reward]) -> str:
-    """Where a reward's gradient comes from."""
+    """Source of a reward's gradient: ``yes`` (its score), ``reference`` or ``no``."""
     if not cls.differentiable:
         return "no"
     return "reference" if issubclass(cls, LatentReward) else "yes"
 
 
 def needs(cls: type[Reward]) -> str:
-    """Models and packages beyond the core's; empty if there are none."""
+    """Models and packages that a reward needs beyond the core's, or an empty text."""
     return ", ".join([*_models(cls), *cls.requires, *(f"own env: {spec}" for spec in cls.pip)])
 
 
 def runs_here(cls: type[Reward]) -> str:
-    """``yes``, or what is missing; models that the hub's cache lacks can be given as a local folder instead."""
+    """``yes``, or what is missing. Models that are not in the hub's cache can be given as a local folder."""
     missing = [name for name in cls.requires if importlib.util.find_spec(name) is None]
     if missing:
         return f"no: pip install {' '.join(missing)}"
@@ -64,10 +66,10 @@ def runs_here(cls: type[Reward]) -> str:
 
 
 def _models(cls: type[Reward]) -> list[str]:
-    """Hub ids among the options' defaults, by the names this project gives such options."""
+    """Hub ids among the defaults of the options ``model`` and ``head``."""
     fields = cls.Options.model_fields
-    found = [fields[key].default for key in ("model", "head") if key in fields]
-    return [value for value in found if isinstance(value, str) and value.count("/") == 1]
+    defaults = [fields[key].default for key in ("model", "head") if key in fields]
+    return [value for value in defaults if isinstance(value, str) and value.count("/") == 1]
 
 
 def _is_cached(model: str) -> bool:
@@ -77,7 +79,7 @@ def _is_cached(model: str) -> bool:
 
 
 def print_rewards() -> None:
-    """The table of rewards, and below it what they need: hub ids are too long for a column at 80 characters."""
+    """Print the table of rewards and, below it, what they need: hub ids are too long for a column at 80 characters."""
     table = _table("name", "package", "gradient", "unit", "runs here")
     needed = _table("name", "needs")
     for row in rows(registry.REWARDS):
@@ -95,7 +97,7 @@ def print_rewards() -> None:
 
 
 def print_divergences() -> None:
-    """The table of divergences."""
+    """Print the table of divergences."""
     table = _table("name", "package", "needs VJPs", "options", "runs here")
     for row in rows(registry.DIVERGENCES):
         if row.cls is None:

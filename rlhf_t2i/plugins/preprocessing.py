@@ -1,7 +1,7 @@
-"""Image preprocessing that gradients pass through: what CLIP's and BLIP's processors do, in torch operations.
+"""Differentiable image preprocessing: the steps of CLIP's, BLIP's and ViT's processors in torch operations.
 
-The libraries' own processors go through PIL (resize and crop on uint8) and so cut the gradient. These functions stay
-within the rounding of those processors, and within 1e-3 of the same filter without rounding.
+The libraries' processors use PIL (resize and crop on uint8), which cuts the gradient. These functions agree with them
+within their rounding, and with the same filter without rounding within 1e-3.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _KINDS = {REWARDS: "reward", DIVERGENCES: "divergence"}
 
 @dataclass(frozen=True)
 class Plugin:
-    """One registered plugin, not imported yet."""
+    """A registered plugin that is not imported yet."""
 
     name: str
     package: str
@@ -38,16 +38,16 @@ class Plugin:
 
 
 def registered(group: str) -> dict[str, list[Plugin]]:
-    """All plugins of a group by name; a name claimed by two packages lists both."""
-    found: dict[str, list[Plugin]] = {}
+    """All plugins of a group by name; a name that two packages register has two entries."""
+    plugins: dict[str, list[Plugin]] = {}
     for entry in entry_points(group=group):
         package = entry.dist.name if entry.dist else "unknown"
         version = entry.dist.version if entry.dist else ""
         plugin = Plugin(entry.name, package, version, entry)
         # One distribution can be listed twice (an editable install beside a build's metadata): that is one plugin.
-        if all(plugin.package != other.package for other in found.get(entry.name, [])):
-            found.setdefault(entry.name, []).append(plugin)
-    return dict(sorted(found.items()))
+        if all(plugin.package != other.package for other in plugins.get(entry.name, [])):
+            plugins.setdefault(entry.name, []).append(plugin)
+    return dict(sorted(plugins.items()))
 
 
 @overload

@@ -267,8 +267,8 @@ class Optimization(Section):
 
     def checkpoints(self, role: str) -> bool:
         """Whether a role recomputes its activations."""
-        chosen = self.gradient_checkpointing
-        return chosen if isinstance(chosen, bool) else role in chosen
+        roles = self.gradient_checkpointing
+        return roles if isinstance(roles, bool) else role in roles
 
 
 class Group(Section):

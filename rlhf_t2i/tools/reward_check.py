@@ -1,4 +1,4 @@
-"""``rlhf-t2i rewards check``: does a reward keep the contract that training relies on?"""
+"""``rlhf-t2i rewards check``: tests a reward against the contract that training relies on."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ class _Checker:
             call()
             used, kind = torch.cuda.max_memory_allocated() - before, "peak"
         else:
-            used, kind = _saved_bytes(call), "kept for the gradient"
+            used, kind = _saved_bytes(call), "saved for the gradient"
         weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
         return f"{used / len(PROMPTS) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
 
@@ -276,16 +276,16 @@ class _Checker:
 
 
 def _saved_bytes(call: Callable[[], Any]) -> int:
-    """Bytes of distinct tensors that autograd keeps during a call."""
-    kept: dict[int, int] = {}
+    """Bytes of distinct tensors that autograd saves during a call."""
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call()
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -146,7 +146,7 @@ def test_a_token_that_no_header_takes_is_not_shown(token: str, monkeypatch: pyte
     """An HTTP client's error quotes it, and would be kept in failures/."""
     monkeypatch.setenv("SCORER_TOKEN", token)
     monkeypatch.setenv(consent.VARIABLES["tokens"], "SCORER_TOKEN")
-    with pytest.raises(UsageError, match="SCORER_TOKEN holds a character that no header takes") as caught:
+    with pytest.raises(UsageError, match="SCORER_TOKEN holds a character that no HTTP header can hold") as caught:
         registry.reward("http", url="http://127.0.0.1:9/", token_env="SCORER_TOKEN")
     assert "ret" not in str(caught.value)
 
