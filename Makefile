@@ -1,30 +1,45 @@
-# Two commands do everything: `make demo` and `make test`. Both set the environment up first.
+# `make demo` and `make test` do everything; both set the environment up first. `make help` lists the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Without a GPU the CPU build of torch is enough; with one, pip's newest CUDA build is wanted.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: demo test chaos setup lint clean
-demo: setup
+.PHONY: help demo check test-local test lint format chaos setup clean
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
+
+demo: setup  ## train a one-step generator on two CPU cores
 	$(BIN)/rlhf-t2i run recipes/quickstart.yaml --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-test: setup
+check: setup  ## style and the fast tests, under a minute: before every commit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -n 2 -m fast
+
+test-local: setup  ## all tests of one process, under 5 minutes: before a pull request
+	$(BIN)/python -m pytest -q -n 2 -m "fast or local"
+
+test: setup  ## every test, under 15 minutes: what CI runs
 	$(BIN)/python -m pytest -n 2
 
-# Half an hour of SIGKILLs on two cores; KILLS=6 NODE_KILLS=2 for a taste.
-KILLS ?= 60
-NODE_KILLS ?= 10
-chaos: setup
-	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --node-kills $(NODE_KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
-
-lint: setup
+lint: setup  ## style, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-setup: $(VENV)/.ready
+format: setup  ## rewrite files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Half an hour of SIGKILLs on two cores; KILLS=6 NODE_KILLS=2 for a taste.
+KILLS ?= 60
+NODE_KILLS ?= 10
+chaos: setup  ## kill processes and nodes of a run, over and over
+	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --node-kills $(NODE_KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
+
+setup: $(VENV)/.ready  ## the environment in .venv
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "rlhf-t2i needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +47,5 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH)' -e '.[dev,zoo,tensorboard]'
 	touch $@
 
-clean:
+clean:  ## remove the environment and builds
 	rm -rf $(VENV) build *.egg-info

@@ -26,7 +26,7 @@ import torch
 
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
-from tests import tiny
+from tests import tiers, tiny
 
 torch.set_num_threads(1)
 
@@ -45,6 +45,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ray" if _starts_ray(config.rootpath / file) else file
 
     return OneRayAtATime(config, log)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test with its tier, so that ``-m fast`` selects it (tests/tiers.py)."""
+    file = item.path.relative_to(Path(__file__).parent).as_posix()
+    tier = tiers.tier(file, {mark.name for mark in item.iter_markers()})
+    if tier != "all":
+        item.add_marker(tier)
 
 
 @cache
