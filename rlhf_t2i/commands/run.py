@@ -29,33 +29,17 @@ def run_command(
 ) -> None:
     """Align a generator as a recipe says. Writes report.html, model/ and checkpoints."""
     from rlhf_t2i.recipe import reading
-    from rlhf_t2i.recipe.placement import check_placement
 
-    loaded = reading.load(recipe, set_ or [])
-    check_placement(loaded)
-    folder = out or Path("runs") / recipe.stem
-    from rlhf_t2i.errors import UsageError
-
-    try:
-        taken = (folder / "recipe.yaml").exists()
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be used: {error.strerror}") from None
-    if taken and not resume:
-        raise UsageError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    from rlhf_t2i.tools import report
-    from rlhf_t2i.training import run
+    loaded, folder = reading.load(recipe, set_ or []), out or Path("runs") / recipe.stem
+    from rlhf_t2i import api
     from rlhf_t2i.training.interrupts import SignalHandler
-    from rlhf_t2i.utils import files
 
     command = " ".join(["rlhf-t2i", *sys.argv[1:]])
     with ProgressBar(loaded.steps) as progress, SignalHandler(progress):
-        result = run.run(
+        api.train(
             loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
             callback=progress, command=command,
         )  # fmt: skip
-        progress.on_phase("writing the report")
-        with files.disk_errors(result.out):
-            report.write_report(result.out)
     _summary(folder, "Held-out" if loaded.data.held_out else "Training")
 
 

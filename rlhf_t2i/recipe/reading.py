@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,26 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data, source = read(path)
     if {"base", "rows"} <= data.keys():
         raise UsageError(f"{source.path} is an ablation of several runs: give it to `rlhf-t2i ablate`")
-    data = _resolve_paths(data, source.path.resolve().parent)
+    return build(data, overrides, source)
+
+
+def build(data: Mapping[str, Any], overrides: Sequence[str] = (), source: RecipeFile | None = None) -> Recipe:
+    """Validate a recipe's keys.
+
+    Args:
+        data: The keys.
+        overrides: See :func:`load`.
+        source: The file that the keys come from. Without one, paths are relative to the working directory.
+
+    Raises:
+        UsageError: One sentence naming the key, its place and the nearest valid key.
+    """
+    source = source or RecipeFile(Path("recipe"))
+    keys: dict[str, Any] = _resolve_paths(dict(data), source.path.resolve().parent)
     for override in overrides:
-        _apply_override(data, override, source)
+        _apply_override(keys, override, source)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(keys)
     except ValidationError as error:
         raise mistakes.explain(error, Recipe, source.where) from None
 

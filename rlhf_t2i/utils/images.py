@@ -62,8 +62,16 @@ def read(paths: Sequence[Path], square: int | None = None) -> Tensor:
     odd = next((path for path, image in zip(paths, images, strict=True) if image.size != images[0].size), None)
     if odd is not None:
         raise UsageError(f"{odd} has another size than {paths[0]}")
-    arrays = [np.asarray(image, dtype=np.float32) / 255 for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return _to_tensor(images)
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A PIL image as a tensor [1, 3, H, W] in [0, 1]; modes are converted as :func:`read` does.
+
+    Raises:
+        UsageError: The image holds floating-point gray levels.
+    """
+    return _to_tensor([_rgb(image, "the image")])
 
 
 def find(folder: Path) -> list[Path]:
@@ -75,19 +83,29 @@ def find(folder: Path) -> list[Path]:
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257  # Pillow itself would clip at 255
-                return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
-            if image.mode == "F":
-                raise UsageError(f"{path} holds floating-point gray levels of unknown range: give 8- or 16-bit images")
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-            return image.convert("RGB")
+            return _rgb(image, str(path))
     except UsageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
         raise UsageError(f"{path} cannot be read as an image: {first_line(error)}") from None
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float64).clip(0, 65535) / 257  # Pillow itself would clip at 255
+        return Image.fromarray(levels.round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UsageError(f"{name} holds floating-point gray levels of unknown range: give 8- or 16-bit images")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as [B, 3, H, W] in [0, 1]."""
+    arrays = [np.asarray(image, dtype=np.float32) / 255 for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def _center_square(image: Image.Image, side: int) -> Image.Image:
