@@ -20,8 +20,11 @@ def list_families() -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("family", "pipelines", "network folder"):
         table.add_column(column, overflow="fold")
-    for name, cls in registry.registered().items():
-        table.add_row(name, ", ".join(cls.pipelines), cls.network_part)
+    for row in registry.installed():
+        if row.cls is None:
+            table.add_row(row.name, f"{row.problem} (package {row.package})", "")
+        else:
+            table.add_row(row.name, ", ".join(row.cls.pipelines), row.cls.network_part)
     PlainConsole().print(table)
 
 

@@ -2,48 +2,83 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Family
 from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.plugins import guard
+from rlhf_t2i.plugins.registry import registered
 
 GROUP = "rlhf_t2i.families"
 
 
-def registered() -> dict[str, type[Family]]:
-    """All installed families by name.
+@dataclass(frozen=True)
+class InstalledFamily:
+    """A registered family: its class, or the reason why there is none.
 
-    Raises:
-        UsageError: A package's family cannot be imported, or is no :class:`Family`.
+    Attributes:
+        name: Of its entry point.
+        package: That registers it.
+        cls: None if it cannot be used.
+        problem: Why not.
     """
-    families: dict[str, type[Family]] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+
+    name: str
+    package: str
+    cls: type[Family] | None
+    problem: str = ""
+
+
+def installed() -> Iterator[InstalledFamily]:
+    """Every registered family; one that cannot be imported stops only those who use it."""
+    for name, plugins in registered(GROUP).items():
+        packages = " and ".join(plugin.package for plugin in plugins)
         try:
-            cls = entry.load()
-        except Exception as error:
-            raise UsageError(f"model family {entry.name!r} cannot be imported: {error}") from error
-        if not (isinstance(cls, type) and issubclass(cls, Family)):
-            raise UsageError(f"model family {entry.name!r} is not a subclass of rlhf_t2i.families.base.Family")
-        families[entry.name] = cls
-    return families
+            if len(plugins) > 1:
+                raise UsageError("is registered twice: uninstall one")
+            with guard.building("cannot be imported"):
+                cls = plugins[0].entry_point.load()
+            problem = _problem(cls)
+        except UsageError as error:
+            cls, problem = None, str(error)
+        yield InstalledFamily(name, packages, None if problem else cls, problem)
+
+
+def _problem(cls: Any) -> str:
+    """What keeps a class from being used as a family; empty if nothing does."""
+    if not (isinstance(cls, type) and issubclass(cls, Family)):
+        return "is not a subclass of rlhf_t2i.families.base.Family"
+    missing = [*(n for n in ("name", "pipelines", "network_part") if not hasattr(cls, n)), *cls.__abstractmethods__]
+    if missing:
+        return f"does not define {', '.join(sorted(missing))}"
+    return "" if isinstance(cls.pipelines, tuple) else 'pipelines must be a tuple, ("MyPipeline",)'
 
 
 def find(reference: ModelRef) -> Family:
     """The family of a pipeline folder or hub id.
 
     Raises:
-        UsageError: Not a pipeline, or one of a family that is not known; the sentence lists the known ones.
+        UsageError: Not a pipeline, or one of no family or of two; the message lists the known ones.
     """
     index = sources.pipeline_index(reference)
-    name = index.get("_class_name")
-    families = registered()
-    for cls in families.values():
-        if isinstance(name, str) and name in cls.pipelines:
-            return cls(reference, index)
-    known = ", ".join(f"{family} ({', '.join(cls.pipelines)})" for family, cls in families.items())
-    raise UsageError(
-        f"{reference.location}/model_index.json: {sources.printable(name)} is no pipeline of a known model family; "
-        f"known: {known}"
-    )
+    return family_class(reference, index)(reference, index)
+
+
+def family_class(reference: ModelRef, index: Mapping[str, Any]) -> type[Family]:
+    """The class that reads a pipeline; see :func:`find`."""
+    rows, name = list(installed()), index.get("_class_name")
+    usable = [(row, row.cls) for row in rows if row.cls is not None]
+    matches = [(row, cls) for row, cls in usable if name in cls.pipelines]
+    place = f"{reference.location}/model_index.json: {sources.printable(name)}"
+    if len(matches) > 1:
+        both = " and ".join(f"{row.name!r} of package {row.package}" for row, _ in matches)
+        raise UsageError(f"{place} is read by the model families {both}: uninstall one")
+    if matches:
+        return matches[0][1]
+    known = ", ".join(f"{row.name} ({', '.join(cls.pipelines)})" for row, cls in usable)
+    broken = "".join(f"; {row.name!r} of package {row.package} {row.problem}" for row in rows if row.cls is None)
+    raise UsageError(f"{place} is no pipeline of a known model family; known: {known}{broken}")

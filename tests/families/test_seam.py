@@ -25,8 +25,9 @@ def pattern() -> re.Pattern[str]:
 
     classes = {name for names in models._import_structure.values() for name in names if name[0].isupper()}
     assert {"UNet2DConditionModel", "AutoencoderKL", "SD3Transformer2DModel"} <= classes
-    families = {rf"['\"]{name}['\"]" for name in registry.registered()}
-    pipelines = {name for family in registry.registered().values() for name in family.pipelines}
+    installed = list(registry.installed())
+    families = {rf"['\"]{row.name}['\"]" for row in installed}
+    pipelines = {name for row in installed if row.cls is not None for name in row.cls.pipelines}
     return re.compile("|".join([*WORDS, *(rf"\b{name}\b" for name in classes | pipelines), *families]), re.IGNORECASE)
 
 
