@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
+from rlhf_t2i.errors import exit_in_plugin
+
 if TYPE_CHECKING:
     from rlhf_t2i.cluster.clients import RemoteClient
 
@@ -79,6 +81,8 @@ class WorkerActor:
             if self._worker is None:
                 self._rebuild()
             return self._worker.call(role, method, *args)
+        except SystemExit as error:  # of a plugin: Ray would end the process as if it had asked to
+            raise exit_in_plugin(error) from None
         finally:
             self._call, self._since = "idle", time.monotonic()
 

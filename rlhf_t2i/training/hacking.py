@@ -1,10 +1,10 @@
-"""Watching a run for reward hacking: is a trained reward climbing while an unseen scorer or diversity falls?
+"""Detection of reward hacking: a trained reward rises while an unseen scorer or the diversity falls.
 
-Every ``logging.watch_every`` steps the first ``logging.watch_images`` images of the evaluation are drawn again from the
-same prompts and noise and scored. A signal (an unseen scorer, or diversity within a prompt) is compared with the
-measurement at which it stood highest, prompt by prompt, so that what prompts differ by cancels. The pull of
-pseudo-Huber towards the reference is bounded: above some scale of the reward there is no finite optimum, and nothing
-else stops the run (algorithm.md 1.6).
+Every ``logging.watch_every`` steps the first ``logging.watch_images`` images of the evaluation are sampled again with
+the same prompts and noise, and scored. A signal (an unseen scorer, or diversity within a prompt) is compared with its
+highest measurement so far, prompt by prompt, so that differences between prompts cancel. The pull of pseudo-Huber
+towards the reference is bounded: above some scale of the reward there is no finite optimum, and nothing else stops the
+run (algorithm.md 1.6).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,9 @@ from rlhf_t2i.utils import files, jsonl, stats
 
 RISEN, FALLEN = 3.0, 4.0
 """Standard errors by which the reward must have risen and the signal fallen. With 16 prompts, the reward climbing and
-two signals that are nothing but noise, some 1 in 100 runs of 60 measurements warns (simulated)."""
+two signals of pure noise, about 1 in 100 runs of 60 measurements warns (simulated)."""
 IN_A_ROW = 2
-"""Measurements in a row that must find it: the highest of many measurements is high by chance, too."""
+"""Measurements in a row that must agree: the highest of many measurements is partly high by chance."""
 PROMPTS = 8
 """Prompts below which nothing is said: standard errors of fewer are too uncertain."""
 DIVERSITY = "diversity"
@@ -97,11 +97,11 @@ def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
 
 
 class HackingMonitor:
-    """The measurements of one run, kept in ``evaluation/watch.jsonl`` so that a resumed run goes on from them.
+    """Measures one run and warns of reward hacking; a resumed run continues from ``evaluation/watch.jsonl``.
 
     Args:
         path: That file.
-        recipe: Which scores train, and which are only measured.
+        recipe: The recipe: which scores train, and which are only measured.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -109,11 +109,13 @@ class HackingMonitor:
         self._detector = HackingDetector()
 
     def resume(self, last_step: int) -> None:
-        """Take in what was measured up to a step; later lines belong to steps that will be done again: dropped."""
+        """Load the measurements up to a step; later ones are dropped, because their steps will be repeated."""
         self._detector = HackingDetector()
         if not self._path.is_file():
             return
-        measurements = [Measurement(**row) for row in jsonl.rows(self._path) if row["step"] <= last_step]
+        expected = {f.name for f in fields(Measurement)}
+        rows = [row for row in jsonl.rows(self._path) if row["step"] <= last_step and row.keys() == expected]
+        measurements = [Measurement(**row) for row in rows]
         files.write_text(self._path, "".join(map(_line, measurements)))
         for m in measurements:
             self._detector.update(
@@ -124,7 +126,7 @@ class HackingMonitor:
         """Record a measurement.
 
         Returns:
-            Its means for metrics.jsonl, and a sentence for each occurrence of reward hacking that it confirms.
+            Its means for metrics.jsonl, and a warning for each occurrence of reward hacking that it confirms.
         """
         measurement = self._measurement(step, samples)
         if measurement is None:
@@ -133,7 +135,7 @@ class HackingMonitor:
         return measurement.metrics(), self._detector.update(measurement)
 
     def _measurement(self, step: int, samples: Samples) -> Measurement | None:
-        """None where no trained reward can be measured: then nothing can be hacked."""
+        """The measurement; None if no trained reward can be measured, so that none can be hacked."""
         metrics = samples.metrics(self._recipe)
         rewards = self._recipe.algorithm.rewards
         trained = [r.scale * np.array(metrics[r.key].by_prompt) for r in rewards if r.key in metrics]

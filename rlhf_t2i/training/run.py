@@ -68,6 +68,7 @@ def run(
     callback, folder = callback or TrainCallback(), RunFolder(out)
     try:
         with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
+            callback.on_phase("checking the inputs")
             recipe = _checked(recipe, folder.revisions() if resume else None)
             with files.exclusive(folder.path, "run"):
                 state = _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)

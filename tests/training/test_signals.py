@@ -80,10 +80,10 @@ def test_a_second_signal_ends_a_run_at_once(make_recipe: MakeRecipe, tmp_path: P
 
 
 EXITS = """
-from rlhf_t2i.plugins import Reward
+from rlhf_t2i_plugins.divergences.l2 import L2
 
-class Exits(Reward):
-    def score(self, images, prompts):
+class Exits(L2):
+    def derivative(self, delta):
         raise {what}
 """
 
@@ -98,7 +98,21 @@ def test_a_plugin_cannot_end_a_run_as_if_it_had_succeeded(
     plugin = tmp_path / "exits.py"
     plugin.write_text(EXITS.format(what=what), "utf-8")
     with pytest.raises(RunError, match=f"{says} during the run"):
-        run.run(make_recipe(algorithm__rewards=f"[{{name: '{plugin}:Exits', label: exits}}]"), tmp_path / "out")
+        run.run(make_recipe(algorithm__divergence=f"{{name: '{plugin}:Exits'}}"), tmp_path / "out")
+
+
+def test_a_plugin_cannot_end_a_process_of_ray(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Ray takes SystemExit in an actor for a wish of its own, and the run would start again three times."""
+    from rlhf_t2i.cluster.actor import WorkerActor
+
+    class Exits:
+        def call(self, role: str, method: str, *args: Any) -> Any:
+            sys.exit(0)
+
+    actor = WorkerActor.__new__(WorkerActor)
+    actor._worker = Exits()
+    with pytest.raises(RunError, match=r"called sys\.exit\(0\) during the run"):
+        actor.call("learner", "step")
 
 
 def test_signals_are_left_alone_under_nohup_and_outside_the_main_thread(
