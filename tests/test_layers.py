@@ -25,3 +25,11 @@ def test_every_folder_says_what_belongs_in_it() -> None:
     assert len(folders) > 10
     silent = [str(folder) for folder in folders if not (folder / "__init__.py").read_text("utf-8").startswith('"""')]
     assert silent == []
+
+
+def test_the_architecture_page_repeats_each_folders_sentence() -> None:
+    page = (ROOT / "docs/architecture.md").read_text("utf-8").replace("`", "")
+    for file in sorted((ROOT / "rlhf_t2i").glob("*/__init__.py")):
+        first = file.read_text("utf-8").split('"""')[1].splitlines()[0].replace("`", "")
+        row = next((line for line in page.splitlines() if line.startswith("|") and f"{file.parent.name}/" in line), "")
+        assert row.endswith(f"| {first} |"), f"docs/architecture.md: the row of {file.parent.name}/ should say: {first}"
