@@ -50,13 +50,14 @@ def eval_command(
 ) -> None:
     """Draw with fixed seeds, score, and print means with intervals. Run it again to continue after a kill."""
     from rlhf_t2i.evaluation import settings as settings_module
+    from rlhf_t2i.recipe import reading
     from rlhf_t2i.utils import files
 
     values: dict[str, Any] = {
         "model": model, "base": base, "vae": vae, "prompts": prompts, "column": column, "limit": limit, "seed": seed,
         "images_per_prompt": images_per_prompt, "steps": steps, "guidance": guidance,
-        "student": None if timesteps is None else {"timesteps": timesteps.split(",")}, "height": height,
-        "width": width, "batch_size": batch_size, "precision": precision,
+        "student": None if timesteps is None else {"timesteps": reading.parse_value(f"[{timesteps}]", "--timesteps")},
+        "height": height, "width": width, "batch_size": batch_size, "precision": precision,
         "metrics": [name.strip() for name in metrics.split(",") if name.strip()], "options": metric_options(set_ or []),
         "real": str(real) if real else None, "inception": str(inception) if inception else None, "classes": classes,
     }  # fmt: skip

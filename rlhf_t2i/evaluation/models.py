@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,46 @@ class Drawing:
     """How a model is drawn.
 
     Attributes:
-        model: Folder or hub id of the pipeline, or of a network beside ``base``.
-        base: The pipeline that lends everything but the network.
-        vae: Decodes in place of the base's; None for the base's.
-        student: The generator's steps; None for a many-step model.
-        steps: Sampling steps of a many-step model.
+        model: A run's folder, a diffusers folder, a hub id, or a network alone (with ``base``).
+        base: The pipeline that lends a network everything else.
+        vae: Decodes in place of the model's own.
+        student: Draws a one- or few-step generator with these steps; those that an exported model names when None.
+        steps: Sampling steps of a many-step model; draws an exported model as one.
         guidance: Guidance scale of a many-step model.
         height: Pixels; the model's own when None.
         width: Pixels; the model's own when None.
     """
 
     model: str
-    base: str
+    base: str | None = None
     vae: str | None = None
     student: StudentSettings | None = None
-    steps: int = DEFAULT_STEPS
+    steps: int | None = None
     guidance: float = DEFAULT_GUIDANCE
     height: int | None = None
     width: int | None = None
+
+    def resolved(self) -> Drawing:
+        """The same with everything decided, from the files beside the model.
+
+        Raises:
+            UsageError: Not a model, or a network without its steps.
+        """
+        model = _exported(self.model)
+        source = sources.parse(self.base or model)
+        sources.pipeline_index(source)
+        alone = self.base not in (None, model)
+        if alone and self.student is None:
+            raise UsageError("--base is for a generator's network alone: give its --timesteps (399 for DMD2 and DI*)")
+        found = replace(self, model=model, base=self.base or model, steps=self.steps or DEFAULT_STEPS)
+        own = None if alone else _student_file(source)
+        if own is None:
+            return found
+        student = self.student
+        if student is None and self.steps is None:
+            steps = {"timesteps": own.timesteps, "transition": own.transition, "input": own.input}
+            student = StudentSettings.model_validate(steps)
+        return replace(found, student=student, height=self.height or own.height, width=self.width or own.width)
 
     def load(self, device: torch.device | None = None, precision: str = "fp32") -> ImageModel:
         """Load the model; its networks are read when it draws first.
@@ -107,61 +129,21 @@ class Drawing:
         Raises:
             UsageError: The model is missing, damaged or of an unknown family.
         """
-        settings = self.student or StudentSettings()
-        models = Models(reference=self.base, generator=self.model, vae=self.vae, height=self.height, width=self.width)
-        store = ModelStore(models, settings, device or default_device(), precision)
+        chosen = self.resolved()
+        base, student = chosen.base or chosen.model, chosen.student
+        models = Models(
+            reference=base, generator=chosen.model, vae=chosen.vae, height=chosen.height, width=chosen.width
+        )
+        store = ModelStore(models, student or StudentSettings(), device or default_device(), precision)
         store.family.check()
+        store.family.check_decoder(store.vae)
         _ = store.latent_shape
-        if self.student is None:
-            return PipelineModel(store, self)
+        if student is None:
+            return PipelineModel(store, chosen.model, chosen.steps or DEFAULT_STEPS, chosen.guidance)
         _ = store.student
-        if self.model != self.base:
-            store.family.check_structure(sources.parse(self.model), "the model")
+        if chosen.model != base:
+            store.family.check_structure(sources.parse(chosen.model), "the model")
         return StudentModel(store)
-
-
-def resolve(
-    model: str,
-    *,
-    base: str | None = None,
-    vae: str | None = None,
-    steps: int | None = None,
-    guidance: float = DEFAULT_GUIDANCE,
-    student: StudentSettings | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> Drawing:
-    """Decide how to draw a model.
-
-    Args:
-        model: A run's folder, a diffusers folder, a hub id, or a network alone (with ``base``).
-        base: The pipeline that lends a network its text encoders and decoder.
-        vae: Decodes in place of the model's own.
-        steps: Of a many-step model; makes a folder that names its own student a many-step one.
-        guidance: Of a many-step model.
-        student: Draws with these steps; the model's own when None.
-        height: Pixels; the model's own when None.
-        width: Pixels; the model's own when None.
-
-    Raises:
-        UsageError: Not a model, or a network without its base's steps.
-    """
-    model = _exported(model)
-    source = sources.parse(base or model)
-    sources.pipeline_index(source)
-    if base is not None and student is None:
-        raise UsageError("--base is for a generator's network alone: give its --timesteps (399 for DMD2 and DI*)")
-    for text in (model, vae):
-        if text is not None:
-            sources.parse(text)
-    own = _student_file(source) if base is None else None
-    if own is not None:
-        height, width = height or own.height, width or own.width
-        if student is None and steps is None:
-            student = StudentSettings.model_validate(
-                {"timesteps": own.timesteps, "transition": own.transition, "input": own.input}
-            )
-    return Drawing(model, base or model, vae, student, steps or DEFAULT_STEPS, guidance, height, width)
 
 
 @quietly()
@@ -174,7 +156,7 @@ def load(model: str) -> ImageModel:
     Raises:
         UsageError: The model is missing, damaged or of an unknown family.
     """
-    return resolve(model).load()
+    return Drawing(model).load()
 
 
 class StudentModel(ImageModel):
@@ -216,18 +198,20 @@ class PipelineModel(ImageModel):
 
     Args:
         store: Its decoder and size.
-        drawing: Its steps and guidance.
+        model: The pipeline's folder or hub id.
+        steps: Sampling steps.
+        guidance: Guidance scale.
     """
 
-    def __init__(self, store: ModelStore, drawing: Drawing) -> None:
+    def __init__(self, store: ModelStore, model: str, steps: int, guidance: float) -> None:
         super().__init__(store)
-        self._drawing = drawing
+        self._model, self._steps, self._guidance = model, steps, guidance
         self._plain_latents = True  # until the pipeline returns packed ones
 
     @property
     def description(self) -> str:
         """See :class:`ImageModel`."""
-        return f"{_count(self._drawing.steps, 'step')}, guidance {self._drawing.guidance:g}, {self._size()}"
+        return f"{_count(self._steps, 'step')}, guidance {self._guidance:g}, {self._size()}"
 
     def images(self, prompts: Sequence[str], keys: Sequence[rng.Key]) -> Tensor:
         """See :class:`ImageModel`."""
@@ -241,8 +225,8 @@ class PipelineModel(ImageModel):
     def _draw(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         height, width = self.store.size
         call: Callable[..., Any] = partial(
-            self._pipeline, prompt=list(prompts), num_inference_steps=self._drawing.steps,
-            guidance_scale=self._drawing.guidance, height=height, width=width,
+            self._pipeline, prompt=list(prompts), num_inference_steps=self._steps,
+            guidance_scale=self._guidance, height=height, width=width,
         )  # fmt: skip
         if self._plain_latents:
             fresh = [generator.clone_state() for generator in generators]
@@ -256,11 +240,11 @@ class PipelineModel(ImageModel):
     def _pipeline(self) -> Any:
         from diffusers import DiffusionPipeline
 
-        source = sources.parse(self._drawing.model)
+        source = sources.parse(self._model)
         try:
             pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=self.store.dtype, **source.kwargs)
         except Exception as error:
-            raise UsageError(f"{self._drawing.model} cannot be loaded: {first_line(error)}") from error
+            raise UsageError(f"{self._model} cannot be loaded: {first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.store.device)
 

@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import benchmarks, diversity, features, identity, journal
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
-from rlhf_t2i.evaluation.models import Drawing, ImageModel, resolve
+from rlhf_t2i.evaluation.models import Drawing, ImageModel
 from rlhf_t2i.evaluation.results import Metric, Results, dumps
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
@@ -82,10 +82,7 @@ class Evaluation:
         count = settings.images_per_prompt
         self.prompts = [prompt for prompt in found.prompts for _ in range(count)]
         self.groups = [group for group in found.groups for _ in range(count)]
-        self.drawing: Drawing = resolve(
-            settings.model, base=settings.base, vae=settings.vae, steps=settings.steps, guidance=settings.guidance,
-            student=settings.student, height=settings.height, width=settings.width,
-        )  # fmt: skip
+        self.drawing = Drawing(**{f.name: getattr(settings, f.name) for f in fields(Drawing)}).resolved()
         self.model: ImageModel = self.drawing.load(self.device, settings.precision)
         self.versions = identity.versions()
         self.real = images.find(Path(settings.real)) if settings.real else []
@@ -101,7 +98,7 @@ class Evaluation:
         self.drawn = asdict(self.drawing) | {
             "student": None if self.drawing.student is None else self.drawing.student.model_dump(),
             "height": height, "width": width,
-            "model": identity.of_model(self.drawing.model), "base": identity.of_model(self.drawing.base),
+            "model": identity.of_model(self.drawing.model), "base": identity.of_model(str(self.drawing.base)),
             "vae": None if self.drawing.vae is None else identity.of_model(self.drawing.vae),
             "seed": settings.seed, "precision": settings.precision, "images_per_prompt": settings.images_per_prompt,
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
@@ -187,7 +184,7 @@ class Evaluation:
         """The features in which images of one prompt are compared."""
         if self.settings.features != "vae":
             return features.clip_extractor(self.clip)
-        return features.vae_extractor(self.model.store.decoder, self.drawing.base, self.device)
+        return features.vae_extractor(self.model.store.decoder, str(self.drawing.base), self.device)
 
     def features(self, extractor: Extractor, paths: Sequence[Path], folder: str, square: int | None) -> np.ndarray:
         """Features [N, D] of image files, kept batch by batch in OUT/features."""

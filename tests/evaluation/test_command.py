@@ -20,10 +20,11 @@ def test_command_prints_the_table(run_folder_with_model, tiny_prompts, tmp_path)
     app = typer.Typer()
     app.command()(eval_command)
     arguments = [str(run_folder_with_model), "--prompts", str(tiny_prompts), "--limit", "2", "--metrics", BRIGHTNESS,
-                 "--out", str(tmp_path / "out")]  # fmt: skip
+                 "--timesteps", "749,249", "--out", str(tmp_path / "out")]  # fmt: skip
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "mean pixel" in result.output
+    assert "2 steps at t = 749, 249" in (tmp_path / "out" / "table.md").read_text()
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["images"]) == 2
 
 

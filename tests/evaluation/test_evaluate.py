@@ -45,11 +45,11 @@ def test_writes_images_scores_and_a_table(settings, tmp_path):
     assert len(data["images"]) == 10
     assert pixels(tmp_path).shape == (10, tiny.RESOLUTION, tiny.RESOLUTION, 3)
     rows = {row["metric"]: row for row in data["table"]}
-    assert list(rows) == [BRIGHTNESS, "pairwise_distance", "vendi"]
-    bright = rows[BRIGHTNESS]
+    assert list(rows) == ["Brightness", "pairwise_distance", "vendi"]
+    bright = rows["Brightness"]
     assert bright["low"] < bright["mean"] < bright["high"]
     assert bright["unit"] == "mean pixel"
-    assert bright["mean"] == pytest.approx(np.mean(data["metrics"][BRIGHTNESS]["by_image"]))
+    assert bright["mean"] == pytest.approx(np.mean(data["metrics"]["Brightness"]["by_image"]))
     assert 1 <= rows["vendi"]["mean"] <= 2
     assert "10 images of 5 prompts" in (tmp_path / "table.md").read_text()
 
@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_pictures_on_the_disk(settings, tmp_path):
     data = json.loads((tmp_path / "results.json").read_text())
     lengths = [len(row["prompt"]) for row in data["images"]]
     expected = pixels(tmp_path).mean((1, 2, 3)) / 255 + 0.001 * np.array(lengths)
-    assert data["metrics"][BRIGHTNESS]["by_image"] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert data["metrics"]["Brightness"]["by_image"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_image_i_depends_on_the_seed_and_i_alone(settings, tmp_path):

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation.models import MAX_SEED, load, resolve
+from rlhf_t2i.evaluation.models import MAX_SEED, Drawing, load
 from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, StudentSettings
@@ -65,7 +65,7 @@ def test_an_evaluations_noise_is_keyed_by_sample(tiny_sdxl: Path, tmp_path: Path
 
 
 def test_a_many_step_model_draws_as_its_pipeline(tiny_sdxl: Path) -> None:
-    model = resolve(str(tiny_sdxl), steps=3, guidance=2.0).load()
+    model = Drawing(str(tiny_sdxl), steps=3, guidance=2.0).load()
     assert model.description == "3 steps, guidance 2, 16 x 16 px"
     pipe: Any = DiffusionPipeline.from_pretrained(tiny_sdxl)
     pipe.set_progress_bar_config(disable=True)
@@ -77,20 +77,20 @@ def test_a_many_step_model_draws_as_its_pipeline(tiny_sdxl: Path) -> None:
 
 def test_how_a_model_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:
     out = exported(tiny_sdxl, tmp_path, timesteps=[749, 249])
-    own = resolve(str(out))
+    own = Drawing(str(out)).resolved()
     assert own.student is not None
     assert (own.student.timesteps, own.height, own.width) == ([749.0, 249.0], 16, 16)
-    assert resolve(str(out), steps=4).student is None
-    chosen = resolve(str(tiny_sdxl), student=StudentSettings(timesteps=[249]))
+    assert Drawing(str(out), steps=4).resolved().student is None
+    chosen = Drawing(str(tiny_sdxl), student=StudentSettings(timesteps=[249])).resolved()
     assert chosen.load().description == "1 step at t = 249, 16 x 16 px"
-    reference = resolve(str(tiny_sdxl))
+    reference = Drawing(str(tiny_sdxl)).resolved()
     assert (reference.student, reference.steps) == (None, 50)
-    network = resolve(f"{tiny_sdxl}/unet", base=str(tiny_sdxl), student=StudentSettings(timesteps=[399]))
+    network = Drawing(f"{tiny_sdxl}/unet", base=str(tiny_sdxl), student=StudentSettings(timesteps=[399])).resolved()
     assert network.base == str(tiny_sdxl)
     with pytest.raises(UsageError, match="give its --timesteps"):
-        resolve(f"{tiny_sdxl}/unet", base=str(tiny_sdxl))
+        Drawing(f"{tiny_sdxl}/unet", base=str(tiny_sdxl)).resolved()
     with pytest.raises(UsageError, match="no such model"):
-        resolve("./nowhere")
+        Drawing("./nowhere").resolved()
 
 
 def test_an_unfinished_run_folder_is_refused(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_pipeline_of_several_dtypes_is_drawn(tiny_sdxl: Path, tmp_path: Path) 
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 2**64])
 def test_a_seed_out_of_range_is_one_sentence(seed: int, tiny_sdxl: Path) -> None:
     with pytest.raises(UsageError, match="no such seed"):
-        resolve(str(tiny_sdxl), student=StudentSettings()).load().sample(PROMPTS, seed)
+        Drawing(str(tiny_sdxl), student=StudentSettings()).load().sample(PROMPTS, seed)
 
 
 @pytest.mark.parametrize(
