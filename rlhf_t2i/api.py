@@ -218,7 +218,7 @@ def plan(recipe: RecipeSource, overrides: Mapping[str, object] | None = None, **
     return planning.make(read_recipe(recipe, overrides, keys))
 
 
-def reward(name: str, device: str | torch.device | None = None, **options: object) -> Scorer:
+def reward(name: str, /, *, device: str | torch.device | None = None, **options: object) -> Scorer:
     """Build a reward: ``reward("pickscore").score(images, prompts)`` takes PIL images or tensors.
 
     Args:
@@ -234,7 +234,7 @@ def reward(name: str, device: str | torch.device | None = None, **options: objec
     return scorer.build(name, device, options)
 
 
-def divergence(name: str, **options: object) -> Divergence:
+def divergence(name: str, /, **options: object) -> Divergence:
     """Build a divergence: ``divergence("pseudo_huber", c=0.1)``.
 
     Args:

@@ -18,6 +18,7 @@ FAST = (
     "plan/test_geometry.py",
     "plan/test_zero.py",
     "project/test_helping.py",
+    "project/test_signatures.py",
     "recipe/test_docs.py",
     "recipe/test_mistakes.py",
     "recipe/test_overrides.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import ray
 import torch
@@ -157,7 +157,7 @@ class RemoteClient:
         """The servers' answers as one batch, on the caller's device."""
         joined = dispatch.join(answers, batch)
         stopwatch.bytes_sent += _bytes(joined)
-        return joined if self.device is None else cast(T, move(joined, self.device))
+        return joined if self.device is None else move(joined, self.device)
 
 
 def _bytes(value: Any) -> int:

@@ -114,7 +114,7 @@ def _from_file(name: str, kind: str) -> Any:
     return getattr(module, attribute)
 
 
-def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Mapping[str, Any]) -> Options:
+def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Mapping[str, object]) -> Options:
     """Validate a plugin's options against its pydantic model.
 
     Args:
@@ -138,7 +138,7 @@ def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Map
         raise mistakes.explain(error.__cause__, cls.Options, place, "option") from None
 
 
-def divergence(name: str, /, **options: Any) -> Divergence:
+def divergence(name: str, /, **options: object) -> Divergence:
     """Build a divergence, e.g. ``divergence("pseudo_huber", c_rel=5.4e-4)``.
 
     Raises:
@@ -150,7 +150,7 @@ def divergence(name: str, /, **options: Any) -> Divergence:
         return cls(parsed)
 
 
-def reward(name: str, /, **options: Any) -> Reward:
+def reward(name: str, /, **options: object) -> Reward:
     """Build a reward, e.g. ``reward("pickscore", model="path/to/folder")``; its weights are loaded here.
 
     Raises:

@@ -62,7 +62,7 @@ def valid_keys(schema: type[BaseModel], key: KeyPath) -> list[str]:
     return list(section.model_fields)
 
 
-def default(schema: type[BaseModel], key: KeyPath) -> Any:
+def default(schema: type[BaseModel], key: KeyPath) -> object:
     """The default value of a key; None if it has none."""
     section: Any = schema
     field = None
@@ -85,7 +85,7 @@ def shown(text: str) -> str:
     return line if len(line) <= 200 else line[:197] + "..."
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """A short description of a bad value."""
     if value is None:
         return "nothing"

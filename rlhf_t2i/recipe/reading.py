@@ -99,7 +99,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return build(data, overrides, source)
 
 
-def build(data: Mapping[str, Any], overrides: Sequence[str] = (), source: RecipeFile | None = None) -> Recipe:
+def build(data: Mapping[str, object], overrides: Sequence[str] = (), source: RecipeFile | None = None) -> Recipe:
     """Validate a recipe's keys.
 
     Args:

@@ -56,7 +56,7 @@ class Batched:
     timeout: Literal["step", "reward"] = "step"
 
     @classmethod
-    def of(cls, method: Callable[..., Any]) -> Batched:
+    def of(cls, method: Callable[..., object]) -> Batched:
         """The declaration of a method.
 
         Raises:
@@ -80,7 +80,9 @@ def batched(
     return declare
 
 
-def split(method: Callable[..., Any], servers: int, *args: Any, **kwargs: Any) -> tuple[list[tuple[Any, ...]], int]:
+def split(
+    method: Callable[..., object], servers: int, *args: object, **kwargs: object
+) -> tuple[list[tuple[object, ...]], int]:
     """Arguments of the call for each server, and the number of samples.
 
     The shares are contiguous and in order; the first ones are larger by one where the batch does not divide. Servers

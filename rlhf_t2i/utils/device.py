@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def default_device() -> torch.device:
@@ -13,12 +15,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def move(value: Any, device: torch.device) -> Any:
+def move(value: T, device: torch.device) -> T:
     """Move the tensors inside lists, tuples and dictionaries to a device, detached."""
+    moved: Any = value
     if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(move(item, device) for item in value)
-    return value
+        moved = value.detach().to(device)
+    elif isinstance(value, dict):
+        moved = {key: move(item, device) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        moved = type(value)(move(item, device) for item in value)
+    return cast(T, moved)

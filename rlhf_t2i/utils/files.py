@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -82,7 +81,7 @@ def write_atomic(path: Path, data: bytes | str, durable: bool = False) -> Path:
         raise
 
 
-def append_line(path: Path, row: Any) -> None:
+def append_line(path: Path, row: object) -> None:
     """Add a line of JSON to a file, and wait until it is on the disk: a checkpoint written next must not outlive it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(row), allow_nan=False) + "\n")
@@ -90,7 +89,7 @@ def append_line(path: Path, row: Any) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
@@ -233,7 +232,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """The same with null for numbers that are not finite: JSON has none."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

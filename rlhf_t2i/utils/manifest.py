@@ -15,7 +15,7 @@ NAME = "manifest.json"
 _DIGEST = "sha256"
 
 
-def write(folder: Path, **more: Any) -> None:
+def write(folder: Path, **more: object) -> None:
     """Write the manifest of a folder's present content; ``more`` is stored beside it."""
     found = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / NAME)
     with ThreadPoolExecutor() as pool:  # several at once, because training waits
@@ -27,7 +27,7 @@ def write(folder: Path, **more: Any) -> None:
     files.write_text(folder / NAME, render({**more, "files": entries}))
 
 
-def render(content: Mapping[str, Any]) -> str:
+def render(content: Mapping[str, object]) -> str:
     """The text of a manifest: its content and the digest of that."""
     digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
     return json.dumps({**content, _DIGEST: digest}, ensure_ascii=False, indent=1) + "\n"
