@@ -33,6 +33,32 @@ def make_z_image(folder: Path, seed: int = 0) -> Path:
     return tiny.save(pipeline, folder)
 
 
+def make_pixart(folder: Path, seed: int = 0, alpha: bool = True) -> Path:
+    """A PixArtAlphaPipeline folder (with micro-conditions), or a PixArtSigmaPipeline folder."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    network = PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        cross_attention_dim=24, caption_channels=WIDTH, sample_size=128 if alpha else 8,
+    )  # fmt: skip
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.model_max_length = 512
+    pipeline = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+        vae=tiny.make_vae(scaling_factor=0.18215),
+        text_encoder=tiny.make_t5(),
+        tokenizer=tokenizer,
+        transformer=network,
+    )
+    return tiny.save(pipeline, folder)
+
+
 def make_flux(folder: Path, seed: int = 0, guidance: bool = True) -> Path:
     """A FluxPipeline folder: dev (with embedded guidance) or schnell."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel

@@ -49,17 +49,17 @@ class Conditioning:
 
 
 class Conditioner(nn.Module, ABC):
-    """Encodes prompts with frozen text encoders; each distinct prompt once.
+    """Encodes prompts with frozen text encoders, and keeps what it encoded last.
 
     Subclasses register their encoders as modules and define :meth:`encode_one` and :meth:`unconditional_row`.
 
     Args:
-        cache_size: Distinct prompts kept.
+        cache_bytes: Memory for kept prompts, on the encoders' device: T5's 512 tokens take 8 MB per prompt.
     """
 
-    def __init__(self, cache_size: int = 4096) -> None:
+    def __init__(self, cache_bytes: int = 2**29) -> None:
         super().__init__()
-        self._cache_size = cache_size
+        self._cache_bytes = cache_bytes
         self._cache: dict[str, dict[str, Tensor]] = {}
 
     @abstractmethod
@@ -83,19 +83,26 @@ class Conditioner(nn.Module, ABC):
 
     @torch.no_grad()
     def _fill_cache(self, prompts: Sequence[str]) -> None:
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._cache]
-        if len(self._cache) + len(missing) > self._cache_size:
-            self._cache.clear()
-            missing = list(dict.fromkeys(prompts))
+        distinct = list(dict.fromkeys(prompts))
+        rows = {prompt: self._cache.pop(prompt, None) for prompt in distinct}
         # One at a time: in a batch the last bits of an embedding depend on the batch's size, and so on which prompts
         # happened to be cached; a resumed run would then differ from an uninterrupted one.
-        for prompt in missing:
-            self._cache[prompt] = self.encode_one(prompt)
+        for prompt in distinct:
+            self._cache[prompt] = rows[prompt] or self.encode_one(prompt)
+        kept = sum(map(_bytes, self._cache.values()))
+        for prompt in list(self._cache)[: -len(distinct)]:  # the batch's own are last, and stay
+            if kept <= self._cache_bytes:
+                break
+            kept -= _bytes(self._cache.pop(prompt))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Conditioner:
         # A move to another device or dtype makes cached embeddings stale.
         self._cache.clear()
         return super()._apply(fn, recurse)
+
+
+def _bytes(row: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in row.values())
 
 
 def _stack(rows: Sequence[dict[str, Tensor]]) -> Conditioning:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.algorithm.schedules import VPSchedule
-from rlhf_t2i.algorithm.student import Student
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Config, Decoder
 from rlhf_t2i.families.decoders import KLDecoder
-from rlhf_t2i.families.exported import ExportScheduler
-from rlhf_t2i.families.pipeline import PipelineFamily, bare_pipeline
-from rlhf_t2i.families.vp_schedulers import export_scheduler
-
-_ONE_STEP_TIMESTEP = 399.0  # DMD2's and DI*'s one-step SDXL
+from rlhf_t2i.families.pipeline import bare_pipeline
+from rlhf_t2i.families.variance_preserving import VPFamily
 
 
-class UNetFamily(PipelineFamily):
+class UNetFamily(VPFamily):
     """What SDXL and Stable Diffusion 1.5 share."""
 
     network_part = "unet"
@@ -41,28 +35,6 @@ class UNetFamily(PipelineFamily):
                 f"{config.get('out_channels')} output channels: only text-to-image UNets are supported"
             )
 
-    def schedule(self, height: int, width: int) -> VPSchedule:
-        """See :meth:`Family.schedule`; the same for every size."""
-        return self._schedule
-
-    @cached_property
-    def _schedule(self) -> VPSchedule:
-        place = f"{self.reference.location}/scheduler/scheduler_config.json"
-        try:
-            return VPSchedule.from_config(self.scheduler_config)
-        except KeyError as error:
-            raise UsageError(f"{place} has no {error.args[0]}: it is damaged") from None
-        except (ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
-            raise UsageError(f"{place}: {first_line(error)}") from None
-
-    def default_timesteps(self, steps: int) -> tuple[float, ...]:
-        """399 for one step; else the ends of K equal parts of the timesteps (four: 999, 749, 499, 249)."""
-        last = self._schedule.last
-        if steps == 1:
-            return (min(_ONE_STEP_TIMESTEP, last),)
-        part = (int(last) + 1) // steps
-        return tuple(float(part * (steps - i) - 1) for i in range(steps))
-
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
         tensors = cond.tensors
@@ -73,10 +45,6 @@ class UNetFamily(PipelineFamily):
             x_t.contiguous(memory_format=torch.channels_last), time,
             encoder_hidden_states=tensors["prompt_embeds"].to(x_t.dtype), added_cond_kwargs=added, return_dict=False,
         )[0]  # fmt: skip
-
-    def export_scheduler(self, student: Student) -> ExportScheduler:
-        """See :meth:`PipelineFamily.export_scheduler`."""
-        return export_scheduler(self.scheduler_config, student)
 
 
 class SD15Family(UNetFamily):

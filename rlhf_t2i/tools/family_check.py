@@ -112,9 +112,11 @@ class _Checker:
 
         source = self.store.family.reference
         pipeline = self._load(source.location, **source.kwargs)
-        flow = isinstance(self.store.schedule, FlowSchedule)
-        cls = diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.EulerDiscreteScheduler
-        pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
+        config = pipeline.scheduler.config
+        if isinstance(self.store.schedule, FlowSchedule):
+            pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        else:  # other spacings visit timesteps between two whole ones
+            pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
         return pipeline.to(self.store.device)
 
     def _load(self, location: str, **kwargs: Any) -> Any:

@@ -111,6 +111,34 @@ def test_the_cache_changes_nothing(tiny_sdxl: Path) -> None:
         torch.testing.assert_close(small.encode(batch).tensors["prompt_embeds"], expected, rtol=0, atol=1e-6)
 
 
+class _Counting(Conditioner):
+    """Rows of 400 bytes; counts what it encodes."""
+
+    def __init__(self, cache_bytes: int) -> None:
+        super().__init__(cache_bytes)
+        self.encoded: list[str] = []
+
+    def encode_one(self, prompt: str) -> dict[str, torch.Tensor]:
+        self.encoded.append(prompt)
+        return {"prompt_embeds": torch.full((100,), float(prompt))}
+
+    def unconditional_row(self) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": torch.zeros(100)}
+
+
+def test_kept_prompts_are_bounded_by_their_memory_and_the_last_used_stay() -> None:
+    conditioner = _Counting(cache_bytes=1000)
+    conditioner.encode(["1", "2"])
+    conditioner.encode(["1"])
+    conditioner.encode(["3"])  # 1 was used after 2
+    assert conditioner.encode(["1", "3", "1"]).tensors["prompt_embeds"][:, 0].tolist() == [1, 3, 1]
+    assert conditioner.encoded == ["1", "2", "3"]
+    conditioner.encode(["4", "5", "6", "7"])  # a batch may be larger than the bound
+    conditioner.encode(["4", "7"])
+    conditioner.encode(["2"])
+    assert conditioner.encoded == ["1", "2", "3", "4", "5", "6", "7", "2"]
+
+
 def test_encoders_are_frozen(tiny_sdxl: Path) -> None:
     conditioner = store(tiny_sdxl).conditioner
     assert not any(p.requires_grad for p in conditioner.parameters())

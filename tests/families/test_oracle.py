@@ -14,6 +14,8 @@ from tests import tiny, tiny_families
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sdxl": tiny.make_sdxl,
     "sd15": tiny.make_sd15,
+    "pixart alpha": tiny_families.make_pixart,
+    "pixart sigma": lambda folder: tiny_families.make_pixart(folder, alpha=False),
     "sd3": tiny.make_sd3,
     "sd3 without T5": lambda folder: tiny.make_sd3(folder, t5=False),
     "flux dev": tiny_families.make_flux,
