@@ -51,3 +51,10 @@ def test_commands_and_options_exist() -> None:
 
 def test_it_fits_on_two_screens() -> None:
     assert len((pages.ROOT / "README.md").read_text("utf-8").splitlines()) <= 110
+
+
+@pytest.mark.parametrize("index", ["README.md", "docs/README.md"])
+def test_every_page_is_in_the_index(index: str) -> None:
+    folder = (pages.ROOT / index).parent
+    linked = {(folder / target).resolve() for target in re.findall(r"\]\(([^)#]+)\)", (pages.ROOT / index).read_text())}
+    assert [str(page) for page in (pages.ROOT / "docs").glob("[!R]*.md") if page not in linked] == []
