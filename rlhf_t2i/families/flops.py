@@ -55,7 +55,7 @@ def generator_step(recipe: Recipe) -> list[Work]:
     branches = guided_branches(algorithm.cfg)
     # Outer guidance: the branch without the prompt carries no gradient.
     outer = 1.0 if algorithm.cfg.mode == "outer" and algorithm.cfg.guidance_scale > 0 else 0.0
-    steps = student_steps(recipe)
+    steps = recipe.student.steps
     found = [
         # Of K steps the one that is trained is uniform in 1..K; those before it run without a graph.
         Work("learner", NETWORK, 1 + (steps - 1) / 2, 1.0, 0.0 if recipe.optimization.generator.lora else 1.0),
@@ -73,7 +73,7 @@ def assistant_step(recipe: Recipe) -> list[Work]:
     """Work per image of one assistant update."""
     trained = 0.0 if recipe.optimization.assistant.lora else 1.0
     return [
-        Work("generator", NETWORK, (student_steps(recipe) + 1) / 2),
+        Work("generator", NETWORK, (recipe.student.steps + 1) / 2),
         Work("assistant", NETWORK, 1.0, 1.0, trained),
     ]
 
@@ -81,13 +81,8 @@ def assistant_step(recipe: Recipe) -> list[Work]:
 def measuring(recipe: Recipe) -> list[Work]:
     """Work per image of evaluation and monitors."""
     rewards = [reward.key for reward in traits.resolve(recipe).rewards if not reward.on_latents]
-    drawing = [Work("generator", NETWORK, float(student_steps(recipe))), Work(DECODER, DECODER, 1.0)]
+    drawing = [Work("generator", NETWORK, float(recipe.student.steps)), Work(DECODER, DECODER, 1.0)]
     return drawing + [Work(f"reward:{key}", f"reward:{key}", 1.0) for key in rewards]
-
-
-def student_steps(recipe: Recipe) -> int:
-    """K, network calls per generated image."""
-    return len(recipe.student.timesteps or ()) or recipe.student.steps
 
 
 def guided_branches(cfg: Guidance) -> int:

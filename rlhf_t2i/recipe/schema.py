@@ -77,6 +77,13 @@ class StudentSettings(Section):
         "unit", description="what the first step gets: unit noise, or noise scaled by its level (SiD-LSG)"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("timesteps"), list):
+            return {"steps": len(value["timesteps"]), **value}
+        return value
+
     @model_validator(mode="after")
     def _falling(self) -> StudentSettings:
         taus = self.timesteps
@@ -84,7 +91,7 @@ class StudentSettings(Section):
             return self
         if any(a <= b for a, b in pairwise(taus)):
             raise ValueError(f"timesteps must fall from step to step, not {taus}")
-        if "steps" in self.model_fields_set and self.steps != len(taus):
+        if self.steps != len(taus):
             raise ValueError(f"steps is {self.steps} but there are {len(taus)} timesteps: leave steps out")
         return self
 

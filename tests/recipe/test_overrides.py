@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 from tests.recipe.base import BASE
 
 
@@ -95,6 +96,16 @@ def test_dump_is_read_back(recipe: Path) -> None:
     loaded = reading.load(recipe)
     recipe.write_text(reading.dump(loaded))
     assert reading.load(recipe) == loaded
+
+
+def test_a_students_timesteps_count_its_steps(recipe: Path) -> None:
+    """Also in a recipe that is written down and read again, where every key is set."""
+    for override, steps in (("student.timesteps=[999, 499]", 2), ("student={steps: 4}", 4)):
+        loaded = reading.load(recipe, [override])
+        assert loaded.student.steps == steps
+        assert Recipe.model_validate(loaded.model_dump()) == loaded
+    with pytest.raises(UsageError, match="steps is 3 but there are 2 timesteps: leave steps out"):
+        reading.load(recipe, ["student={steps: 3, timesteps: [999, 499]}"])
 
 
 def test_a_refusal_is_quick_and_imports_no_torch(recipe: Path) -> None:
