@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.student import Noise, keyed_noise
-from rlhf_t2i.errors import RunError, UsageError, first_line
+from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.export import STUDENT, StudentFile
 from rlhf_t2i.families.sources import ModelRef
@@ -238,15 +238,8 @@ class PipelineModel(ImageModel):
 
     @cached_property
     def _pipeline(self) -> Any:
-        from diffusers import DiffusionPipeline
-
         source = sources.parse(self._model)
-        try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=self.store.dtype, **source.kwargs)
-        except Exception as error:
-            raise UsageError(f"{self._model} cannot be loaded: {first_line(error)}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self.store.device)
+        return self.store.family.load_pipeline(source, self.store.dtype).to(self.store.device)
 
 
 def _student_file(source: ModelRef) -> StudentFile | None:

@@ -237,6 +237,20 @@ class Family(ABC):
     def load_decoder(self, source: ModelRef | None = None) -> Decoder:
         """The frozen decoder in float32, on the CPU: the reference's, or another one for the same latents."""
 
+    def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> Any:
+        """The library's own pipeline of a model of this family, which draws in many steps with guidance.
+
+        It is called with ``prompt``, ``num_inference_steps``, ``guidance_scale``, ``height``, ``width``, ``generator``
+        and ``output_type``, as pipelines of diffusers are.
+
+        Raises:
+            UsageError: The model cannot be loaded, or the family has none.
+        """
+        raise UsageError(
+            f"{source.location}: the model family {self.name} has no pipeline that draws in many steps; its few-step "
+            "generators can be drawn"
+        )
+
     @abstractmethod
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """Call the network and return its raw output [B, C, h, w].

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.student import Student
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import snapshot, sources, weights
 from rlhf_t2i.families.base import Config, Decoder, Family
 from rlhf_t2i.families.exported import ExportScheduler
@@ -218,6 +218,20 @@ class PipelineFamily(Family):
         if file is not None:
             return weights.fill_network(self.build_network(), weights.read_state_dict(file, source.name), file)
         return weights.load_part(source, self._subfolder(source), self._network_type().from_pretrained)
+
+    def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> Any:
+        """See :meth:`Family.load_pipeline`."""
+        from diffusers import DiffusionPipeline
+
+        # Some pipelines demand that parts which the index leaves out are passed as such.
+        index = sources.pipeline_index(source)
+        absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        try:
+            pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **absent, **source.kwargs)
+        except Exception as error:
+            raise UsageError(f"{source.location} cannot be loaded: {first_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def build_decoder(self, source: ModelRef | None = None) -> Decoder:
         """See :meth:`Family.build_decoder`."""

@@ -61,6 +61,8 @@ class ModelStore:
             if text is not None:
                 self.family.check_structure(sources.parse(text), f"models.{key}")
         self.family.check_export(self.student, vae)
+        if self.models.vae_slicing or self.models.vae_tiling:
+            self.family.build_decoder(vae).limit_memory(self.models.vae_slicing, self.models.vae_tiling)
 
     @cached_property
     def family(self) -> Family:

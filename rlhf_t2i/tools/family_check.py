@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.losses import guided
 from rlhf_t2i.algorithm.schedules import FlowSchedule, VPSchedule
-from rlhf_t2i.families.base import Conditioning
+from rlhf_t2i.families import sources
+from rlhf_t2i.families.base import Conditioning, Family
 from rlhf_t2i.families.export import write_model
+from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, StudentSettings
 from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
@@ -107,11 +109,10 @@ class _Checker:
 
     @cached_property
     def pipeline(self) -> Any:
-        """Diffusers' pipeline of the reference, with a scheduler whose last step lands on the guided x0."""
+        """The pipeline of the reference, with a scheduler whose last step lands on the guided x0."""
         import diffusers
 
-        source = self.store.family.reference
-        pipeline = self._load(source.location, **source.kwargs)
+        pipeline = self._load(self.store.family.reference)
         config = pipeline.scheduler.config
         if isinstance(self.store.schedule, FlowSchedule):
             pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
@@ -119,18 +120,20 @@ class _Checker:
             pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
         return pipeline.to(self.store.device)
 
-    def _load(self, location: str, **kwargs: Any) -> Any:
-        """A pipeline in float32; parts that its index leaves out are passed as such, which some pipelines demand."""
-        import diffusers
-
-        absent = {name: None for name, entry in self.store.family.index.items() if entry == [None, None]}
-        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(location, dtype=torch.float32, **absent, **kwargs)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    def _load(self, source: ModelRef) -> Any:
+        family = self.store.family
+        if type(family).load_pipeline is Family.load_pipeline:
+            raise CheckSkipped(f"the family {family.name} has no pipeline to compare with")
+        return family.load_pipeline(source, torch.float32)
 
     @cached_property
     def network(self) -> Any:
         return getattr(self.pipeline, self.store.family.network_part)
+
+    @cached_property
+    def own_network(self) -> nn.Module:
+        """The network as the family loads it."""
+        return self.store.family.load_network().to(self.store.device)
 
     @cached_property
     def recording(self) -> _Recording:
@@ -238,7 +241,7 @@ class _Checker:
             ours = self.store.decoder.decode(store.generate(network, [PROMPT], store.sequential_noise([_SEED])))
         with TemporaryDirectory() as folder:
             write_model(store, network.state_dict(), Path(folder) / "model")
-            pipeline = self._load(str(Path(folder) / "model"), local_files_only=True)
+            pipeline = self._load(sources.parse(str(Path(folder) / "model")))
             height, width = store.size
             generator = _generator()
             with _replaced(pipeline.scheduler, "step", _with_generator(pipeline.scheduler.step, generator)):
@@ -250,8 +253,7 @@ class _Checker:
 
     def gradient(self) -> str:
         """The directional derivative of D in float64 against central differences."""
-        network = self.network.double()
-        store = self.store
+        store, network = self.store, self.store.family.load_network().to(self.store.device, torch.float64)
         generator = torch.Generator().manual_seed(1)
         x_t, direction = (
             torch.randn(1, *store.latent_shape, generator=generator, dtype=torch.float64).to(store.device)
@@ -263,23 +265,20 @@ class _Checker:
         def predict(x: Tensor) -> Tensor:
             return (store.schedule.to_x0(store.family.predict(network, x, time, cond), x, t) * direction).sum()
 
-        try:
-            leaf = x_t.clone().requires_grad_(True)
-            (slope,) = torch.autograd.grad(predict(leaf), leaf)
-            expected = float((slope * direction).sum())
-            with torch.no_grad():
-                errors = [
-                    abs(float(predict(x_t + h * direction) - predict(x_t - h * direction)) / (2 * h) - expected)
-                    for h in (1e-3, 1e-4, 1e-5)
-                ]
-        finally:
-            network.float()
+        leaf = x_t.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(predict(leaf), leaf)
+        expected = float((slope * direction).sum())
+        with torch.no_grad():
+            errors = [
+                abs(float(predict(x_t + h * direction) - predict(x_t - h * direction)) / (2 * h) - expected)
+                for h in (1e-3, 1e-4, 1e-5)
+            ]
         if min(errors) > 1e-4 * abs(expected):
             raise CheckFailed(f"off by {min(errors) / abs(expected):.1g} of its size from finite differences")
         return f"agrees with finite differences to {min(errors) / abs(expected):.1g} of its size"
 
     def adapters(self) -> str:
-        names = [name for name, module in self.network.named_modules() if isinstance(module, nn.Linear)]
+        names = [name for name, module in self.own_network.named_modules() if isinstance(module, nn.Linear)]
         targets = self.store.family.adapter_targets
         counts = {t: sum(name == t or name.endswith(f".{t}") for name in names) for t in targets}
         missing = [target for target, count in counts.items() if not count]
@@ -289,12 +288,12 @@ class _Checker:
 
     def checkpointing(self) -> str:
         names = self.store.family.block_names
-        blocks = [m for m in self.network.modules() if type(m).__name__ in names]
+        blocks = [m for m in self.own_network.modules() if type(m).__name__ in names]
         if not names:
             raise CheckSkipped("the family names no repeated blocks")
         if not blocks:
             raise CheckFailed(f"the network has no block called {' or '.join(names)}")
-        self.store.family.enable_checkpointing(self.network)
+        self.store.family.enable_checkpointing(self.own_network)
         return f"{len(blocks)} repeated blocks"
 
     def _state(self, call: _Call) -> tuple[Tensor, Tensor]:

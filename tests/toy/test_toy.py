@@ -155,6 +155,41 @@ def test_plan(name: str, installed: Path, recipe: Callable[..., Path], capsys: p
     assert "learner" in capsys.readouterr().out
 
 
+def test_families_check_runs_what_needs_no_pipeline(
+    installed: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("families", "check", models / "reference")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5 passed, 0 failed, 6 skipped" in said
+    assert "the family toy has no pipeline to compare with" in " ".join(said.replace("│", " ").split())
+
+
+REFUSED = {
+    "vae_slicing": ({"models": {"vae_slicing": True}}, "this family's decoder has neither"),
+    "steps": ({"student": {"timesteps": [900.0, 300.0]}}, "the toy pipeline draws evenly spaced steps only"),
+    "range": ({"algorithm": {"timesteps": {"generator": [0, 980]}}}, "is not within the reference's 1 to 1000"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_cannot_do_is_refused_before_anything_starts(
+    name: str, installed: Path, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections, message = REFUSED[name]
+    command("run", recipe(**sections), "--out", tmp_path / "out", code=2)
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert "starting the roles" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_reference_is_not_drawn_in_many_steps(
+    installed: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("sample", models / "reference", "--prompt", "a cat", "-o", tmp_path / "x.png", code=2)
+    assert "the model family toy has no pipeline that draws in many steps" in " ".join(capsys.readouterr().err.split())
+
+
 def test_without_its_package_the_model_is_refused(
     recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
