@@ -43,7 +43,7 @@ class Journal:
         if key not in self._versions:
             row["versions"] = versions
         files.append_line(self._path, row)
-        self._take(row)
+        self._record(row)
 
     def _read(self) -> None:
         data = self._path.read_bytes()
@@ -53,11 +53,11 @@ class Journal:
                 stream.truncate(len(whole))
         try:
             for line in whole.splitlines():
-                self._take(json.loads(line))
+                self._record(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{self._path} is damaged: remove it to score again") from None
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _record(self, row: dict[str, Any]) -> None:
         pairs = zip(row["images"], row["values"], strict=True)
         self._values.setdefault(row["key"], {}).update({int(image): float(value) for image, value in pairs})
         self._versions.setdefault(row["key"], row.get("versions", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -65,3 +66,13 @@ def test_a_world_of_the_zoo_by_name(tmp_path, monkeypatch):
     assert benchmarks.load("small_world").first(2).prompts == ["a", "b"]
     with pytest.raises(UsageError, match="no such prompt file"):
         benchmarks.load("no_world")
+
+
+@pytest.mark.parametrize("name", ["parti:/dev/zero", "coco:/dev/zero", "coco:{pipe}.json", "hpsv2:{folder}", "{pipe}"])
+def test_what_never_ends_is_refused_at_once(name, tmp_path):
+    """Cases G.8: devices and pipes."""
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.json")
+    os.mkfifo(tmp_path / "anime.json")
+    with pytest.raises(UsageError, match="regular file"):
+        benchmarks.load(name.format(pipe=tmp_path / "pipe", folder=tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,14 @@ def test_a_damaged_probe(tmp_path, text):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(UsageError, match="--classes"):
         Probe.read(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("name", ["absent.json", "pipe.json"])
+def test_a_probe_that_is_no_file_is_refused_at_once(name, tmp_path):
+    """Cases G.8: reading a pipe never ends."""
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UsageError, match="--classes: "):
+        Probe.read(tmp_path / name)
 
 
 def test_features_that_are_not_there(settings, tmp_path):
