@@ -16,6 +16,7 @@ import yaml
 
 import rlhf_t2i
 from rlhf_t2i.families import registry as families
+from rlhf_t2i.families import sources
 from rlhf_t2i.tools.reward_check import check_reward
 from tests.project import pages
 
@@ -97,7 +98,7 @@ def test_the_divergence_is_one(folder: Path) -> None:
 
 def test_the_family_is_trained_planned_exported_and_drawn(folder: Path, letters: ModuleType) -> None:
     recipe = letters_recipe(folder, letters)
-    assert "letters" in families.registered()
+    assert families.find(sources.parse(recipe["models"]["reference"])).name == "letters"
     assert rlhf_t2i.plan(recipe).latents == (3, 16, 24)
 
     result = rlhf_t2i.train(recipe, folder / "out", student__steps=2)
