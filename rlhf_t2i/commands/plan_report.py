@@ -17,6 +17,9 @@ from rlhf_t2i.tools.planning.plan import Plan
 from rlhf_t2i.tools.planning.time import StepTime
 from rlhf_t2i.utils.terminal import PlainConsole
 
+_LAUNCH_BOUND = 0.5
+"""Seconds per step below which a GPU is not kept busy by FLOPs."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -93,10 +96,10 @@ class Report:
                 f"Whole run, {steps} steps on {self.plan.devices} x {self.device}: {_hours(taken.hours)}, "
                 f"{taken.gpu_hours:.3g} GPU-hours"
             )
-            yield (
-                f"  training {_hours(taken.training)}, assistant's warm-up {_hours(taken.warmup)}, "
-                f"measuring {_hours(taken.measuring)}"
-            )
+            parts = {"training": taken.training, "assistant's warm-up": taken.warmup, "measuring": taken.measuring}
+            yield "  " + ", ".join(f"{name} {_hours(hours)}" for name, hours in parts.items() if hours)
+            if self.seconds is not None and self.seconds.step < _LAUNCH_BOUND and self.device != HERE:
+                yield "  a lower bound: networks this small wait for kernel launches, which are not counted"
         count = disk.checkpoints // disk.checkpoint if disk.checkpoint else 0
         yield (
             f"  disk {_bytes(disk.total)}: {count} checkpoint{'s' * (count != 1)} of {_bytes(disk.checkpoint)}, "

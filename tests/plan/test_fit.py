@@ -270,4 +270,5 @@ def test_the_command(tiny_sdxl: Path, tmp_path: Path) -> None:
     text = CliRunner().invoke(app, [str(file), "--device", "h100"]).stdout
     assert text.startswith("Whole run, 2 steps on 2 x h100-80gb: ")
     assert "rates (assumed, 45% of the peak" in text
+    assert "a lower bound: networks this small" in text
     assert max(len(line) for line in text.splitlines() if "fits" not in line) <= 80
