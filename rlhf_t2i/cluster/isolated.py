@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf_t2i.cluster.connect import same_node
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import sources
-from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins import guard, registry
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.plugins.environments import overlay_python
 from rlhf_t2i.recipe.schema import RewardChoice
@@ -81,8 +81,10 @@ class IsolatedActor:
                 return Wire.pack(value), None, ""
             (grad,) = torch.autograd.grad(value.sum(), pixels)
             return Wire.pack(value), Wire.pack(grad), ""
-        except Exception as error:
-            return None, None, f"{type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit() would end this process
+            return None, None, guard.describe(error, type(reward))
 
     def _loaded(self) -> Any:
         if self._reward is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_t2i.families import adapters
 from rlhf_t2i.families.counting import Network
 from rlhf_t2i.families.store import DTYPES, ModelStore
-from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins import guard, traits
 from rlhf_t2i.recipe.schema import Lora, Recipe
 
 _META = torch.device("meta")
@@ -94,7 +94,7 @@ class Footprints:
             return reward.key, None
 
         def build() -> nn.Module:
-            with _META:
+            with _META, guard.building(f"reward {reward.name!r}: its footprint cannot be built", reward.plugin):
                 return footprint.build().to(DTYPES[self._precision]).requires_grad_(False)
 
         def call(network: nn.Module) -> tuple[Tensor, Tensor]:

@@ -67,11 +67,13 @@ class RewardTraits:
         Raises:
             UsageError: A file is missing or damaged.
         """
-        return self.plugin.footprint(self.options)
+        with guard.building(f"reward {self.name!r}: its footprint cannot be told", self.plugin):
+            return self.plugin.footprint(self.options)
 
     def hub_models(self) -> list[str]:
         """Hub ids that it may load."""
-        return self.plugin.hub_models(self.options)
+        with guard.building(f"reward {self.name!r}: its hub_models cannot be told", self.plugin):
+            return self.plugin.hub_models(self.options)
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def _reward(choice: RewardChoice, key: str, trains: bool) -> RewardTraits:
             f"algorithm.eval_rewards: {choice.name!r} is computed on latents beside the learner: "
             "it can train, but not be measured here"
         )
+    with guard.building(f"{key}: reward {choice.name!r}: its unit cannot be told", cls):
+        unit = cls.unit_of(options)
     return RewardTraits(
         key=choice.key,
         name=choice.name,
@@ -163,7 +167,7 @@ def _reward(choice: RewardChoice, key: str, trains: bool) -> RewardTraits:
         reference_calls=cls.reference_calls if issubclass(cls, LatentReward) else 0,
         higher_is_better=cls.higher_is_better,
         uses_prompt=cls.uses_prompt,
-        unit=cls.unit_of(options),
+        unit=unit,
         packages=cls.pip,
         options=options,
         plugin=cls,

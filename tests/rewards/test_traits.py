@@ -133,3 +133,18 @@ def test_the_scan_sees_every_form() -> None:
     text = 'a == "kl"\nb in ("x", "kl")\n{"kl": 1}[c]\nmatch d:\n    case "kl":\n        pass\ne.startswith("kl")\n'
     lines = [int(re.findall(r"\d+", found)[0]) for found in comparisons(text, {"kl"})]
     assert sorted(lines) == [1, 2, 3, 5, 7]
+
+
+def test_a_plugin_whose_traits_cannot_be_told_is_one_sentence(tiny_sdxl: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import sys\nfrom rlhf_t2i.plugins import Reward\n"
+        "class Mine(Reward):\n"
+        "    @classmethod\n    def footprint(cls, options):\n        raise KeyError('size')\n"
+        "    @classmethod\n    def hub_models(cls, options):\n        sys.exit(0)\n"
+    )
+    (reward,) = traits.resolve(build(tiny_sdxl, rewards=[{"name": f"{tmp_path}/mine.py:Mine"}])).rewards
+    assert reward.key == "Mine"
+    with pytest.raises(UsageError, match=r"its footprint cannot be told: mine.py:6: KeyError: 'size'"):
+        _ = reward.footprint
+    with pytest.raises(UsageError, match=r"its hub_models cannot be told: mine.py:9: called sys.exit\(0\)"):
+        reward.hub_models()

@@ -114,7 +114,7 @@ def load(path: str | Path) -> Ablation:
         ablation = Ablation.model_validate(_absolute(data, folder))
     except ValidationError as error:
         raise mistakes.explain(error, Ablation, source.where) from None
-    base = (folder / files.expanded(ablation.base)).resolve()
+    base = files.absolute(ablation.base, folder)
     return ablation.model_copy(update={"base": str(base)})
 
 
@@ -179,4 +179,4 @@ def _absolute(value: Any, folder: Path) -> Any:
     path, prefix = (tail, head + colon) if tail.startswith(("./", "../", "~/")) else (value, "")
     if not path.startswith(("./", "../", "~/")):
         return value
-    return f"{prefix}{(folder / files.expanded(path)).resolve()}"
+    return f"{prefix}{files.absolute(path, folder)}"
