@@ -138,7 +138,7 @@ def test_no_file_and_a_folder(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ((("algorithm", "timesteps", "generator"), [979, 20]), ["first <= last"]),
-        ((("algorithm", "timesteps", "generator"), [0, 5000]), ["timesteps", "999"]),
+        ((("algorithm", "timesteps", "generator"), [0, 5000]), ["timesteps", "1000"]),
         ((("algorithm", "timesteps", "assistant"), [-1, 20]), ["timesteps"]),
         ((("algorithm", "timesteps", "assistant"), [1, 2, 3]), ["timesteps"]),
         ((("algorithm", "weighting"), "unitx0"), ["weighting", "unit_x0"]),
