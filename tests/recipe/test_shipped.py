@@ -82,6 +82,33 @@ def test_the_four_recipes_differ_in_the_objective_alone() -> None:
             assert recipe == loaded[0]
 
 
+@pytest.mark.parametrize(
+    ("folder", "suffix", "rewards", "convention"),
+    [
+        ("sd35", "pickscore", ["pickscore"], "omega"),
+        ("flux2_klein", "mixed", ["pickscore", "hpsv2", "clip"], "omega"),
+        ("z_image", "pickscore", ["pickscore"], "one_plus"),
+    ],
+)
+def test_flow_matching_in_four_steps(folder: str, suffix: str, rewards: list[str], convention: str) -> None:
+    """DI* and DI++ differ in the divergence alone; each also loads with one step, as its header says."""
+    paths = {name: RECIPES / folder / f"{name}_{suffix}.yaml" for name in ("di_star", "di_plus_plus")}
+    loaded = {name: reading.load(path) for name, path in paths.items()}
+    assert {name: recipe.algorithm.divergence.name for name, recipe in loaded.items()} == {
+        "di_star": "pseudo_huber",
+        "di_plus_plus": "kl",
+    }
+    dumps = [recipe.model_dump() for recipe in loaded.values()]
+    for dump in dumps:
+        dump["algorithm"].pop("divergence")
+    assert dumps[0] == dumps[1]
+    recipe = loaded["di_star"]
+    assert [reward.name for reward in recipe.algorithm.rewards] == rewards
+    assert recipe.algorithm.cfg.convention == convention
+    assert recipe.student.steps == 4
+    assert reading.load(paths["di_star"], ["student.steps=1"]).student.steps == 1
+
+
 @pytest.mark.parametrize(("name", "devices", "size"), [("di_star_pickscore", 8, 80), ("sd15/di_star_pickscore", 4, 40)])
 def test_the_placements_fit_by_the_plan(name: str, devices: int, size: int) -> None:
     path = RECIPES / f"{name}.yaml"
