@@ -1,6 +1,8 @@
-"""Measure emoji64 and draw the grids of its card. ``python -m zoo.card`` (after everything else).
+"""Measure emoji64 and draw the pictures of its card. ``python -m zoo.card`` (after everything else).
 
-Writes ``zoo/emoji64/quality.json``, ``reference.png`` and ``generator.png``.
+Writes ``quality.json``, a grid of every model there is (``reference.png``, ``generator.png``, ``flow.png``),
+``training.png`` and ``training.json`` (from the logs of the trainings, if they are in the work folder).
+Everything is measured through the published pipelines, as a user gets the pictures.
 """
 
 from __future__ import annotations
@@ -8,44 +10,66 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
-from rlhf_t2i.families.conditioning import Conditioner
-from rlhf_t2i.families.networks import LatentDecoder, one_step
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel
 
-from rlhf_t2i.algorithm.schedules import NoiseSchedule
-from zoo import data, reference, scorers
+from zoo import data, distill, reader, reference, scorers, vae
 
 GUIDANCE, STEPS = 4.0, 30
-SPLITS = ("train", "held_out_pairs", "held_out")
-Scorers = dict[str, CLIPModel]
+SPLITS = reference.SPLITS
+Draw = Callable[[list[str], int], Tensor]
 
 
-class OneStep:
-    """The shipped generator."""
+def reference_sampler(guidance: float, steps: int) -> Draw:
+    """StableDiffusionXLPipeline as it is."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(data.OUT / "reference", dtype=torch.float32)
+    return lambda prompts, seed: reference.preview(pipeline, prompts, guidance, steps, seed)
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, folder: str) -> None:
-        self.unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
-        tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
-        self.conditioner = Conditioner(tokenizers, [pipeline.text_encoder, pipeline.text_encoder_2], data.SIZE, True)
-        self.decoder = LatentDecoder(pipeline.vae)
-        self.schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
 
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], seed: int = 0) -> Tensor:
-        """Images [B, 3, 64, 64] in [0, 1]."""
-        z = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
-        images = []
-        for start in range(0, len(prompts), 48):
-            part = slice(start, start + 48)
-            cond = self.conditioner.encode(prompts[part])
-            x0 = one_step(self.unet, z[part], cond, 399, self.schedule, torch.bfloat16)
-            images.append(self.decoder.decode(x0))
-        return torch.cat(images)
+def flow_sampler(guidance: float, steps: int) -> Draw:
+    """StableDiffusion3Pipeline as it is, but for the zeros that stand for T5: none, which is faster."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        data.OUT / "flow/reference", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompts: list[str], seed: int) -> Tensor:
+        parts = [
+            pipeline(
+                prompts[start : start + 32], num_inference_steps=steps, guidance_scale=guidance, height=64, width=64,
+                generator=torch.Generator().manual_seed(seed + start), output_type="pt", max_sequence_length=0,
+            ).images.float()
+            for start in range(0, len(prompts), 32)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    return draw
+
+
+def generator_sampler() -> Draw:
+    """The one-step generator with the reference's encoders and VAE."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(data.OUT / "reference", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(data.OUT / "generator", torch_dtype=torch.float32)
+    modules = nn.ModuleDict({k: getattr(pipeline, k) for k in ("text_encoder", "text_encoder_2")} | {"unet": unet})
+
+    def draw(prompts: list[str], seed: int) -> Tensor:
+        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        z = torch.randn(len(ids), unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(seed))
+        found = []
+        for part in (slice(i, i + 48) for i in range(0, len(ids), 48)):
+            with torch.autocast("cpu", torch.bfloat16):
+                embeds, pooled = reference.encode(modules, ids[part])
+            found.append(distill.one_step(modules, z[part], embeds, pooled))
+        return reference.decode(pipeline.vae, torch.cat(found))
+
+    return draw
 
 
 def parse(prompt: str, names: list[str]) -> tuple[int, int]:
@@ -61,30 +85,22 @@ def style_probe(judge: CLIPModel, pictures: scorers.Pictures) -> Tensor:
     images = pictures.whole.flatten(0, 2)[order].float() / 255
     vectors = torch.cat([scorers.image_vectors(judge, part) for part in images.split(100)])
     target = torch.nn.functional.one_hot(order // 12 % 3, 3).float()
-    return torch.linalg.lstsq(_with_one(vectors), target).solution
-
-
-def _with_one(vectors: Tensor) -> Tensor:
-    return torch.cat([vectors, torch.ones(len(vectors), 1)], dim=1)
+    return torch.linalg.lstsq(torch.cat([vectors, torch.ones(len(vectors), 1)], dim=1), target).solution
 
 
 @torch.no_grad()
-def measure(images: Tensor, prompts: list[str], models: Scorers, pictures: scorers.Pictures, probe: Tensor,
-            names: list[str]) -> dict[str, float]:  # fmt: skip
-    """Scores, the share whose name the scorers find among all names, and the entropy of styles in bits (max 1.585)."""
+def scores(images: Tensor, prompts: list[str], models: dict[str, CLIPModel], ids: Tensor,
+           names: list[str]) -> dict[str, float]:  # fmt: skip
+    """The scorers' mean cosine, and the share whose name each finds among all."""
     parsed = torch.tensor([parse(p, names) for p in prompts])
     result = {}
     for label, clip in models.items():
         vectors = torch.cat([scorers.image_vectors(clip, part) for part in images.split(64)])
-        words = scorers.text_vectors(clip, pictures.ids[parsed[:, 0], parsed[:, 1]])
-        found = scorers.retrieve(clip, vectors, pictures.ids, parsed[:, 1])
-        result[f"{label} score"] = float((vectors * words).sum(-1).mean())
-        result[f"{label} finds the name"] = float((found == parsed[:, 0]).float().mean())
-        if label == "judge":
-            share = torch.bincount((_with_one(vectors) @ probe).argmax(1), minlength=3).float() / len(images)
-            result["style entropy"] = float(-(share * share.clamp(min=1e-9).log2()).sum())
-            result |= {f"share {style}": float(s) for style, s in zip(data.STYLES, share, strict=True)}
-    return {key: round(value, 4) for key, value in result.items()}
+        words = scorers.text_vectors(clip, ids[parsed[:, 0], parsed[:, 1]])
+        found = scorers.retrieve(clip, vectors, ids, parsed[:, 1])
+        result[f"{label} score"] = round(float((vectors * words).sum(-1).mean()), 4)
+        result[f"{label} finds the name"] = round(float((found == parsed[:, 0]).float().mean()), 4)
+    return result
 
 
 def captioned(images: Tensor, prompts: list[str], columns: int) -> Image.Image:
@@ -101,44 +117,89 @@ def captioned(images: Tensor, prompts: list[str], columns: int) -> Image.Image:
     return sheet.quantize(256)
 
 
-def _reference(pipeline: StableDiffusionXLPipeline, prompts: list[str], split: str) -> Tensor:
-    """Samples of the reference, kept in zoo/work while its weights stay the same."""
-    path = data.WORK / f"card_{split}_{len(prompts)}.pt"
-    weights = data.ROOT / "reference/unet/diffusion_pytorch_model.safetensors"
-    if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
-        torch.save(reference.preview(pipeline, prompts, GUIDANCE, STEPS), path)
-    return torch.load(path, weights_only=True)
+def trainings(folder: Path) -> dict[str, Any]:
+    """Of every log: the commands, steps, samples, seconds and a thinned loss curve."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        losses = [row for row in rows if "loss" in row]
+        if not losses:
+            continue
+        last = losses[-1]
+        found[path.stem] = {
+            "starts": [{k: v for k, v in row.items() if k != "event"} for row in rows if "event" in row],
+            **{key: last.get(key) for key in ("step", "samples", "cpu_seconds", "seconds")},
+            "curve": [(row["step"], row["loss"]) for row in losses[:: max(1, len(losses) // 80)]],
+            "evaluations": [row for row in rows if "train" in row],
+        }
+    return found
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Loss curves, and the names the reader found, over the steps of each training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.2 * math.ceil(len(found) / 3)), layout="constrained")
+    for index, (name, one) in enumerate(found.items()):
+        axes = figure.add_subplot(math.ceil(len(found) / 3), 3, index + 1)
+        axes.plot(*zip(*one["curve"], strict=True), color="#1f77b4", linewidth=1)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_ylabel("loss", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if one["evaluations"]:
+            right = axes.twinx()
+            right.plot([e["step"] for e in one["evaluations"]],
+                       [e["held_out_pairs"]["names"] for e in one["evaluations"]],
+                       color="#d95f02", marker="o", markersize=3, linewidth=1)  # fmt: skip
+            right.set_ylim(0, 1)
+            right.set_ylabel("names read", fontsize=8, color="#d95f02")
+            right.tick_params(labelsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Measure, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=40, help="of the reference, a split")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--images", type=int, default=96, help="of each model, a split")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    names = data.load().names
-    pipeline = StableDiffusionXLPipeline.from_pretrained(data.ROOT / "reference", dtype=torch.float32)
-    generator = OneStep(pipeline, str(data.ROOT / "generator"))
+    torch.set_num_threads(1)
+    world, judge = data.load(), reader.load()
+    decoder = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32).eval()
     models = {k: CLIPModel.from_pretrained(data.ROOT / k, dtype=torch.float32).eval() for k in scorers.KINDS}
-    pictures = scorers.Pictures()
-    probe = style_probe(models["judge"], pictures)
-    quality: dict[str, dict[str, dict[str, float]]] = {"reference": {}, "generator": {}}
-    shown: dict[str, list[Tensor]] = {"reference": [], "generator": []}
-    captions: list[str] = []
-    for split in SPLITS:
-        lines = (data.ROOT / f"prompts/{split}.txt").read_text("utf-8").splitlines()
-        for label, count in (("reference", args.images), ("generator", 4 * args.images)):
-            prompts = lines[:count]
-            with torch.autocast("cpu", torch.bfloat16):
-                images = generator(prompts) if label == "generator" else _reference(pipeline, prompts, split)
-            quality[label][split] = measure(images.float(), prompts, models, pictures, probe, names)
-            shown[label].append(images[:20].float())
-        captions += lines[:20]
-        print(split, {k: v[split] for k, v in quality.items()}, flush=True)
-    (data.ROOT / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", "utf-8")
-    for label, parts in shown.items():
-        captioned(torch.cat(parts), captions, 10).save(data.ROOT / f"{label}.png", optimize=True)
+    ids = scorers.token_ids(world)
+    samplers: dict[str, Callable[[], Draw]] = {
+        "reference": lambda: reference_sampler(args.guidance, args.steps),
+        "generator": generator_sampler,
+        "flow": lambda: flow_sampler(args.guidance, args.steps),
+    }
+    quality: dict[str, Any] = {
+        "vae psnr": vae.psnr(decoder, world),
+        "reader": {"true drawings": reader.check(judge, world), "through the vae": reader.check(judge, world, decoder)},
+        "settings": {"images a split": args.images, "guidance": args.guidance, "euler steps": args.steps},
+    }
+    for label, make in samplers.items():
+        if not (data.OUT / label).is_dir():
+            continue
+        draw, shown, captions = make(), [], []
+        quality[label] = {}
+        for number, split in enumerate(SPLITS):
+            prompts = reference.lines(split)[: args.images]
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                images = draw(prompts, 1000 * number).float()
+            quality[label][split] = reader.report(judge, images, prompts, world.names)
+            quality[label][split] |= scores(images, prompts, models, ids, world.names)
+            shown.append(images[:20])
+            captions += prompts[:20]
+            print(label, split, quality[label][split], flush=True)
+        captioned(torch.cat(shown), captions, 10).save(data.OUT / f"{label}.png", optimize=True)
+    (data.OUT / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", "utf-8")
+    found = trainings(data.WORK)
+    if found:
+        (data.OUT / "training.json").write_text(json.dumps(found) + "\n", "utf-8")
+        plot(found, data.OUT / "training.png")
 
 
 if __name__ == "__main__":

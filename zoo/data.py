@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).parent / "emoji64"
-WORK = Path(__file__).parent / "work"
+WORK = Path(os.environ.get("ZOO_WORK") or Path(__file__).parent / "work")  # checkpoints; not in git
+OUT = Path(os.environ.get("ZOO_OUT") or ROOT)  # where finished models are written
 SIZE = 64
 STYLES = ("noto", "twemoji", "fluent3d")
 CATEGORIES = ("Animals & Nature", "Food & Drink")

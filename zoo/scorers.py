@@ -17,10 +17,9 @@ from diffusers import StableDiffusionXLPipeline
 from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from rlhf_t2i.algorithm.schedules import NoiseSchedule
-from rlhf_t2i.plugins.preprocessing import clip_preprocess
-from zoo import data, text
+from zoo import data, noise, text
 from zoo.training import join, load_average, train
 
 WRONG_OBJECT, WRONG_COLOUR, DAMAGED, GLOSS = 4.0, 3.0, 2.0, 2.0  # the rater's utilities, in logits
@@ -77,6 +76,13 @@ def build(kind: Kind) -> CLIPModel:
     )  # fmt: skip
 
 
+def token_ids(world: data.World) -> Tensor:
+    """Token ids [all names, colours, L]."""
+    prompts = [data.prompt(name, colour) for name in world.names for colour in data.COLOURS]
+    ids = text.tokenizer()(prompts, padding="max_length", return_tensors="pt").input_ids
+    return ids.reshape(len(world.names), _COLOURS, -1)
+
+
 class Pictures:
     """Pictures as a generator would show them, through the VAE, and damaged ones, for every prompt.
 
@@ -93,9 +99,7 @@ class Pictures:
 
     def __init__(self, seed: int = 1, every: int = 1) -> None:
         world = data.load()
-        prompts = [data.prompt(name, colour) for name in world.names for colour in data.COLOURS]
-        ids = text.tokenizer()(prompts, padding="max_length", return_tensors="pt").input_ids
-        self.ids = ids.reshape(len(world.names), _COLOURS, -1)
+        self.ids = token_ids(world)
         self.names = torch.arange(0, len(world.names), every)
         path = data.WORK / f"pictures_{seed}_{every}.pt"
         if not path.is_file():
@@ -109,12 +113,12 @@ def _draw(world: data.World, chosen: Tensor, seed: int) -> dict[str, Tensor]:
     prompts = [data.prompt(world.names[name], colour) for name in chosen for colour in data.COLOURS]
     pipeline = StableDiffusionXLPipeline.from_pretrained(data.ROOT / "reference", dtype=torch.float32)
     vae, scale = pipeline.vae, pipeline.vae.config.scaling_factor
-    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    channels = vae.config.latent_channels
     generator = torch.Generator().manual_seed(seed)
     names = len(chosen)
     index = torch.arange(names * 3 * _COLOURS)
-    whole, damaged, kept = [], [], torch.empty(names, 3, _COLOURS, 4, 16, 16)
-    latents = kept.view(-1, 4, 16, 16)
+    whole, damaged, kept = [], [], torch.empty(names, 3, _COLOURS, channels, 16, 16)
+    latents = kept.view(-1, channels, 16, 16)
     for part in track(index.split(180), description="pictures"):
         drawings = world.drawings[chosen].flatten(0, 1)[part // _COLOURS]
         images = data.compose(drawings, part % _COLOURS, generator) * 2 - 1
@@ -126,14 +130,15 @@ def _draw(world: data.World, chosen: Tensor, seed: int) -> dict[str, Tensor]:
     for start in track(range(0, len(prompts), 180), description="guesses"):
         x0 = picked[start : start + 180]
         t = torch.randint(300, 1000, (len(x0),), generator=generator)
-        x_t = schedule.add_noise(x0, torch.randn(x0.shape, generator=generator), t)
+        alpha, sigma = (c[t][:, None, None, None] for c in noise.coefficients())
+        x_t = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             embeds, _, pooled, _ = pipeline.encode_prompt(
                 prompts[start : start + 180], do_classifier_free_guidance=False
             )
             added = {"text_embeds": pooled, "time_ids": torch.tensor([64.0, 64, 0, 0, 64, 64]).expand(len(x0), -1)}
-            noise = pipeline.unet(x_t, t, embeds, added_cond_kwargs=added).sample
-            damaged.append(_pixels(vae.decode(schedule.to_x0(noise.float(), x_t, t) / scale).sample))
+            found = pipeline.unet(x_t, t, embeds, added_cond_kwargs=added).sample.float()
+            damaged.append(_pixels(vae.decode((x_t - sigma * found) / alpha / scale).sample))
     return {
         "whole": torch.cat(whole).view(names, 3, _COLOURS, 3, data.SIZE, data.SIZE),
         "damaged": torch.cat(damaged).view(names, _COLOURS, 3, data.SIZE, data.SIZE),
@@ -206,10 +211,9 @@ def augment(images: Tensor, kind: Kind, generator: torch.Generator) -> Tensor:
 
 
 def image_vectors(clip: CLIPModel, images: Tensor) -> Tensor:
-    """Unit vectors [B, D] of images in [0, 1]."""
-    return F.normalize(
-        clip.get_image_features(pixel_values=clip_preprocess(images, data.SIZE)).pooler_output.float(), dim=-1
-    )
+    """Unit vectors [B, D] of images in [0, 1], which CLIP's preprocessing leaves at 64 pixels."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return F.normalize(clip.get_image_features(pixel_values=(images - mean) / std).pooler_output.float(), dim=-1)
 
 
 def text_vectors(clip: CLIPModel, ids: Tensor) -> Tensor:

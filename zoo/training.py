@@ -1,24 +1,92 @@
-"""The training loop of the zoo's models: AdamW with a cosine schedule by wall clock or steps, EMA, resumable.
+"""The training loop of the zoo's models: AdamW or Muon, EMA, data-parallel under torchrun, resumable at any time.
 
 Under ``torchrun --nproc-per-node N`` the gradients are averaged over the processes. On a CPU two processes of one
 thread each beat one of two threads: they meet once a step, not in every operator.
+
+Budgets are minutes of CPU time of a process, not of the clock: a training at the lowest priority on a busy machine may
+stand still for an hour, and its learning rate should not fall meanwhile. Logs tell both.
+
+Two schedules of the learning rate: a cosine to the end of a budget, or constant, which may be continued for as many
+sessions as there are; ``finish`` then lowers it to zero in a checkpoint of its own and leaves the constant one as it
+is.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import track
 from torch import Tensor, nn
 
 from zoo.data import WORK
+
+State = dict[str, Any]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024), also for convolutions; each rank does a share.
+
+    An update has the root mean square of AdamW's, 0.2 (arXiv 2502.16982), so one learning rate serves both.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        rank, ranks = join()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            updates = [torch.zeros_like(p) for p in params]
+            for index, (param, update) in enumerate(zip(params, updates, strict=True)):
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                state["momentum"].lerp_(param.grad, 1 - group["momentum"])
+                if index % ranks == rank:
+                    direction = param.grad.lerp(state["momentum"], group["momentum"])
+                    update.copy_(_orthogonal(direction.flatten(1)).view_as(param))
+            if ranks > 1:
+                flat = torch.cat([u.flatten() for u in updates])
+                dist.all_reduce(flat)
+                parts = flat.split([u.numel() for u in updates])
+                updates = [part.view_as(u) for part, u in zip(parts, updates, strict=True)]
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+def _orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrix, roughly, times 0.2 sqrt(larger side)."""
+    x = matrix.bfloat16()
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    x = (x / (x.norm() + 1e-7)).contiguous()
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x if wide else x.T).float() * (0.2 * max(matrix.shape) ** 0.5)
+
+
+def optimizers(modules: nn.Module, lr: float, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices and AdamW for the rest, or AdamW alone."""
+    outer = ("conv_in", "conv_out", "embed_tokens", "token_embedding", "position_embedding", "pos_embed", "proj_out")
+    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if muon and p.ndim > 1 and not any(part in name for part in outer)]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0 if muon else weight_decay)
+    return [adam, Muon(hidden, lr, weight_decay=weight_decay)] if hidden else [adam]
 
 
 def train(
@@ -26,64 +94,122 @@ def train(
     modules: nn.ModuleDict,
     loss_fn: Callable[[int], Tensor],
     *,
-    steps: int,
     lr: float,
+    steps: int = 10**7,
     minutes: float = math.inf,
+    finish: float | None = None,
+    constant: bool = False,
+    muon: bool = False,
     warmup: int = 200,
     ema_decay: float = 0.999,
     weight_decay: float = 0.0,
-    save_seconds: float = 90,
+    save_seconds: float = 80,
+    batch: int = 0,
+    make: Callable[[nn.ModuleDict], list[torch.optim.Optimizer]] | None = None,
+    evaluate: Callable[[nn.ModuleDict], dict[str, Any]] | None = None,
+    evaluate_seconds: float = 1200,
 ) -> nn.ModuleDict:
     """Train ``modules`` and return their moving average.
 
     Args:
-        name: The checkpoint's name in ``zoo/work``; an interrupted training continues from it.
-        modules: What is trained.
+        name: The checkpoint's name in the work folder; an interrupted training continues from it. ``NAME.jsonl``
+            beside it keeps the losses, seconds and samples.
+        modules: What is trained: parameters that require a gradient.
         loss_fn: Batch number to loss; draws its own batch, seeded by that number.
-        steps: Updates in all; the learning rate falls to zero on a cosine over them.
-        minutes: A budget of wall clock that ends the training, and the cosine with it, if it is spent before.
         lr: The peak learning rate.
-        warmup: Steps in which the learning rate rises to it.
+        steps: Updates in all; with a cosine the learning rate falls to zero over them.
+        minutes: A budget of CPU time that ends the training, and the cosine with it, if it is spent before.
+        finish: Lower a constant learning rate to zero in so many minutes of CPU time, in a checkpoint
+            ``NAME_finished`` that starts as a copy of ``NAME``.
+        constant: No cosine.
+        muon: Muon for the hidden matrices.
+        warmup: Steps in which the learning rate rises to its peak.
         ema_decay: Of the returned average.
-        weight_decay: AdamW's.
+        weight_decay: Of the optimizer.
         save_seconds: Between checkpoints.
+        batch: Samples of a step in all processes, for the log.
+        make: Makes the optimizers instead; a parameter group's ``scale`` multiplies the learning rate.
+        evaluate: Called with the average on rank 0 every so many seconds of CPU time; what it returns is logged.
+        evaluate_seconds: How many.
     """
-    checkpoint = WORK / f"{name}.pt"
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    average = copy.deepcopy(modules).requires_grad_(False)
-    start, seconds, smooth = 0, 0.0, 0.0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        modules.load_state_dict(state["modules"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
     rank, ranks = join()
-    last_save = began = time.monotonic()
-    progress = start / steps
-    for step in track(range(start, steps), description=name, disable=rank > 0):
-        rate = lr * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    target = f"{name}_finished" if finish else name
+    checkpoint, log = WORK / f"{target}.pt", WORK / f"{target}.jsonl"
+    opts = make(modules) if make else optimizers(modules, lr, weight_decay, muon)
+    average = copy.deepcopy(modules).requires_grad_(False)
+    state: State = {"step": 0, "seconds": 0.0, "wall": 0.0, "samples": 0, "evaluated": 0.0, "finish_began": None}
+    source = checkpoint if checkpoint.is_file() else WORK / f"{name}.pt"
+    if source.is_file():
+        state |= torch.load(source, weights_only=True)
+        modules.load_state_dict(state.pop("modules"))
+        average.load_state_dict(state.pop("average"))
+        kept = state.pop("optimizer")
+        if isinstance(kept, list) and len(kept) == len(opts):  # else it comes from another optimizer
+            for opt, old in zip(opts, kept, strict=True):
+                opt.load_state_dict(old)
+    if finish and state["finish_began"] is None:
+        state["finish_began"] = state["seconds"]
+    if rank == 0:
+        _log(log, {"event": "start", "at": time.strftime("%F %T"), "step": state["step"], "processes": ranks,
+                   "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]), "hardware": _hardware()})  # fmt: skip
+    before, wall_before, smooth = state["seconds"], state["wall"], None
+    began, last_save, wall_began = time.process_time(), time.monotonic(), time.monotonic()
+    progress = state["step"] / steps
+    while state["step"] < steps:
+        step = state["step"]
+        rate = lr * min(1.0, (step + 1) / warmup)
+        if finish:
+            rate *= max(0.0, 1 - (state["seconds"] - state["finish_began"]) / (60 * finish))
+        elif not constant:
+            rate *= 0.5 * (1 + math.cos(math.pi * progress))
+        for group in (g for opt in opts for g in opt.param_groups):
+            group["lr"] = rate * group.get("scale", 1.0)
         loss = loss_fn(step * ranks + rank)
-        optimizer.zero_grad(set_to_none=True)
+        modules.zero_grad(set_to_none=True)
         loss.backward()
-        passed = seconds + time.monotonic() - began
+        passed = before + time.process_time() - began
         shown, passed = _average_gradients(modules, torch.stack([loss.detach(), torch.tensor(passed)]), ranks)
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.requires_grad], 1.0))
+        for opt in opts:
+            opt.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(modules.parameters()), 1 - decay)
-        smooth = shown if step == start else 0.98 * smooth + 0.02 * shown
-        progress = max((step + 1) / steps, passed / (60 * minutes))
-        if rank == 0 and step % 100 == 0:
-            print(f"{name} step {step}/{steps} loss {smooth:.5f} {passed:.0f} s", flush=True)
+        for mean, new in zip(average.buffers(), modules.buffers(), strict=True):
+            mean.copy_(mean.lerp(new, 1 - decay) if new.is_floating_point() else new)
+        smooth = shown if smooth is None else 0.98 * smooth + 0.02 * shown
+        wall = wall_before + time.monotonic() - wall_began
+        state |= {"step": step + 1, "seconds": passed, "wall": wall, "samples": state["samples"] + batch}
+        if finish:
+            progress = (passed - state["finish_began"]) / (60 * finish)
+        else:
+            progress = max((step + 1) / steps, passed / (60 * minutes))
+        if rank == 0 and step % 25 == 0:
+            _log(log, {"step": step, "cpu_seconds": round(passed, 1), "seconds": round(wall, 1),
+                       "samples": state["samples"], "lr": round(rate, 7),
+                       "loss": round(smooth, 5), "norm": round(norm, 4)})  # fmt: skip
         if rank == 0 and (progress >= 1 or time.monotonic() - last_save > save_seconds):
             last_save = time.monotonic()
-            _save(checkpoint, modules, average, optimizer, step + 1, passed)
+            _save(checkpoint, modules, average, opts, state)
+        if rank == 0 and evaluate and passed - state["evaluated"] > evaluate_seconds:
+            state["evaluated"] = passed
+            found = evaluate(average)
+            _log(log, {"step": step, "cpu_seconds": round(passed, 1), "samples": state["samples"], **found})
         if progress >= 1:
             break
     return average
+
+
+def _log(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(path.stem, json.dumps(line), flush=True)
+
+
+def _hardware() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), socket.gethostname())
+    return f"{os.cpu_count()} cores of {model}, {torch.get_num_threads()} thread a process, shared with other work"
 
 
 def join() -> tuple[int, int]:
@@ -109,24 +235,16 @@ def _average_gradients(modules: nn.Module, extra: Tensor, ranks: int) -> tuple[f
     return loss, passed
 
 
-def _save(path: Path, modules: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int,
-          seconds: float) -> None:  # fmt: skip
+def _save(path: Path, modules: nn.Module, average: nn.Module, opts: list[torch.optim.Optimizer],
+          state: State) -> None:  # fmt: skip
     aside = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "modules": modules.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "seconds": seconds,
-        },
-        aside,
-    )
+    kept = [opt.state_dict() for opt in opts]
+    torch.save({"modules": modules.state_dict(), "average": average.state_dict(), "optimizer": kept, **state}, aside)
     aside.replace(path)
 
 
 def load_average(name: str, modules: nn.ModuleDict) -> nn.ModuleDict:
     """The moving average of a checkpoint, finished or not."""
-    state = torch.load(WORK / f"{name}.pt", weights_only=True)
+    state = torch.load(WORK / f"{name}.pt", weights_only=True, mmap=True)
     modules.load_state_dict(state["average"])
     return modules.eval().requires_grad_(False)

@@ -1,0 +1,163 @@
+"""The independent reader: a small ResNet that names pictures. ``python -m zoo.reader``.
+
+It sees fresh composites of every drawing, name and background, softened, blurred and grainy as a VAE or a young
+generator would make them, and is used only to measure: no other training of the zoo sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo import data
+from zoo.training import load_average, train
+
+BATCH = 64
+
+
+class Block(nn.Module):
+    """Two convolutions around which the input travels."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.skip = nn.Conv2d(width_in, width, 1, bias=False) if width_in != width else nn.Identity()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, width, H / stride, W / stride]."""
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(h + self.skip(F.avg_pool2d(x, self.stride) if self.stride > 1 else x))
+
+
+class Reader(nn.Module):
+    """Images [B, 3, 64, 64] in [0, 1] to logits of the name, the style and the background colour."""
+
+    def __init__(self, names: int = 285) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 5, 2, 2)
+        self.blocks = nn.Sequential(Block(32, 48, 1), Block(48, 96, 2), Block(96, 192, 2), Block(192, 256, 2))
+        self.name, self.style, self.colour = nn.Linear(256, names), nn.Linear(256, 3), nn.Linear(256, 12)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vectors [B, 256]."""
+        return self.blocks(F.relu(self.stem(images * 4 - 2))).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, 285], [B, 3], [B, 12]."""
+        vectors = self.features(images).float()
+        return self.name(vectors), self.style(vectors), self.colour(vectors)
+
+
+def soften(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Lost detail (resampling), blur, grain of one or four pixels, small changes of light; half the pictures stay."""
+    batch = len(images)
+    rand = lambda: torch.rand(batch, 1, 1, 1, generator=generator)  # noqa: E731
+    side = int(torch.randint(26, 56, (1,), generator=generator))
+    small = F.interpolate(F.interpolate(images, (side, side), mode="area"), (data.SIZE, data.SIZE), mode="bicubic")
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    how = rand()
+    out = torch.where(how < 0.3, images.lerp(small, rand().clamp(min=0.3)), images)
+    out = torch.where((how > 0.3) & (how < 0.5), images.lerp(blurred, rand()), out)
+    fine = torch.randn(images.shape, generator=generator)
+    coarse = F.interpolate(torch.randn(batch, 3, 16, 16, generator=generator), scale_factor=4, mode="bilinear")
+    out = out + (rand() < 0.4) * rand() * (0.05 * fine + 0.08 * coarse)
+    light = 1 + 0.1 * (torch.rand(batch, 3, 1, 1, generator=generator) - 0.5)
+    return (out * light).clamp(0, 1)
+
+
+def batch(world: data.World, seed: int, size: int, clean: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Composites [size, 3, 64, 64] in [0, 1] with their names, styles and colours."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(world.drawings.shape[0] * 3, (size,), generator=generator)
+    colours = torch.randint(len(data.COLOURS), (size,), generator=generator)
+    images = data.compose(world.drawings.flatten(0, 1)[index], colours, generator)
+    return images if clean else soften(images, generator), index // 3, index % 3, colours
+
+
+def loss_fn(reader: Reader, world: data.World, seed: int) -> Tensor:
+    """The sum of three cross-entropies, the name's smoothed a little so that its probability means something."""
+    images, *targets = batch(world, seed, BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = reader(images.contiguous(memory_format=torch.channels_last))
+    name, style, colour = (F.cross_entropy(out.float(), target) for out, target in zip(logits, targets, strict=True))
+    return name + 0.3 * style + 0.2 * colour
+
+
+def load() -> Reader:
+    """The trained reader."""
+    return load_average("reader", nn.ModuleDict({"reader": Reader()}))["reader"]
+
+
+@torch.no_grad()
+def report(reader: Reader, images: Tensor, prompts: list[str], names: list[str]) -> dict[str, float]:
+    """What the reader finds in pictures of prompts.
+
+    Args:
+        reader: As :func:`load` returns it.
+        images: [B, 3, 64, 64] in [0, 1].
+        prompts: One each.
+        names: All names of the world, in order.
+
+    Returns:
+        names: Share whose most likely name of 285 is the prompt's. probability: Mean probability of the right name.
+        colours: Share with the right background. noto, twemoji, fluent3d: Shares of the styles. style_entropy: Theirs,
+        in bits, at most 1.585.
+    """
+    parts = [p.removesuffix(" background").split(", on a ") for p in prompts]
+    right = torch.tensor([names.index(name) for name, _ in parts])
+    colour = torch.tensor([list(data.COLOURS).index(c) for _, c in parts])
+    logits = [reader(chunk.float()) for chunk in images.split(64)]
+    name, style, ground = (torch.cat(part) for part in zip(*logits, strict=True))
+    share = torch.bincount(style.argmax(1), minlength=3).float() / len(images)
+    result = {
+        "names": float((name.argmax(1) == right).float().mean()),
+        "probability": float(name.softmax(1)[torch.arange(len(right)), right].mean()),
+        "colours": float((ground.argmax(1) == colour).float().mean()),
+        **{label: float(value) for label, value in zip(data.STYLES, share, strict=True)},
+        "style_entropy": float(-(share * share.clamp(min=1e-9).log2()).sum()),
+        "pictures": len(images),
+    }
+    return {key: round(value, 4) for key, value in result.items()}
+
+
+@torch.no_grad()
+def check(reader: Reader, world: data.World, vae: nn.Module | None = None, count: int = 1710) -> dict[str, float]:
+    """Accuracy on true drawings, fresh and, given a VAE, through it."""
+    images, name, _, colour = batch(world, 10**9, count, clean=True)
+    if vae is not None:
+        parts = [vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample for x in images.split(64)]
+        images = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+    colours = list(data.COLOURS)
+    prompts = [data.prompt(world.names[n], colours[c]) for n, c in zip(name.tolist(), colour.tolist(), strict=True)]
+    return report(reader, images, prompts, world.names)
+
+
+def main() -> None:
+    """Train (or resume) and measure on true drawings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=16)
+    parser.add_argument("--check", action="store_true", help="only measure")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    world = data.load()
+    modules = nn.ModuleDict({"reader": Reader(len(world.names))}).to(memory_format=torch.channels_last)
+    if not args.check:
+        train("reader", modules, lambda step: loss_fn(modules["reader"], world, step), steps=10**6,
+              minutes=args.minutes, lr=2e-3, ema_decay=0.995, weight_decay=0.02)  # fmt: skip
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(data.ROOT / "reference/vae", torch_dtype=torch.float32).eval()
+    print("true drawings", check(load(), world))
+    print("through the VAE", check(load(), world, vae))
+
+
+if __name__ == "__main__":
+    main()
