@@ -14,6 +14,8 @@ FAST = (
     "families/test_conditioning.py",
     "families/test_frozen.py",
     "families/test_loading.py",
+    "families/test_registry.py",
+    "families/test_seam.py",
     "math",
     "plan/test_geometry.py",
     "plan/test_zero.py",
