@@ -58,8 +58,12 @@ class ImageModel(ABC):
         """One image [1, 3, H, W] in [0, 1], all of whose noise comes from a generator, as in a pipeline call."""
 
     @quietly()
-    def sample(self, prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
+    def sample(self, prompts: str | Sequence[str], seed: int = 0) -> list[Image.Image]:
         """One image per prompt; image i uses the noise of ``seed + i``.
+
+        Args:
+            prompts: A list of prompts, or one.
+            seed: From 0 to 2^62.
 
         Raises:
             UsageError: No such seed.
@@ -67,6 +71,7 @@ class ImageModel(ABC):
         """
         if not 0 <= seed <= MAX_SEED:
             raise UsageError(f"no such seed: {seed}; seeds are whole numbers from 0 to 2^62")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         # One at a time, as the pipeline call that it must equal: a batch may round differently in the last bit.
         seeds = range(seed, seed + len(prompts))
         drawn = [self.image(p, torch.Generator().manual_seed(s)) for p, s in zip(prompts, seeds, strict=True)]
@@ -225,8 +230,8 @@ class PipelineModel(ImageModel):
     def _draw(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         height, width = self.store.size
         call: Callable[..., Any] = partial(
-            self._pipeline, prompt=list(prompts), num_inference_steps=self._steps,
-            guidance_scale=self._guidance, height=height, width=width,
+            self._pipeline, prompt=list(prompts), num_inference_steps=self._steps, height=height, width=width,
+            **self.store.family.plain_call() | {"guidance_scale": self._guidance},
         )  # fmt: skip
         if self._plain_latents:
             fresh = [generator.clone_state() for generator in generators]
