@@ -16,9 +16,6 @@ from rlhf_t2i.families import sources
 from rlhf_t2i.families.snapshot import is_fp16_alone
 from rlhf_t2i.families.sources import ModelRef
 
-WEIGHT_FILES = (".bin", ".safetensors", ".pt", ".pth", ".ckpt")
-"""Suffixes of files that hold a network's weights alone."""
-
 
 def load_part(source: ModelRef, subfolder: str | None, loader: Callable[..., Any], **kwargs: Any) -> Any:
     """Call a ``from_pretrained`` of diffusers or transformers.
