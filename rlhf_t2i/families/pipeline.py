@@ -44,7 +44,14 @@ class PipelineFamily(Family):
     @cached_property
     def network_config(self) -> Config:
         """See :attr:`Family.network_config`."""
-        return sources.read_json(self.reference, f"{self.network_part}/config.json")
+        config = sources.read_json(self.reference, f"{self.network_part}/config.json")
+        found = config.get("_class_name", self.network_class)
+        if found != self.network_class:
+            raise UsageError(
+                f"{self._network_place} describes {sources.printable(found)}, but {self.name} has a "
+                f"{self.network_class}: the file is damaged or of another model"
+            )
+        return config
 
     @cached_property
     def scheduler_config(self) -> Config:

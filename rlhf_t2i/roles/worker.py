@@ -85,9 +85,12 @@ class Worker:
         shared = spec.recipe.placement.share_devices
         self._matmul_rate = flops.matmul_rate() if self.device.type == "cuda" and not shared else None
         self.roles: dict[str, Any] = {}
-        for role in ("learner", "generator", "assistant", "reference"):
-            if role in spec.roles:
-                self.roles[role] = self._build(role)
+        networks = [role for role in ("learner", "generator", "assistant", "reference") if role in spec.roles]
+        if networks:
+            # Now, not with the first prompt: damaged text encoders must stop a run before it has begun.
+            _ = self._context.store.conditioner
+        for role in networks:
+            self.roles[role] = self._build(role)
         choices = hosted_rewards(spec.recipe, spec.roles)
         if choices or "reward" in spec.roles:  # without rewards it still decodes previews
             self.roles["reward"] = self._build_rewards(choices)
