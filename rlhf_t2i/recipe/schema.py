@@ -167,6 +167,14 @@ class Timesteps(Section):
             raise ValueError(f"must be [first, last] with first <= last, not {value}")
         return value
 
+    @model_validator(mode="after")
+    def _of_the_law(self) -> Timesteps:
+        if self.shift is not None and self.law != "shifted":
+            raise ValueError("shift is read with law: shifted alone")
+        if (self.mean, self.std) != (0.0, 1.0) and self.law != "logit_normal":
+            raise ValueError("mean and std are read with law: logit_normal alone")
+        return self
+
 
 class Algorithm(Section):
     """The objective (3.3): rewards, divergence, guidance and the assistant's schedule."""

@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.placement import check_placement
@@ -43,6 +45,9 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
     recipe = reading.load(path)
     check_placement(recipe)
     traits.resolve(recipe)
+    store = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
+    for role in ("generator", "assistant"):
+        store.timestep_range(recipe.algorithm.timesteps, role)
     for overrides in placements(path).values():
         check_placement(reading.load(path, overrides))
 
