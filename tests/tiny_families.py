@@ -44,7 +44,7 @@ def make_pixart(folder: Path, seed: int = 0, alpha: bool = True) -> Path:
 
     torch.manual_seed(seed)
     network = PixArtTransformer2DModel(
-        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1,
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
         cross_attention_dim=24, caption_channels=WIDTH, sample_size=128 if alpha else 8,
     )  # fmt: skip
     tokenizer = tiny.make_tokenizer()

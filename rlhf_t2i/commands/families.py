@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.errors import UsageError
+
 families_app = typer.Typer(help="List model families, and check one on a model.", no_args_is_help=True)
 
 
@@ -39,6 +41,8 @@ def check(
     from rlhf_t2i.commands.output import print_findings, torch_device
     from rlhf_t2i.tools.family_check import check_family
 
+    if not model.strip():
+        raise UsageError("MODEL is empty: give a diffusers folder or a hub id")
     findings = check_family(model, torch_device(device), height, width)
     print_findings(f"families check {model}", findings)
     if any(finding.outcome == "fail" for finding in findings):

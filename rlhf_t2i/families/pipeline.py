@@ -111,7 +111,8 @@ class PipelineFamily(Family):
         if file is not None:
             self._check_tensors(file, source.name, what)
             return
-        other = self._complete(sources.read_json(source, self._network_file(source)))
+        read = self._other_config(source, what)
+        other = self._complete(read)
         own = self._complete(self.network_config)
         for key in sorted(own.keys() | other.keys()):
             if key not in _NOT_STRUCTURE and own.get(key) != other.get(key):
@@ -119,6 +120,22 @@ class PipelineFamily(Family):
                     f"{what}: {source.location} has {key} {sources.printable(other.get(key))}, the reference's network "
                     f"has {sources.printable(own.get(key))}: they are not of one structure"
                 )
+
+    def _other_config(self, source: ModelRef, what: str) -> Config:
+        """The configuration of a network of this family's class."""
+        file = self._network_file(source)
+        local = Path(source.location)
+        if source.is_local and not (local / file).is_file() and (local / "model_index.json").is_file():
+            found = sources.pipeline_index(source).get("_class_name")
+        else:
+            config = sources.read_json(source, file)
+            found = config.get("_class_name", self.network_class)
+            if found == self.network_class:
+                return config
+        raise UsageError(
+            f"{what}: {source.location} is a {sources.printable(found)}, but the reference is of the family "
+            f"{self.name} ({' or '.join((*self.pipelines, self.network_class))})"
+        )
 
     def _network_file(self, source: ModelRef) -> str:
         """Where a network's configuration is: in a pipeline's folder, or in its own."""
@@ -189,7 +206,18 @@ class PipelineFamily(Family):
             if pixels % factor:
                 raise UsageError(f"models.{name}: {pixels} is not a multiple of {factor}, the pixels per latent")
         factor //= self.patch_size
-        return self._channels, height // factor, width // factor
+        latents = height // factor, width // factor
+        most = self.most_patches()
+        if most is not None and max(latents) > most * self.patch_size:
+            raise UsageError(
+                f"models.height, models.width: {max(height, width)} is more than {most * self.patch_size * factor}, "
+                "the largest side for which the network has positions"
+            )
+        return self._channels, *latents
+
+    def most_patches(self) -> int | None:
+        """Patches per side for which the network has positions; None where there is no limit."""
+        return None
 
     def _factor(self, source: ModelRef | None) -> int:
         config = self.decoder_config(source)
@@ -345,7 +373,7 @@ class PipelineFamily(Family):
         index = dict(self.index)
         for name in snapshot.copied_parts(index, self.network_part):
             snapshot.copy_part(reference / name, folder / name)
-            _load_in_float32(folder / name / "config.json")
+            snapshot.load_in_float32(folder / name / "config.json")
         if vae is not None:
             path = snapshot.network_folder(vae)
             shutil.rmtree(folder / "vae", ignore_errors=True)
@@ -367,16 +395,3 @@ def bare_pipeline(cls: Any, **parts: Any) -> Any:
     required = [n for n in names if inspect.signature(cls.__init__).parameters[n].default is inspect.Parameter.empty]
     with quietly():
         return cls(**dict.fromkeys(required) | parts)
-
-
-def _load_in_float32(config: Path) -> None:
-    """Let transformers load an encoder as diffusers loads the network: by itself it takes the stored weights' dtype.
-
-    A caller that asks the pipeline for another dtype still gets it, everywhere.
-    """
-    if not config.is_file():
-        return
-    data = json.loads(config.read_text("utf-8"))
-    if "architectures" in data:  # of transformers
-        data.pop("torch_dtype", None)  # the key's name before transformers 5
-        files.write_json(config, data | {"dtype": "float32"})

@@ -45,6 +45,10 @@ class SD3Family(PipelineFamily):
         for part in ("text_encoder", "text_encoder_2"):
             self.part_class(part)
 
+    def most_patches(self) -> int | None:
+        """See :meth:`PipelineFamily.most_patches`."""
+        return int(self.network_config.get("pos_embed_max_size", 96))
+
     def schedule(self, height: int, width: int) -> FlowSchedule:
         """See :meth:`Family.schedule`; the scheduler's own shift, the same for every size."""
         return FlowSchedule(shift=self.scheduler_number("shift", 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.utils import files
 
 _OTHER_FORMATS = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "openvino*", "*.ckpt")
 _HALVES = "*.fp16[.-]*"
@@ -104,3 +106,16 @@ def _cached(source: ModelRef, file: str) -> Path | None:
 
     found = try_to_load_from_cache(source.location, file, revision=source.revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def load_in_float32(config: Path) -> None:
+    """Let transformers load an encoder as diffusers loads the network: by itself it takes the stored weights' dtype.
+
+    A caller that asks the pipeline for another dtype still gets it, everywhere.
+    """
+    if not config.is_file():
+        return
+    data = json.loads(config.read_text("utf-8"))
+    if "architectures" in data:  # of transformers
+        data.pop("torch_dtype", None)  # the key's name before transformers 5
+        files.write_json(config, data | {"dtype": "float32"})

@@ -47,6 +47,10 @@ class ZImageFamily(PipelineFamily):
         """1024 x 1024, the pipeline's default: the network names no size."""
         return 1024, 1024
 
+    def most_patches(self) -> int | None:
+        """See :meth:`PipelineFamily.most_patches`."""
+        return min(self.network_config.get("axes_lens", [1024, 512, 512])[1:])
+
     def schedule(self, height: int, width: int) -> FlowSchedule:
         """See :meth:`Family.schedule`."""
         return FlowSchedule(shift=self.scheduler_number("shift", 1.0), time="one_minus_sigma", sign=-1)

@@ -289,3 +289,9 @@ def test_bad_sources(text: str) -> None:
 
 def test_local_folders_never_reach_for_the_network(tiny_sdxl: Path) -> None:
     assert sources.parse(str(tiny_sdxl)).kwargs == {"local_files_only": True}
+
+
+def test_sizes_beyond_the_networks_positions_are_refused(tmp_path: Path) -> None:
+    folder = tiny.make_sd3(tmp_path)
+    with pytest.raises(UsageError, match=r"models\.height, models\.width: 64 is more than 32"):
+        _ = store(folder, height=64).latent_shape
