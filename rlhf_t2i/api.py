@@ -79,6 +79,10 @@ def read_recipe(
     Raises:
         UsageError: Names the key, its place and the nearest valid key.
     """
+    if not isinstance(recipe, str | Path | Mapping | Recipe):
+        raise UsageError(f"a recipe is a file, a dictionary or a Recipe, not {type(recipe).__name__}")
+    if not isinstance(overrides or {}, Mapping):
+        raise UsageError(f"overrides are a dictionary by dotted key, not {type(overrides).__name__}")
     changes = dict(overrides or {}) | {key.replace("__", "."): value for key, value in (keys or {}).items()}
     texts = [f"{key}={_json(value)}" for key, value in changes.items()]
     if isinstance(recipe, str | Path):

@@ -66,12 +66,14 @@ class ImageModel(ABC):
             seed: From 0 to 2^62.
 
         Raises:
-            UsageError: No such seed.
+            UsageError: No such seed, or prompts that are no strings.
             RunError: An image is not finite.
         """
-        if not 0 <= seed <= MAX_SEED:
-            raise UsageError(f"no such seed: {seed}; seeds are whole numbers from 0 to 2^62")
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UsageError("prompts are a string, or a list of strings")
+        if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise UsageError(f"no such seed: {seed}; seeds are whole numbers from 0 to 2^62")
         # One at a time, as the pipeline call that it must equal: a batch may round differently in the last bit.
         seeds = range(seed, seed + len(prompts))
         drawn = [self.image(p, torch.Generator().manual_seed(s)) for p, s in zip(prompts, seeds, strict=True)]

@@ -47,6 +47,8 @@ class Scorer:
         """
         batches = _batches(images)
         count = sum(map(len, batches))
+        if not count:
+            raise UsageError("there are no images to score")
         texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
         if len(texts) != count:
             raise UsageError(f"{count} images but {len(texts)} prompts: give one prompt per image, or one for all")
@@ -78,8 +80,10 @@ def _batches(given: Image | Sequence[Image] | Tensor) -> list[Tensor]:
     if isinstance(given, Tensor):
         if given.ndim != 4 or given.shape[1] != 3 or not given.is_floating_point():
             raise UsageError(f"images are {given.dtype} {list(given.shape)}: give floats [B, 3, H, W] in [0, 1]")
+        if len(given) and not (float(given.detach().min()) >= -0.01 and float(given.detach().max()) <= 1.01):
+            raise UsageError("images have values outside [0, 1]: divide 8-bit values by 255")
         return [given]
-    several = [given] if isinstance(given, Image) else list(given)
+    several = [given] if isinstance(given, Image) else list(given) if isinstance(given, Sequence) else [given]
     if not all(isinstance(image, Image) for image in several):
         raise UsageError("images must be a PIL image, a list of PIL images, or a tensor [B, 3, H, W] in [0, 1]")
     tensors = [image_files.from_pil(image) for image in several]

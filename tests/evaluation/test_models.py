@@ -169,3 +169,9 @@ def test_sample_on_a_full_disk_leaves_nothing(tiny_sdxl: Path, tmp_path: Path) -
     )
     assert "Traceback" not in done.stderr
     assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("prompts", [None, 3, [1, 2], ["a", None], {"a": 1}, b"cat"])
+def test_prompts_that_are_no_strings_are_refused_before_anything_loads(prompts: Any, tiny_sdxl: Path) -> None:
+    with pytest.raises(UsageError, match="prompts are a string, or a list of strings"):
+        Drawing(str(tiny_sdxl), student=StudentSettings()).load().sample(prompts)

@@ -96,6 +96,12 @@ def test_a_dictionary_with_a_mistake_is_refused_in_a_sentence() -> None:
         rlhf_t2i.train({"steps": 3, "models": {"reference": "a", "generator": "a"}, "data": {"prompts": "p.txt"}})
 
 
+@pytest.mark.parametrize(("recipe", "overrides"), [(None, None), (5, None), ([{}], None), ({}, ["a=b"])])
+def test_arguments_of_another_type_are_refused_in_a_sentence(recipe: object, overrides: object) -> None:
+    with pytest.raises(rlhf_t2i.UsageError, match=r"^(a recipe is|overrides are) a .*, not "):
+        rlhf_t2i.plan(recipe, overrides)  # type: ignore[arg-type]
+
+
 def test_a_run_is_not_overwritten(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/recipe.yaml").write_text("")
@@ -148,6 +154,9 @@ def test_gradients_flow_through_a_reward(brightness: rlhf_t2i.Scorer) -> None:
         (torch.zeros(3, 8, 8), "a", "[B, 3, H, W]"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "a", "torch.uint8"),
         (["a.png"], "a", "PIL image"),
+        (None, "a", "PIL image"),
+        ([], "a", "no images"),
+        (torch.full((1, 3, 8, 8), 200.0), "a", "outside [0, 1]"),
     ],
 )
 def test_wrong_images_are_refused(brightness: rlhf_t2i.Scorer, images: object, prompts: object, words: str) -> None:

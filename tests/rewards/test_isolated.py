@@ -139,13 +139,14 @@ def test_packages_that_cannot_be_installed_are_a_sentence(tmp_path: Path) -> Non
 
 def test_values_and_gradients_come_from_the_other_version(isolated: Reward) -> None:
     settings = {"device": torch.device("cpu"), "dtype": torch.float32}
-    here = RewardRole({"r": Clash()}, Identity(), **settings).value_and_grad(IMAGES, PROMPTS)["r"]
+    local = RewardRole({"r": Clash()}, Identity(), **settings)
+    here = local.value_and_grad(IMAGES, PROMPTS)["r"]
     for size in (None, 1):
         role = RewardRole({"r": isolated}, Identity(), micro_batch=size, **settings)
         values, grads = role.value_and_grad(IMAGES, PROMPTS)["r"]
         assert torch.allclose(values, here[0])
         assert torch.allclose(grads, here[1])
-        assert torch.allclose(role.score(IMAGES, PROMPTS)["r"], here[0])
+        assert torch.allclose(role.score(IMAGES, PROMPTS)["r"], local.score(IMAGES, PROMPTS)["r"])
 
 
 def test_without_ray_it_says_what_to_do(conflict: tuple[str, list[str]], make_recipe: Callable[..., Recipe]) -> None:
