@@ -46,7 +46,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The regression target of the network at ``x_t``, in its own parametrization (families.md 1)."""
+        """The regression target of the network at ``x_t``, in its own parametrization."""
 
     @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class FlowSchedule(Schedule):
     """Flow matching (rectified flow): ``a = 1 - s``, ``g = s`` with s = t / 1000; networks predict ``eps - x_0``.
 
     Args:
-        shift: The family's timestep shift k; ``s = k u / (1 + (k - 1) u)`` (families.md 1).
+        shift: The family's timestep shift k; ``s = k u / (1 + (k - 1) u)`` (SD3, arXiv 2403.03206).
         time: What the network is given: ``1000 s``, ``s`` or ``1 - s``.
         sign: -1 for networks that predict ``x_0 - eps`` (Z-Image).
     """

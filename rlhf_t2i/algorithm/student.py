@@ -1,4 +1,4 @@
-"""The few-step generator: K denoising steps from noise to x_0 (families.md 2). One step is K = 1.
+"""The few-step generator: K denoising steps from noise to x_0 (DMD2, arXiv 2405.14867). One step is K = 1.
 
 ``x_{tau_1} = z``; for k = 1..K: ``x_0^k = D(x_{tau_k}, tau_k)``, then ``x_{tau_{k+1}} = a x_0^k + g eps_{k+1}`` with
 fresh noise (``stochastic``) or with the noise that x_0^k implies (``deterministic``). Sampling, training, evaluation

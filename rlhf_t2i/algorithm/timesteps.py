@@ -1,4 +1,4 @@
-"""The distribution of training timesteps: uniform, shifted, logit-normal (families.md 1)."""
+"""The distribution of training timesteps: uniform, shifted, logit-normal (SD3, arXiv 2403.03206)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flow-matching schedule: conversions, targets, the time that networks get (families.md section 1)."""
+"""The flow-matching schedule: conversions, targets, the time that networks get."""
 
 from __future__ import annotations
 
