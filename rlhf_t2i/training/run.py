@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
@@ -19,6 +20,9 @@ from rlhf_t2i.training.interrupts import SignalHandler
 from rlhf_t2i.training.loop import Trainer
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
+
+if TYPE_CHECKING:
+    from rlhf_t2i.families.store import ModelStore
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def run(
     try:
         with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
             callback.on_phase("checking the inputs")
-            recipe = _checked(recipe, folder.revisions() if resume else None)
+            recipe = _checked(recipe, folder.revisions() if resume else None, callback)
             with files.exclusive(folder.path, "run"):
                 state = _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)
     except (Exception, KeyboardInterrupt):
@@ -79,7 +83,7 @@ def run(
     return RunResult(folder.path, state)
 
 
-def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
+def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCallback) -> Recipe:
     """The recipe with its hub models pinned, after its plugins, prompts and model folders were checked."""
     import torch
 
@@ -97,7 +101,23 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None) -> Recipe:
     store.check()
     for role in ("generator", "assistant"):
         store.timestep_range(recipe.algorithm.timesteps, role)
+    _warn_of_other_steps(store, callback)
     return recipe
+
+
+def _warn_of_other_steps(store: ModelStore, callback: TrainCallback) -> None:
+    """Say so when an exported generator will be called with other steps than it was trained for."""
+    from rlhf_t2i.families import sources
+    from rlhf_t2i.families.export import StudentFile
+
+    source = sources.parse(store.models.generator)
+    exported = StudentFile.read(Path(source.location)) if source.is_local else None
+    steps = list(store.student.timesteps)
+    if exported is not None and exported.timesteps != steps:
+        callback.on_message(
+            f"models.generator was exported for timesteps {exported.timesteps}, this recipe calls it at {steps}: "
+            "set student.timesteps, unless that is meant"
+        )
 
 
 @dataclass

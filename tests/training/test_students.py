@@ -21,8 +21,11 @@ from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import models
-from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.families.export import write_model
+from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe.schema import Models, Recipe, StudentSettings
 from rlhf_t2i.training import run
+from rlhf_t2i.training.callbacks import TrainCallback
 from tests import tiny
 from tests.families.test_sampling import PROMPTS, sequential, store
 from tests.math.gaussian import SCHEDULE
@@ -239,3 +242,26 @@ def test_v_prediction_with_zero_terminal_snr_trains(
     for key, value in (("student__timesteps", "[999]"), ("algorithm__timesteps__assistant", "[0, 999]")):
         with pytest.raises(UsageError, match="998"):
             run.run(make_recipe(**chosen, **{key: value}), tmp_path / "refused")
+
+
+def test_an_exported_generator_called_with_other_steps_is_said(tiny_sdxl: Path, tmp_path: Path) -> None:
+    class Messages(TrainCallback):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def on_message(self, text: str) -> None:
+            self.said.append(text)
+
+    messages = Messages()
+    settings: dict[str, Any] = {"reference": str(tiny_sdxl), "generator": str(tiny_sdxl), "height": 16, "width": 16}
+    plain = ModelStore(Models(**settings), StudentSettings(steps=4), torch.device("cpu"))
+    run._warn_of_other_steps(plain, messages)
+    assert messages.said == []  # not an exported model
+    folder = tmp_path / "model"
+    write_model(plain, plain.generator_network().state_dict(), folder)
+    again = Models(**{**settings, "generator": str(folder)})
+    run._warn_of_other_steps(ModelStore(again, StudentSettings(steps=4), torch.device("cpu")), messages)
+    assert messages.said == []
+    run._warn_of_other_steps(ModelStore(again, StudentSettings(steps=1), torch.device("cpu")), messages)
+    (said,) = messages.said
+    assert "exported for timesteps [999.0, 749.0, 499.0, 249.0], this recipe calls it at [399.0]" in said
