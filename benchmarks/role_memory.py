@@ -111,11 +111,13 @@ class MeasuredWorker(Worker):
         held.optimizer += live(kind) - before  # weights are taken out of it below
         held.host += live("cpu") - host if kind == "cuda" else 0
 
+    def _load_text_encoders(self) -> Any:
+        with self._noting("text encoders"):
+            encoders = super()._load_text_encoders()
+        self._own("text encoders", encoders)
+        return encoders
+
     def _build(self, role: str) -> Any:
-        if "text encoders" not in self.held:
-            with self._noting("text encoders"):
-                encoders = self._context.store.conditioner
-            self._own("text encoders", encoders)
         with self._noting(role):
             built = super()._build(role)
         self._own(role, network(role, built))

@@ -13,6 +13,7 @@ import torch
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import flops, sources
+from rlhf_t2i.families.base import Conditioner
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.recipe.schema import Recipe, RewardChoice
@@ -88,12 +89,15 @@ class Worker:
         networks = [role for role in ("learner", "generator", "assistant", "reference") if role in spec.roles]
         if networks:
             # Now, not with the first prompt: damaged text encoders must stop a run before it has begun.
-            _ = self._context.store.conditioner
+            self._load_text_encoders()
         for role in networks:
             self.roles[role] = self._build(role)
         choices = hosted_rewards(spec.recipe, spec.roles)
         if choices or "reward" in spec.roles:  # without rewards it still decodes previews
             self.roles["reward"] = self._build_rewards(choices)
+
+    def _load_text_encoders(self) -> Conditioner:
+        return self._context.store.conditioner
 
     def _build(self, role: str) -> Any:
         if role == "learner":
