@@ -51,7 +51,7 @@ class Conditioning:
 class Conditioner(nn.Module, ABC):
     """Encodes prompts with frozen text encoders, and keeps what it encoded last.
 
-    Subclasses register their encoders as modules and define :meth:`encode_one` and :meth:`unconditional_row`.
+    Subclasses register their encoders as modules and define :meth:`encode_one`.
 
     Args:
         cache_bytes: Memory for kept prompts, on the encoders' device: T5's 512 tokens take 8 MB per prompt.
@@ -66,9 +66,9 @@ class Conditioner(nn.Module, ABC):
     def encode_one(self, prompt: str) -> dict[str, Tensor]:
         """The row of one prompt, by name; float32 tensors on the encoders' device."""
 
-    @abstractmethod
     def unconditional_row(self) -> dict[str, Tensor]:
-        """The row of the unconditional branch of classifier-free guidance."""
+        """The row of the unconditional branch of classifier-free guidance: the empty prompt's, unless overridden."""
+        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of B prompts."""

@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import FlowSchedule
-from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
 from rlhf_t2i.families.decoders import KLDecoder
-from rlhf_t2i.families.exported import ExportScheduler
-from rlhf_t2i.families.flow_schedulers import dynamic_shift, even_timesteps, export_scheduler
-from rlhf_t2i.families.pipeline import PipelineFamily, bare_pipeline
+from rlhf_t2i.families.flow_matching import FlowFamily
+from rlhf_t2i.families.flow_schedulers import dynamic_shift
+from rlhf_t2i.families.pipeline import bare_pipeline
 
 _T5_TOKENS = 512  # the pipeline's max_sequence_length
 _EMBEDDED_GUIDANCE = 3.5  # the pipeline's guidance_scale, which dev reads as an input
 
 
-class FluxFamily(PipelineFamily):
+class FluxFamily(FlowFamily):
     """FLUX.1-dev and FLUX.1-schnell.
 
     The network predicts ``eps - x_0`` of latents packed into tokens of 2 x 2, and is given s. dev reads a guidance
@@ -56,10 +55,6 @@ class FluxFamily(PipelineFamily):
         """See :meth:`Family.schedule`; the shift grows with the number of tokens where the scheduler says so."""
         _, h, w = self.latent_shape(height, width)
         return FlowSchedule(shift=dynamic_shift(self.scheduler_config, h * w // 4), time="sigma")
-
-    def default_timesteps(self, steps: int) -> tuple[float, ...]:
-        """See :meth:`Family.default_timesteps`."""
-        return even_timesteps(steps)
 
     def to_scheduler(self, latents: Tensor) -> Tensor:
         """Packed [B, h/2 * w/2, 4 C]; see :meth:`Family.to_scheduler`."""
@@ -128,10 +123,6 @@ class FluxFamily(PipelineFamily):
         """See :meth:`Family.plain_call`; without ``guidance_scale`` the pipeline passes its own 3.5."""
         return {"guidance_scale": _EMBEDDED_GUIDANCE}
 
-    def export_scheduler(self, student: Student) -> ExportScheduler:
-        """See :meth:`PipelineFamily.export_scheduler`."""
-        return export_scheduler(student)
-
 
 class _FluxConditioner(Conditioner):
     def __init__(self, encoders: tuple[nn.Module, nn.Module], tokenizers: tuple[Any, Any], guidance: bool) -> None:
@@ -150,7 +141,3 @@ class _FluxConditioner(Conditioner):
         embeds, pooled, _ = self._pipeline.encode_prompt(prompt, device=device, max_sequence_length=_T5_TOKENS)
         row = {"prompt_embeds": embeds[0].float(), "pooled_prompt_embeds": pooled[0].float()}
         return row | ({"guidance": torch.tensor(_EMBEDDED_GUIDANCE, device=device)} if self._guidance else {})
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """The encoded empty prompt."""
-        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}

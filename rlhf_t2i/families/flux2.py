@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import FlowSchedule
-from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
-from rlhf_t2i.families.exported import ExportScheduler
-from rlhf_t2i.families.flow_schedulers import even_timesteps, export_scheduler
+from rlhf_t2i.families.flow_matching import FlowFamily
 from rlhf_t2i.families.frozen import freeze_convs
-from rlhf_t2i.families.pipeline import PipelineFamily, bare_pipeline
+from rlhf_t2i.families.pipeline import bare_pipeline
 
 _TOKENS = 512  # the pipeline's max_sequence_length
 _SAMPLING_STEPS = 50  # at which the pipeline's shift is taken as the training distribution's
 
 
-class Flux2KleinFamily(PipelineFamily):
+class Flux2KleinFamily(FlowFamily):
     """FLUX.2 klein: the base model as reference, the distilled one as generator.
 
     The network predicts ``eps - x_0`` and is given s. Latents are the VAE's in patches of 2 x 2, normalized by the
@@ -65,10 +63,6 @@ class Flux2KleinFamily(PipelineFamily):
         _, h, w = self.latent_shape(height, width)
         return FlowSchedule(shift=math.exp(compute_empirical_mu(h * w, _SAMPLING_STEPS)), time="sigma")
 
-    def default_timesteps(self, steps: int) -> tuple[float, ...]:
-        """See :meth:`Family.default_timesteps`."""
-        return even_timesteps(steps)
-
     def to_scheduler(self, latents: Tensor) -> Tensor:
         """Tokens [B, h * w, C]; see :meth:`Family.to_scheduler`."""
         return latents.flatten(2).transpose(1, 2)
@@ -99,10 +93,6 @@ class Flux2KleinFamily(PipelineFamily):
         encoder = self.text_encoder("text_encoder", dtype)
         return _Flux2Conditioner(encoder, self.tokenizer("tokenizer", encoder))
 
-    def build_text_encoders(self) -> nn.Module:
-        """See :meth:`Family.build_text_encoders`."""
-        return self.meta_text_encoders("text_encoder")
-
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
         return _Flux2Decoder(vae)
@@ -111,10 +101,6 @@ class Flux2KleinFamily(PipelineFamily):
         """See :meth:`Family.example_conditioning`."""
         width = self.network_config["joint_attention_dim"]
         return Conditioning({"prompt_embeds": torch.empty(batch, _TOKENS, width, dtype=dtype)})
-
-    def export_scheduler(self, student: Student) -> ExportScheduler:
-        """See :meth:`PipelineFamily.export_scheduler`."""
-        return export_scheduler(student)
 
 
 class _Flux2Conditioner(Conditioner):
@@ -129,10 +115,6 @@ class _Flux2Conditioner(Conditioner):
         """See :meth:`Conditioner.encode_one`."""
         embeds, _ = self._pipeline.encode_prompt(prompt, device=next(self.encoder.parameters()).device)
         return {"prompt_embeds": embeds[0].float()}
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """The encoded empty prompt."""
-        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}
 
 
 class _Flux2Decoder(Decoder):

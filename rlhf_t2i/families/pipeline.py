@@ -283,12 +283,8 @@ class PipelineFamily(Family):
 
         kind = self.decoder_config(source).get("_class_name", self.decoder_classes[0])
         loader = getattr(diffusers, kind).from_pretrained
-        vae = (
-            weights.load_part(self.reference, "vae", loader)
-            if source is None
-            else weights.load_part(source, None, loader)
-        )
-        return self.make_decoder(vae)
+        place, folder = (self.reference, "vae") if source is None else (source, None)
+        return self.make_decoder(weights.load_part(place, folder, loader))
 
     def part_class(self, part: str) -> Any:
         """The class of a part that model_index.json names, from diffusers or transformers.
@@ -327,6 +323,10 @@ class PipelineFamily(Family):
         """A frozen text encoder with its weights."""
         encoder = weights.load_part(self.reference, part, self.part_class(part).from_pretrained, dtype=dtype)
         return encoder.eval().requires_grad_(False)
+
+    def build_text_encoders(self) -> nn.Module:
+        """See :meth:`Family.build_text_encoders`; one encoder, unless overridden."""
+        return self.meta_text_encoders("text_encoder")
 
     def meta_text_encoders(self, *parts: str) -> nn.Module:
         """Text encoders without memory, on the meta device."""

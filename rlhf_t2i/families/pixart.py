@@ -79,10 +79,6 @@ class PixArtFamily(VPFamily):
             return {}
         return {"resolution": torch.tensor([height, width]).float(), "aspect_ratio": torch.tensor([height / width])}
 
-    def build_text_encoders(self) -> nn.Module:
-        """See :meth:`Family.build_text_encoders`."""
-        return self.meta_text_encoders("text_encoder")
-
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
         return KLDecoder(vae)
@@ -112,7 +108,3 @@ class _PixArtConditioner(Conditioner):
         )
         sizes = {name: value.to(device) for name, value in self._sizes.items()}
         return {"prompt_embeds": embeds[0].float(), "prompt_mask": mask[0].float(), **sizes}
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.unconditional_row`."""
-        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}

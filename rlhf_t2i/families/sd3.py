@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import FlowSchedule
-from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
 from rlhf_t2i.families.decoders import KLDecoder
-from rlhf_t2i.families.exported import ExportScheduler
-from rlhf_t2i.families.flow_schedulers import even_timesteps, export_scheduler
-from rlhf_t2i.families.pipeline import PipelineFamily, bare_pipeline
+from rlhf_t2i.families.flow_matching import FlowFamily
+from rlhf_t2i.families.pipeline import bare_pipeline
 
 _T5_TOKENS = 256  # the pipeline's max_sequence_length
 
 
-class SD3Family(PipelineFamily):
+class SD3Family(FlowFamily):
     """Stable Diffusion 3 (medium) and 3.5 (medium, large).
 
     The network predicts ``eps - x_0`` and is given 1000 s. T5 may be missing from the pipeline: its embeddings are
@@ -52,10 +50,6 @@ class SD3Family(PipelineFamily):
     def schedule(self, height: int, width: int) -> FlowSchedule:
         """See :meth:`Family.schedule`; the scheduler's own shift, the same for every size."""
         return FlowSchedule(shift=self.scheduler_number("shift", 1.0))
-
-    def default_timesteps(self, steps: int) -> tuple[float, ...]:
-        """See :meth:`Family.default_timesteps`."""
-        return even_timesteps(steps)
 
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
@@ -105,10 +99,6 @@ class SD3Family(PipelineFamily):
             }
         )
 
-    def export_scheduler(self, student: Student) -> ExportScheduler:
-        """See :meth:`PipelineFamily.export_scheduler`."""
-        return export_scheduler(student)
-
 
 class _SD3Conditioner(Conditioner):
     def __init__(self, encoders: dict[str, nn.Module], tokenizers: dict[str, Any], width: int) -> None:
@@ -126,7 +116,3 @@ class _SD3Conditioner(Conditioner):
             prompt, prompt, prompt, device=next(self.encoders.parameters()).device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds[0].float(), "pooled_prompt_embeds": pooled[0].float()}
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.unconditional_row`."""
-        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}

@@ -58,10 +58,6 @@ class SD15Family(UNetFamily):
         encoder = self.text_encoder("text_encoder", dtype)
         return _SD15Conditioner(encoder, self.tokenizer("tokenizer", encoder))
 
-    def build_text_encoders(self) -> nn.Module:
-        """See :meth:`Family.build_text_encoders`."""
-        return self.meta_text_encoders("text_encoder")
-
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
         config: Any = vae.config
@@ -141,10 +137,6 @@ class _SD15Conditioner(Conditioner):
         embeds, _ = self._pipeline.encode_prompt(prompt, next(self.encoder.parameters()).device, 1, False)
         return {"prompt_embeds": embeds[0].float()}
 
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.unconditional_row`."""
-        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}
-
 
 class _SDXLConditioner(Conditioner):
     def __init__(
@@ -171,7 +163,7 @@ class _SDXLConditioner(Conditioner):
 
     def unconditional_row(self) -> dict[str, Tensor]:
         """See :meth:`Conditioner.unconditional_row`."""
-        row = {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}
+        row = super().unconditional_row()
         if self._zeros:
             row |= {name: torch.zeros_like(row[name]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
         return row

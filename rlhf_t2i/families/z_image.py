@@ -8,18 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import FlowSchedule
-from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
 from rlhf_t2i.families.decoders import KLDecoder
-from rlhf_t2i.families.exported import ExportScheduler
-from rlhf_t2i.families.flow_schedulers import even_timesteps, export_scheduler
-from rlhf_t2i.families.pipeline import PipelineFamily, bare_pipeline
+from rlhf_t2i.families.flow_matching import FlowFamily
+from rlhf_t2i.families.pipeline import bare_pipeline
 
 _TOKENS = 512  # the pipeline's max_sequence_length
 
 
-class ZImageFamily(PipelineFamily):
+class ZImageFamily(FlowFamily):
     """Z-Image (base, and Turbo as a generator).
 
     The network predicts ``x_0 - eps`` and is given 1 - s. Prompts are ragged: they travel padded with a mask, and the
@@ -55,10 +53,6 @@ class ZImageFamily(PipelineFamily):
         """See :meth:`Family.schedule`."""
         return FlowSchedule(shift=self.scheduler_number("shift", 1.0), time="one_minus_sigma", sign=-1)
 
-    def default_timesteps(self, steps: int) -> tuple[float, ...]:
-        """See :meth:`Family.default_timesteps`."""
-        return even_timesteps(steps)
-
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
         prompts = _ragged(cond.tensors["prompt_embeds"].to(x_t.dtype), cond.tensors["prompt_mask"])
@@ -69,10 +63,6 @@ class ZImageFamily(PipelineFamily):
         """See :meth:`Family.load_conditioner`."""
         encoder = self.text_encoder("text_encoder", dtype)
         return _ZImageConditioner(encoder, self.tokenizer("tokenizer", encoder))
-
-    def build_text_encoders(self) -> nn.Module:
-        """See :meth:`Family.build_text_encoders`."""
-        return self.meta_text_encoders("text_encoder")
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
@@ -88,10 +78,6 @@ class ZImageFamily(PipelineFamily):
                 "prompt_mask": torch.empty(batch, _TOKENS, dtype=torch.bool),
             }
         )
-
-    def export_scheduler(self, student: Student) -> ExportScheduler:
-        """See :meth:`PipelineFamily.export_scheduler`."""
-        return export_scheduler(student)
 
 
 def _ragged(embeds: Tensor, mask: Tensor) -> list[Tensor]:
@@ -115,7 +101,3 @@ class _ZImageConditioner(Conditioner):
         padding = _TOKENS - len(embeds)
         mask = torch.arange(_TOKENS, device=device) < len(embeds)
         return {"prompt_embeds": nn.functional.pad(embeds.float(), (0, 0, 0, padding)), "prompt_mask": mask}
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """The encoded empty prompt."""
-        return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}
