@@ -25,14 +25,19 @@ PROMPTS = ["a red cat", "a blue dog", "a green bird", "a gold fish"]
 PLAIN = "{lr: 1.0e+6, eps: 1.0e+6, max_grad_norm: 1.0e+9, betas: [0.0, 0.0]}"
 
 
+def three_rewards(clip: Path) -> str:
+    """Two rewards of images and one of latents, as a recipe's text."""
+    return (
+        f"[{{name: pickscore, scale: 100, options: {{model: {clip}}}}}, "
+        f"{{name: clip, scale: 30, options: {{model: {clip}}}}}, {{name: cfg_implicit, scale: 0.5}}]"
+    )
+
+
 @pytest.fixture
 def build(make_recipe: MakeRecipe, tiny_sdxl: Path, tiny_clip: Path, tmp_path: Path) -> Callable[..., Networks]:
     """Three networks that differ, three rewards, two micro-batches."""
     generator = tiny.make_generator_bin(tiny_sdxl, tmp_path / "generator.bin")
-    rewards = (
-        f"[{{name: pickscore, scale: 100, options: {{model: {tiny_clip}}}}}, "
-        f"{{name: clip, scale: 30, options: {{model: {tiny_clip}}}}}, {{name: cfg_implicit, scale: 0.5}}]"
-    )
+    rewards = three_rewards(tiny_clip)
 
     def networks(**overrides: Any) -> Networks:
         settings = {

@@ -29,7 +29,7 @@ from rlhf_t2i.training.callbacks import TrainCallback
 from tests import tiny
 from tests.families.test_sampling import PROMPTS, sequential, store
 from tests.math.gaussian import SCHEDULE
-from tests.training.test_algorithm import PLAIN, Networks, assert_close, flat, gradient
+from tests.training.test_algorithm import PLAIN, Networks, assert_close, flat, gradient, three_rewards
 from tests.training.test_algorithm import PROMPTS as FOUR
 
 MakeRecipe = Callable[..., Recipe]
@@ -68,10 +68,7 @@ class FewSteps(Networks):
 def build(make_recipe: MakeRecipe, tiny_sdxl: Path, tiny_clip: Path, tmp_path: Path) -> Callable[..., FewSteps]:
     """A four-step generator from a bare state dict, as DMD2 publishes it."""
     generator = tiny.make_generator_bin(tiny_sdxl, tmp_path / "dmd2_sdxl_4step_unet_fp16.bin")
-    rewards = (
-        f"[{{name: pickscore, scale: 100, options: {{model: {tiny_clip}}}}}, "
-        f"{{name: clip, scale: 30, options: {{model: {tiny_clip}}}}}, {{name: cfg_implicit, scale: 0.5}}]"
-    )
+    rewards = three_rewards(tiny_clip)
 
     def networks(**overrides: Any) -> FewSteps:
         settings = {
