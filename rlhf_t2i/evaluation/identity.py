@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,9 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, fingerprints
 from rlhf_t2i.utils.versions import installed
 
+# Before 3.11.8 and 3.12.2, two threads in ast.parse at once end in "AST constructor recursion depth mismatch"
+# (python/cpython#106905), and the ablation's rows are digested in threads.
+_PARSER = threading.Lock()
 _PACKAGES = ("rlhf-t2i", "torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -120,7 +124,7 @@ def _code(cls: type) -> Iterator[Path]:
             continue
         seen.add(path)
         yield path
-        for name in _imports(path):
+        for name in _imports(path.read_bytes()):
             module = sys.modules.get(name)
             own = name.startswith(("rlhf_t2i.plugins", f"{package}.")) and package != "rlhf_t2i"
             found = getattr(module, "__file__", None)
@@ -130,16 +134,19 @@ def _code(cls: type) -> Iterator[Path]:
                 todo.append(path.parent / f"{name.replace('.', '/')}.py")
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """The names of modules that a source file imports."""
+@lru_cache(maxsize=4096)
+def _imports(source: bytes) -> tuple[str, ...]:
+    """The names of modules that a Python source imports, at any depth; none where it is no Python."""
     try:
-        tree = ast.parse(path.read_bytes())
+        with _PARSER:
+            tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return
+        return ()
+    names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            yield module
-            yield from (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
+            names += [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
+    return tuple(names)

@@ -1,0 +1,40 @@
+"""The digests of what results depend on."""
+
+from __future__ import annotations
+
+import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rlhf_t2i.evaluation import identity
+
+
+@pytest.fixture
+def switching():
+    """Every garbage collection, also one inside the parser, lets another thread run."""
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(50)
+    yield
+    gc.set_threshold(*before)
+    gc.callbacks.remove(callback)
+
+
+def test_threads_may_parse_at_once(switching):
+    """Python's parser before 3.11.8 and 3.12.2 fails where two threads use it; the ablation digests in threads."""
+    sources = [f"import a{number}\n".encode() + b"x = [1, (2, 3)]\n" * 200 for number in range(64)]
+    identity._imports.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(identity._imports, sources)) == [(f"a{number}",) for number in range(64)]
+
+
+def test_imports_are_found_at_any_depth():
+    source = b"import a, b.c\ndef f():\n    from .d import e\n    from g import h\n"
+    assert identity._imports(source) == ("a", "b.c", "d", "d.e", "g", "g.h")
+    assert identity._imports(b"not python") == ()
