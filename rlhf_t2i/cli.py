@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands import ablate, evaluate, families, plan, rewards
+from rlhf_t2i.commands import ablate, encode, evaluate, families, plan, rewards
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
 from rlhf_t2i.errors import RunError, Stopped, UsageError, printable
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run_module.run_command)
+app.command("encode")(encode.encode_command)
 app.command("sample")(sample_module.sample_command)
 app.command("plan")(plan.plan_command)
 app.command("eval")(evaluate.eval_command)

@@ -19,6 +19,7 @@ from rlhf_t2i.algorithm.schedules import Schedule
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.utils import fingerprints
 
 if TYPE_CHECKING:
     from rlhf_t2i.algorithm.student import Student
@@ -206,6 +207,11 @@ class Family(ABC):
         Raises:
             UsageError: One sentence naming the folder.
         """
+
+    def encoders_identity(self) -> str:
+        """What text encoders and tokenizers are, by content or commit; names cached embeddings."""
+        ref = self.reference
+        return fingerprints.of_path(ref.location) if ref.is_local else f"{ref.location}@{ref.revision}"
 
     # -- networks ---------------------------------------------------------------------------------------------------
 

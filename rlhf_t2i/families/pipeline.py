@@ -21,7 +21,7 @@ from rlhf_t2i.families import snapshot, sources, weights
 from rlhf_t2i.families.base import Config, Decoder, Family
 from rlhf_t2i.families.exported import ExportScheduler
 from rlhf_t2i.families.sources import ModelRef
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, fingerprints
 from rlhf_t2i.utils.quiet import quietly
 
 _TRAINING_SCHEDULER = "training_scheduler_config.json"
@@ -228,6 +228,13 @@ class PipelineFamily(Family):
                 "or damaged"
             )
         return int(2 ** (len(levels) - 1))
+
+    def encoders_identity(self) -> str:
+        """See :meth:`Family.encoders_identity`; the folders that an export copies, but for the decoder."""
+        if not self.reference.is_local:
+            return super().encoders_identity()
+        parts = [part for part in snapshot.copied_parts(self.index, self.network_part) if part != "vae"]
+        return " ".join(f"{part}={fingerprints.of_path(Path(self.reference.location) / part)}" for part in parts)
 
     # -- networks ---------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,14 @@ from rlhf_t2i.algorithm.schedules import Schedule
 from rlhf_t2i.algorithm.student import Noise, Student, sequential_noise
 from rlhf_t2i.algorithm.timesteps import TimestepLaw
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.families import registry, sources
+from rlhf_t2i.families import embeddings, registry, sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family
 from rlhf_t2i.families.compiling import compile_blocks
+from rlhf_t2i.families.embeddings import EmbeddingFolder, Entry, Progress, StoredConditioner
 from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.recipe.schema import Models, StudentSettings, Timesteps
+from rlhf_t2i.utils import files
+from rlhf_t2i.utils.versions import installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,6 +64,8 @@ class ModelStore:
             if text is not None:
                 self.family.check_structure(sources.parse(text), f"models.{key}")
         self.family.check_export(self.student, vae)
+        if self.models.embeddings is not None:
+            embeddings.check(files.expanded(self.models.embeddings))
         if self.models.vae_slicing or self.models.vae_tiling:
             self.family.build_decoder(vae).limit_memory(self.models.vae_slicing, self.models.vae_tiling)
 
@@ -131,9 +136,39 @@ class ModelStore:
         return TimestepLaw(timesteps.law, shift, timesteps.mean, timesteps.std)
 
     @cached_property
-    def conditioner(self) -> Conditioner:
+    def embeddings(self) -> EmbeddingFolder | None:
+        """Where the recipe keeps prompt embeddings, if it does."""
+        if self.models.embeddings is None:
+            return None
+        versions = installed(("torch", "transformers", "diffusers"))
+        settings = (self.family.name, self.family.encoders_identity(), str(self.dtype), self.size, versions)
+        return EmbeddingFolder(files.expanded(self.models.embeddings), repr(settings))
+
+    @cached_property
+    def text_encoders(self) -> Conditioner:
         """The frozen text encoders of the reference."""
         return self.family.load_conditioner(self.dtype, *self.size).to(self.device)
+
+    def encode_missing(self, entries: list[Entry], progress: Progress) -> None:
+        """Encode prompts into :attr:`embeddings`, and free the text encoders.
+
+        Args:
+            entries: Of :meth:`EmbeddingFolder.missing`.
+            progress: Called before the encoders are loaded, and after each prompt.
+        """
+        assert self.embeddings is not None
+        progress(0, len(entries))
+        try:
+            embeddings.encode(self.embeddings, entries, self.text_encoders, progress)
+        finally:
+            self.__dict__.pop("text_encoders", None)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """What makes conditioning of prompts: the text encoders, or the embeddings that they left."""
+        return StoredConditioner(self.embeddings, self.device) if self.embeddings else self.text_encoders
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -261,8 +261,8 @@ def _append(target: Any, part: Any, value: Any, key: KeyPath, override: str, sou
 def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
     """The value with its paths absolute.
 
-    A path is a string that starts with ./, ../ or ~/; anything under ``data`` that names a file; and a model that
-    exists relative to the folder (otherwise it is a hub id).
+    A path is a string that starts with ./, ../ or ~/; ``models.embeddings`` and the files under ``data``; and a model
+    that exists relative to the folder (otherwise it is a hub id).
     """
     if isinstance(value, dict):
         return {name: _resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
@@ -271,7 +271,7 @@ def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
         return value
     explicit = value.startswith(("./", "../", "~/"))
-    file = key in (("data", "prompts"), ("data", "held_out"))
+    file = key in (("data", "prompts"), ("data", "held_out"), ("models", "embeddings"))
     model = key[:1] == ("models",) or key[-1:] == ("model",)
     if explicit or file or (model and (value.startswith("~") or os.path.exists(folder / value))):  # noqa: PTH110
         return str(files.absolute(value, folder))

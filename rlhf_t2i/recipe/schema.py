@@ -59,6 +59,11 @@ class Models(Section):
     vae_tiling: bool = Field(
         False, description="decode in overlapping blended tiles: less memory, slightly different images"
     )
+    embeddings: PathOrId | None = Field(
+        None,
+        description="folder of cached prompt embeddings: prompts are encoded once, by `rlhf-t2i encode` or before the "
+        "roles start, and no role loads text encoders; every node must see it",
+    )
     height: Pixels | None = Field(None, description="pixels; default: the reference's own size")
     width: Pixels | None = Field(None, description="pixels; default: the reference's own size")
 

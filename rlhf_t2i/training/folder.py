@@ -141,7 +141,10 @@ def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 
 _VERSIONS = "versions"
-_ACCEPTED = (f"{_VERSIONS}.", "logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s")
+_ACCEPTED = (
+    f"{_VERSIONS}.", "logging.", "checkpoints.", "steps", "placement.max_restarts", "placement.step_timeout_s",
+    "models.embeddings",
+)  # fmt: skip
 """A change of these leaves the meaning of the steps already done as it is; versions are reported, not refused."""
 
 

@@ -5,6 +5,7 @@ The training itself is in :mod:`rlhf_t2i.training.loop`; the report is written b
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,7 @@ def run(
         with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
             callback.on_phase("checking the inputs")
             recipe = _checked(recipe, folder.revisions() if resume else None, callback)
+            _encode(recipe, callback)
             with files.exclusive(folder.path, "run"):
                 state = _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)
     except (Exception, KeyboardInterrupt):
@@ -103,6 +105,23 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCa
         store.timestep_range(recipe.algorithm.timesteps, role)
     _warn_of_other_steps(store, callback)
     return recipe
+
+
+def _encode(recipe: Recipe, callback: TrainCallback) -> None:
+    """Encode the prompts that ``models.embeddings`` lacks, if the recipe keeps embeddings."""
+    if recipe.models.embeddings is None:
+        return
+    from rlhf_t2i.training.encoding import encode_prompts
+
+    spoke = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal spoke
+        if done in (0, total) or time.monotonic() - spoke > 5:
+            spoke = time.monotonic()
+            callback.on_phase(f"encoding prompts, {done} of {total}")
+
+    encode_prompts(recipe, progress)
 
 
 def _warn_of_other_steps(store: ModelStore, callback: TrainCallback) -> None:

@@ -167,7 +167,7 @@ class _Group:
         make = {"learner": self._trained, "assistant": self._trained, "generator": self._generator}
         make["reference"] = self._reference
         plans = [make[role](role) for role in self.roles if role in make]
-        if plans:
+        if plans and self.recipe.models.embeddings is None:
             text = self.networks.text_encoders().parameters()
             plans.append(RolePlan("text encoders", text, Memory(weights=self.width * text)))
         return plans + self._rewards()
