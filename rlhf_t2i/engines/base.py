@@ -35,6 +35,9 @@ class Engine(Protocol):
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter gathered, adapters merged, in float32 on the device; all ranks must iterate together."""
 
+    def adapter_factors(self) -> Iterator[tuple[str, Tensor]]:
+        """Adapters alone, see :func:`rlhf_t2i.families.adapters.factors`; all ranks must iterate together."""
+
     def bf16_drift(self) -> dict[str, float]:
         """Drift of the bf16 copies from their float32 masters, {} under fp32; all ranks must call it together."""
 

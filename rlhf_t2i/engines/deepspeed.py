@@ -92,13 +92,16 @@ class DeepSpeedEngine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 master weights, gathered one at a time, adapters merged."""
+        return adapters.merged(self.module, self._full)
 
-        def full(parameter: nn.Parameter) -> Tensor:
-            # Frozen parameters have no master copy, nor have unpartitioned ones that are float32 themselves.
-            master = self._master(parameter) if parameter.requires_grad else None
-            return (parameter.detach() if master is None else master).float()
+    def adapter_factors(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters' float32 masters."""
+        return adapters.factors(self.module, self._full)
 
-        return adapters.merged(self.module, full)
+    def _full(self, parameter: nn.Parameter) -> Tensor:
+        # Frozen parameters have no master copy, nor have unpartitioned ones that are float32 themselves.
+        master = self._master(parameter) if parameter.requires_grad else None
+        return (parameter.detach() if master is None else master).float()
 
     def _master(self, parameter: nn.Parameter) -> Tensor | None:
         """The gathered float32 weights of a trained parameter; all ranks must call it together."""

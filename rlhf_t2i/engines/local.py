@@ -46,7 +46,11 @@ class LocalEngine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters, adapters merged."""
-        return adapters.merged(self.module, lambda parameter: parameter.detach().float())
+        return adapters.merged(self.module, _full)
+
+    def adapter_factors(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapters alone."""
+        return adapters.factors(self.module, _full)
 
     def bf16_drift(self) -> dict[str, float]:
         """{}: the weights are float32 themselves."""
@@ -70,3 +74,7 @@ class LocalEngine:
         if unexpected or set(missing) != adapters.frozen(self.module):
             raise RunError(f"{folder / 'local.pt'} holds other weights than this recipe trains")
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+def _full(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().float()

@@ -72,6 +72,22 @@ def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterato
             yield name.replace(_BASE, "."), buffer.detach().float()
 
 
+def factors(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The adapters alone, in float32, by the names that peft and diffusers store: ``PATH.lora_A.weight``, ``lora_B``.
+
+    The scale ``alpha / rank`` is multiplied into the second factor, so that readers need not know it.
+
+    Args:
+        module: The network; all ranks iterate together.
+        full: Gives a parameter's whole float32 value.
+    """
+    for name, layer in module.named_modules():
+        if _ADAPTER in getattr(layer, "lora_A", ()):
+            part: Any = layer
+            yield f"{name}.lora_A.weight", full(part.lora_A[_ADAPTER].weight)
+            yield f"{name}.lora_B.weight", part.scaling[_ADAPTER] * full(part.lora_B[_ADAPTER].weight)
+
+
 def frozen(module: nn.Module) -> set[str]:
     """Names of the parameters that are not trained; checkpoints leave them out."""
     return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

@@ -208,6 +208,11 @@ class Family(ABC):
             UsageError: One sentence naming the folder.
         """
 
+    def network_place(self, source: ModelRef) -> ModelRef:
+        """Where a network's weights are; equal for two ways to name the same ones."""
+        part = Path(source.location, self.network_part)
+        return ModelRef(str(part)) if source.is_local and part.is_dir() else source
+
     def encoders_identity(self) -> str:
         """What text encoders and tokenizers are, by content or commit; names cached embeddings."""
         ref = self.reference
@@ -327,3 +332,17 @@ class Family(ABC):
             dtype: Of the stored network.
             vae: The decoder that takes the reference's place.
         """
+
+    @property
+    def loads_adapters(self) -> bool:
+        """Whether the library's pipeline loads adapters from a file, as :meth:`export_adapter` writes it."""
+        return False
+
+    def export_adapter(self, folder: Path, factors: Mapping[str, Tensor]) -> None:
+        """Write the generator's adapters alone, for a family that :attr:`loads_adapters`.
+
+        Args:
+            folder: An empty folder.
+            factors: See :func:`rlhf_t2i.families.adapters.factors`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no file of adapters")

@@ -57,6 +57,15 @@ class Network:
         """Numbers in all parameters."""
         return self._once(("parameters",), lambda: sum(p.numel() for p in self.build().parameters()))
 
+    def reordered(self) -> int:
+        """Numbers in the weights that channels-last memory order copies: those of convolutions."""
+
+        def count() -> int:
+            weights = [p.detach() for p in self.build().parameters() if p.ndim == 4]
+            return sum(w.numel() for w in weights if w.to(memory_format=torch.channels_last) is not w)
+
+        return self._once(("reordered",), count)
+
     def flops(self) -> int:
         """FLOPs of one sample's forward; a multiply-add counts two."""
         return self._forward()[0]

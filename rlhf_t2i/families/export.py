@@ -93,3 +93,20 @@ def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) 
         store.family.export(folder, weights, store.student, dtype, store.vae)
         files.write_json(folder / STUDENT, asdict(StudentFile.of(store.student, *store.size)))
         manifest.write(folder)
+
+
+def write_adapter(store: ModelStore, factors: Mapping[str, Tensor], target: Path) -> None:
+    """Export the generator's adapters alone; the folder is whole or absent.
+
+    Args:
+        store: The run's models.
+        factors: See :func:`rlhf_t2i.families.adapters.factors`.
+        target: The folder.
+
+    Raises:
+        RunError: It could not be written.
+    """
+    dtype = torch.float32 if store.dtype == torch.float32 else torch.float16
+    with files.atomic_dir(target) as folder:
+        store.family.export_adapter(folder, {name: factor.to(dtype) for name, factor in factors.items()})
+        manifest.write(folder)

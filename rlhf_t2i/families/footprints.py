@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.families import adapters
+from rlhf_t2i.families import adapters, sources
 from rlhf_t2i.families.counting import Network
+from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import DTYPES, ModelStore
 from rlhf_t2i.plugins import guard, traits
 from rlhf_t2i.recipe.schema import Lora, Recipe
@@ -36,6 +37,12 @@ class Footprints:
         _ = self.store.schedule  # built here, with values: below, everything new is on the meta device
         config = json.dumps(self.store.family.network_config, sort_keys=True, default=str)
         self._where = (recipe.models.reference, recipe.models.vae, self.store.size, config)
+
+    def place(self, role: str) -> ModelRef:
+        """Where the weights of learner, assistant or reference come from; equal places are held once per process."""
+        models = self.store.models
+        text = {"learner": models.generator, "assistant": models.assistant or models.reference}.get(role)
+        return self.store.family.network_place(sources.parse(text or models.reference))
 
     def network(self, lora: Lora | None = None) -> Network:
         """The denoising network that learner, assistant and reference share, in the compute precision.

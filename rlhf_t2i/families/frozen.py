@@ -1,4 +1,4 @@
-"""Convolutions of frozen networks that keep no input for the backward pass.
+"""Frozen weights: several networks on one copy of them, and convolutions that keep no input for the backward pass.
 
 The gradient in the input of a linear layer or convolution needs the weights alone. PyTorch keeps a convolution's input
 all the same, even where its weights want no gradient: a third of what SDXL's decoder holds.
@@ -6,6 +6,7 @@ all the same, even where its weights want no gradient: a third of what SDXL's de
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def freeze_convs(network: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":
             module.__class__ = FrozenConv2d
     return network.eval().requires_grad_(False)
+
+
+def twin(network: nn.Module) -> nn.Module:
+    """A network of its own modules and buffers on the same weights, which must stay frozen."""
+    weights = {id(p): nn.Parameter(p.data, requires_grad=False) for p in network.parameters()}
+    return copy.deepcopy(network, weights)
 
 
 class FrozenConv2d(nn.Conv2d):

@@ -395,6 +395,21 @@ class PipelineFamily(Family):
         index["scheduler"] = ["diffusers", type(scheduler).__name__]
         files.write_json(folder / "model_index.json", index)
 
+    @property
+    def loads_adapters(self) -> bool:
+        """See :attr:`Family.loads_adapters`; PixArt's pipelines do not."""
+        return hasattr(self._pipeline_type(), "save_lora_weights")
+
+    def export_adapter(self, folder: Path, factors: Mapping[str, Tensor]) -> None:
+        """See :meth:`Family.export_adapter`; for ``load_lora_weights`` of the reference's pipeline."""
+        layers = {name: factor.contiguous() for name, factor in factors.items()}
+        self._pipeline_type().save_lora_weights(folder, **{f"{self.network_part}_lora_layers": layers})
+
+    def _pipeline_type(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.index["_class_name"])
+
 
 def bare_pipeline(cls: Any, **parts: Any) -> Any:
     """A diffusers pipeline of text encoders alone, for its ``encode_prompt``."""

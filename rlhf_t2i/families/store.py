@@ -18,7 +18,8 @@ from rlhf_t2i.families import embeddings, registry, sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family
 from rlhf_t2i.families.compiling import compile_blocks
 from rlhf_t2i.families.embeddings import EmbeddingFolder, Entry, Progress, StoredConditioner
-from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.families.frozen import freeze_convs, twin
+from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.recipe.schema import Models, StudentSettings, Timesteps
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.versions import installed
@@ -48,6 +49,7 @@ class ModelStore:
     ) -> None:
         self.models, self.device, self.dtype = models, device, DTYPES[precision]
         self._student, self._compiled = student, compiled
+        self._bases: dict[tuple[ModelRef, torch.dtype], nn.Module] = {}
 
     def check(self) -> None:
         """Read every configuration, but no weights: refuse what is missing or foreign before anything starts.
@@ -181,23 +183,45 @@ class ModelStore:
 
     def reference_network(self) -> nn.Module:
         """A frozen copy of the reference's network, in the compute dtype."""
-        network = self._network(None).to(self.device, self.dtype, memory_format=torch.channels_last)
-        return freeze_convs(network)
+        network = self._network(self.family.reference, self.dtype, shared=True)
+        return freeze_convs(network.to(dtype=self.dtype, memory_format=torch.channels_last))
 
-    def assistant_network(self) -> nn.Module:
-        """The assistant's network in float32, to be trained; it starts from the reference unless the recipe says."""
+    def assistant_network(self, base: torch.dtype | None = None) -> nn.Module:
+        """The assistant's network, from the reference unless the recipe says; see :meth:`generator_network`."""
         text = self.models.assistant
-        return self._network(None if text is None else sources.parse(text)).float().to(self.device)
+        source = self.family.reference if text is None else sources.parse(text)
+        return self._network(source, base or torch.float32, shared=base is not None)
 
-    def generator_network(self) -> nn.Module:
-        """The generator's network in float32, to be trained or sampled."""
-        return self._network(sources.parse(self.models.generator)).float().to(self.device)
+    def generator_network(self, base: torch.dtype | None = None) -> nn.Module:
+        """The generator's network, to be trained or sampled.
 
-    def _network(self, source: sources.ModelRef | None) -> nn.Module:
-        network = self.family.load_network(source)
+        Args:
+            base: The dtype of weights that adapters will leave as they are, and that may be another role's, too; None
+                for float32 weights of its own.
+        """
+        return self._network(sources.parse(self.models.generator), base or torch.float32, shared=base is not None)
+
+    def _network(self, source: ModelRef, dtype: torch.dtype, shared: bool) -> nn.Module:
+        if shared:
+            key = self.family.network_place(source), dtype
+            if key not in self._bases:
+                self._bases[key] = self._load(source, dtype).requires_grad_(False)
+            network = twin(self._bases[key])
+        else:
+            network = self._load(source, dtype)
         if self._compiled:
             compile_blocks(network, self.family.block_names)
         return network
+
+    def _load(self, source: ModelRef, dtype: torch.dtype) -> nn.Module:
+        network = nn.Module.float(self.family.load_network(source))  # diffusers' own warns
+        for parameter in network.parameters():  # buffers stay float32, as DeepSpeed leaves them
+            parameter.data = parameter.data.to(dtype)
+        return network.to(self.device)
+
+    def forget_bases(self) -> None:
+        """All roles of the process have their networks: what none of them holds is freed."""
+        self._bases.clear()
 
     def sequential_noise(self, seeds: Sequence[int]) -> Noise:
         """The noises that the exported pipeline draws from one ``torch.Generator`` per image."""

@@ -23,7 +23,9 @@ class AssistantRole(DenoiserServer):
         super().__init__(self._x0, context.callers)
         self._context, self._store = context, context.store
         self._settings = context.recipe.optimization.assistant
-        self._engine = context.engine("assistant", context.store.assistant_network(), self._settings)
+        self._engine = context.engine(
+            "assistant", context.store.assistant_network(context.base(self._settings)), self._settings
+        )
         timesteps = context.recipe.algorithm.timesteps
         self._range, self._law = self._store.timestep_range(timesteps, "assistant"), self._store.timestep_law(timesteps)
         self._generator: Client | None = None

@@ -60,6 +60,12 @@ class RankContext:
         first = self.rank * micro * accumulation
         return [range(first + i * micro, first + (i + 1) * micro) for i in range(accumulation)]
 
+    def base(self, optimizer: Optimizer) -> torch.dtype | None:
+        """The dtype of a network under adapters, whose weights roles of a process share; None if all are trained."""
+        if optimizer.lora is None:
+            return None
+        return self.dtype if self.distributed else torch.float32
+
     def engine(self, role: str, module: nn.Module, optimizer: Optimizer) -> Engine:
         """The training engine of a role's network."""
         micro, accumulation = self.geometry()

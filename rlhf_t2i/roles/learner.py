@@ -32,7 +32,9 @@ class LearnerRole:
         self._context, self._recipe, self._store = context, recipe, context.store
         self.device = context.device
         self._settings = recipe.optimization.generator
-        self.engine = context.engine("learner", context.store.generator_network(), self._settings)
+        self.engine = context.engine(
+            "learner", context.store.generator_network(context.base(self._settings)), self._settings
+        )
         self.schedule = context.store.schedule
         timesteps = recipe.algorithm.timesteps
         self._range, self._law = self._store.timestep_range(timesteps, "generator"), self._store.timestep_law(timesteps)
@@ -208,6 +210,10 @@ class LearnerRole:
         if kind == "ema" and self._ema is not None:
             return self._ema
         return self._gather()
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapters alone, {} without any; complete on rank 0, and every rank must call it."""
+        return {name: factor.cpu().clone() for name, factor in self.engine.adapter_factors()}
 
     def bf16_drift(self) -> dict[str, float]:
         """What bf16 loses against the masters; every rank must call it."""

@@ -38,6 +38,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.inputs = self.path / "inputs.json"
         self.events = self.path / "events.jsonl"
+        self.adapter = self.path / "adapter"
 
     def create(self, recipe: Recipe) -> None:
         """Create the folder and write the resolved recipe.

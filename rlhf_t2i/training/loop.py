@@ -173,6 +173,10 @@ class Trainer:
         weights = self.cluster.call_all("learner", "weights", self._evaluator.weights)[0]
         store = ModelStore(recipe.models, recipe.student, torch.device("cpu"), recipe.optimization.precision)
         export.write_model(store, weights, self.out.model)
+        trained = recipe.optimization.generator
+        # The moving average of merged weights has no low-rank factors: then the merged model is all there is.
+        if trained.lora is not None and store.family.loads_adapters and self._evaluator.weights == "raw":
+            export.write_adapter(store, self.cluster.call_all("learner", "adapter")[0], self.out.adapter)
 
     def _stop_if_requested(self) -> None:
         if self.signals.requested is not None:

@@ -146,6 +146,11 @@ class _Group:
     ranks: int
 
     @cached_property
+    def _bases(self) -> dict[tuple[object, int], set[bool]]:
+        """By place and bytes per number, whether a frozen network or one with adapters was planned on it already."""
+        return {}
+
+    @cached_property
     def images(self) -> int:
         """Per process and call: several servers share a micro-batch; one of several learner ranks has all of theirs."""
         return -(-self.micro * self.ranks // self.devices)
@@ -187,7 +192,8 @@ class _Group:
             share = -(-sizes.total // (self.devices if setting.stage else 1))
             memory = replace(memory, optimizer=memory.optimizer - 6 * share)
         if optimizer.lora is not None:
-            memory = replace(memory, weights=memory.weights + (4 if setting.stage is None else self.width) * whole)
+            width = 4 if setting.stage is None else self.width
+            memory = replace(memory, weights=memory.weights + width * self._held(role, width))
         if role == "learner" and settings.ema is not None:  # rank 0 averages on the host
             memory = replace(memory, host=memory.host + 4 * whole)
         return RolePlan(role, whole, memory, zero.total(zero.terms(sizes, setting), "summed"))
@@ -206,7 +212,19 @@ class _Group:
         kept = 0
         if traits.resolve(self.recipe).divergence.needs_vjp:
             kept = self.images * branches * network.activations("input", self.recomputed(role))
-        return RolePlan(role, network.parameters(), Memory(weights=self.width * network.parameters(), activations=kept))
+        held = self.width * self._held(role, self.width)
+        return RolePlan(role, network.parameters(), Memory(weights=held, activations=kept))
+
+    def _held(self, role: str, width: int) -> int:
+        """Numbers of a frozen base that this role adds to the process: roles that start from one place share it.
+
+        The reference's convolutions have an order of their own in memory.
+        """
+        network, frozen = self.networks.network(), role == "reference"
+        holders = self._bases.setdefault((self.networks.place(role), width), set())
+        added = network.parameters() if not holders else 0 if frozen in holders else network.reordered()
+        holders.add(frozen)
+        return added
 
     def _rewards(self) -> list[RolePlan]:
         """The decoder and the rewards of a process; rewards that name one model share it.
