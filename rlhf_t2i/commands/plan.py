@@ -34,6 +34,9 @@ def plan_command(
         float | None,
         typer.Option(min=0.001, metavar="GIB", help="Memory of a device [default: --device's, or the GPU's]."),
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, max=4096, metavar="N", help="Place the roles on N devices, as fast as fits.")
+    ] = None,
 ) -> None:
     """Show hours, disk, memory and traffic of a run. Needs no GPU and starts no Ray.
 
@@ -44,8 +47,13 @@ def plan_command(
 
     name, profile = (None, None) if device is None else devices.find(device)
     loaded = reading.load(recipe, set_ or [])
-    placement.check_placement(loaded)
+    if gpus is not None and profile is None:
+        raise UsageError("--gpus: name the devices with --device, e.g. --device h100")
+    if gpus is None:
+        placement.check_placement(loaded)
     typer.echo("counting the networks on the meta device ...", err=True)
+    if gpus is not None and profile is not None:
+        loaded = _place(loaded, gpus, profile, device_memory, json_)
     from rlhf_t2i.commands.plan_report import Report
     from rlhf_t2i.tools.planning import plan as planning
 
@@ -66,6 +74,17 @@ def plan_command(
     )
     _print(report, json_)
     _check(report)
+
+
+def _place(recipe: Recipe, gpus: int, profile: Device, memory: float | None, quiet: bool) -> Recipe:
+    """The recipe in the fastest placement that fits; prints it beside the others that were tried."""
+    from rlhf_t2i.commands.plan_report import show_options
+    from rlhf_t2i.tools.planning.options import options
+
+    found = options(recipe, gpus, profile.rates(recipe), memory or profile.memory)
+    if not quiet:
+        show_options(found)
+    return found[0].recipe
 
 
 def _print(report: Report, json_: bool) -> None:

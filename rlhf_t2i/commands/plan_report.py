@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +13,13 @@ from rlhf_t2i.tools.planning.cost import Duration, duration
 from rlhf_t2i.tools.planning.devices import ACHIEVED, ACHIEVED_LINK, HERE, Rates
 from rlhf_t2i.tools.planning.fit import Fit
 from rlhf_t2i.tools.planning.memory import Memory
+from rlhf_t2i.tools.planning.options import Option
 from rlhf_t2i.tools.planning.plan import Plan
 from rlhf_t2i.tools.planning.time import StepTime
 from rlhf_t2i.utils.terminal import PlainConsole
+
+_SHOWN = 5
+"""Placements in the table of ``--gpus``."""
 
 _LAUNCH_BOUND = 0.5
 """Seconds per step below which a GPU is not kept busy by FLOPs."""
@@ -189,6 +193,21 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
+
+
+def show_options(options: Sequence[Option]) -> None:
+    """Print placements, the fastest that fits first, and how to take it."""
+    console = PlainConsole(width=80)
+    table = Table(box=None, padding=(0, 2, 0, 0), title="Placements, the fastest first", title_justify="left")
+    table.add_column("devices and roles", overflow="fold")
+    for name in ("per process", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for option in options[:_SHOWN]:
+        hours = _hours(option.duration.hours) if option.fits else "does not fit"
+        table.add_row(option.describe(), _bytes(option.memory), hours)
+    console.print(table)
+    if options[0].fits:  # not wrapped: it is copied
+        console.print(f"the first one: --set 'placement.groups={options[0].yaml()}'", soft_wrap=True)
 
 
 def _hours(hours: float) -> str:
