@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Run folder, diffusers folder, hub id, or a network (with --base).")],
-    prompts: Annotated[str, typer.Option(help="FILE, parti, hpsv2, coco (or NAME:PATH), or a zoo's name: emoji64.")],
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Run folder, diffusers folder, hub id, network (with --base), or a table's YAML file.")
+    ],
+    prompts: Annotated[
+        str | None, typer.Option(help="FILE, parti, hpsv2, coco (or NAME:PATH), or a zoo's name: emoji64.")
+    ] = None,
     metrics: Annotated[
         str, typer.Option(help="Rewards (NAME or LABEL=NAME), diversity, fid, frechet_clip, class_entropy.")
     ] = "clip",
@@ -49,6 +54,12 @@ def eval_command(
     column: Annotated[str, typer.Option(help="Key or column of a jsonl, csv or tsv prompt file.")] = "prompt",
 ) -> None:
     """Draw with fixed seeds, score, and print means with intervals. Run it again to continue after a kill."""
+    if model.lower().endswith((".yaml", ".yml")):
+        given = (name for name in context.params if _is_given(context, name))
+        _table(Path(model), out, limit, [name for name in given if name not in ("model", "out", "limit")])
+        return
+    if prompts is None:
+        raise UsageError("--prompts is missing: a file, parti, hpsv2, coco, or a zoo's name")
     from rlhf_t2i.evaluation import settings as settings_module
     from rlhf_t2i.recipe import reading
     from rlhf_t2i.utils import files
@@ -76,6 +87,26 @@ def eval_command(
         typer.echo(f"note: {note}", err=True)
     typer.echo(printable(results.markdown()))
     typer.echo(f"Images and per-image scores: {folder / 'results.json'}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _table(file: Path, out: Path | None, limit: int | None, others: list[str]) -> None:
+    """Measure every model of a table."""
+    from rlhf_t2i.tools import model_table
+
+    if others:
+        option = others[0].rstrip("_").replace("_", "-")
+        raise UsageError(f"--{option} is for one model; of a table, change {file} (--out and --limit are taken)")
+    table, settings = model_table.load(file, limit)
+    folder = out or Path("evaluations") / file.stem
+    with _progress_bar() as progress:
+        text = model_table.run(table, settings, folder, progress)
+    typer.echo(text)
+    typer.echo(f"Images and scores of every row: {folder}")
 
 
 def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:

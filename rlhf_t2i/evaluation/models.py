@@ -118,8 +118,11 @@ class Drawing:
         source = sources.parse(self.base or model)
         sources.pipeline_index(source)
         alone = self.base not in (None, model)
-        if alone and self.student is None:
-            raise UsageError("--base is for a generator's network alone: give its --timesteps (399 for DMD2 and DI*)")
+        if alone and self.student is None and self.steps is None:
+            raise UsageError(
+                "--base is for a network alone: give a generator's --timesteps (399 for DMD2 and DI*), or the "
+                "--steps of a many-step model"
+            )
         found = replace(self, model=model, base=self.base or model, steps=self.steps or DEFAULT_STEPS)
         own = None if alone else _student_file(source)
         if own is None:
@@ -145,11 +148,11 @@ class Drawing:
         store.family.check()
         store.family.check_decoder(store.vae)
         _ = store.latent_shape
-        if student is None:
-            return PipelineModel(store, chosen.model, chosen.steps or DEFAULT_STEPS, chosen.guidance)
-        _ = store.student
         if chosen.model != base:
             store.family.check_structure(sources.parse(chosen.model), "the model")
+        if student is None:
+            return PipelineModel(store, chosen.steps or DEFAULT_STEPS, chosen.guidance)
+        _ = store.student
         return StudentModel(store)
 
 
@@ -204,15 +207,14 @@ class PipelineModel(ImageModel):
     """A many-step model, drawn by its own diffusers pipeline.
 
     Args:
-        store: Its decoder and size.
-        model: The pipeline's folder or hub id.
+        store: Its decoder and size; its generator is the network, where the reference's does not draw itself.
         steps: Sampling steps.
         guidance: Guidance scale.
     """
 
-    def __init__(self, store: ModelStore, model: str, steps: int, guidance: float) -> None:
+    def __init__(self, store: ModelStore, steps: int, guidance: float) -> None:
         super().__init__(store)
-        self._model, self._steps, self._guidance = model, steps, guidance
+        self._steps, self._guidance = steps, guidance
         self._plain_latents = True  # until the pipeline returns packed ones
 
     @property
@@ -245,8 +247,12 @@ class PipelineModel(ImageModel):
 
     @cached_property
     def _pipeline(self) -> Any:
-        source = sources.parse(self._model)
-        return self.store.family.load_pipeline(source, self.store.dtype).to(self.store.device)
+        store, models = self.store, self.store.models
+        pipeline = store.family.load_pipeline(store.family.reference, store.dtype)
+        if models.generator != models.reference:
+            network = store.family.load_network(sources.parse(models.generator)).to(store.dtype)
+            pipeline.register_modules(**{store.family.network_part: network})
+        return pipeline.to(store.device)
 
 
 def _student_file(source: ModelRef) -> StudentFile | None:

@@ -14,7 +14,7 @@ from rlhf_t2i.errors import UsageError
 from tests import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith("ablation"))
+TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith(("ablation", "table")))
 LORA = "{rank: 4}"
 VARIANTS = {
     "recomputed": ["optimization.gradient_checkpointing=true"],

@@ -111,7 +111,7 @@ def load(path: str | Path) -> Ablation:
     data, source = reading.read(path)
     folder = source.path.resolve().parent
     try:
-        ablation = Ablation.model_validate(_absolute(data, folder))
+        ablation = Ablation.model_validate(absolute(data, folder))
     except ValidationError as error:
         raise mistakes.explain(error, Ablation, source.where) from None
     base = files.absolute(ablation.base, folder)
@@ -167,12 +167,12 @@ def evaluation(ablation: Ablation, variant: Variant, recipe: Recipe, run: Path) 
     return evaluation_settings.build(values | drawn | {"height": models.height, "width": models.width})
 
 
-def _absolute(value: Any, folder: Path) -> Any:
+def absolute(value: Any, folder: Path) -> Any:
     """The value with its paths absolute: strings that start with ./, ../ or ~/, also behind a benchmark's name."""
     if isinstance(value, dict):
-        return {key: _absolute(child, folder) for key, child in value.items()}
+        return {key: absolute(child, folder) for key, child in value.items()}
     if isinstance(value, list):
-        return [_absolute(child, folder) for child in value]
+        return [absolute(child, folder) for child in value]
     if not isinstance(value, str):
         return value
     head, colon, tail = value.partition(":")
