@@ -132,6 +132,7 @@ def train(
         evaluate: Called with the average on rank 0 every so many seconds of CPU time; what it returns is logged.
         evaluate_seconds: How many.
     """
+    _stay_polite()
     rank, ranks = join()
     target = f"{name}_finished" if finish else name
     checkpoint, log = WORK / f"{target}.pt", WORK / f"{target}.jsonl"
@@ -197,6 +198,13 @@ def train(
         if progress >= 1:
             break
     return average
+
+
+def _stay_polite() -> None:
+    """Keep the lowest priority: Linux gives sessions, as torchrun's workers are, a share of their own."""
+    group = Path("/proc/self/autogroup")
+    if group.is_file() and os.getpriority(os.PRIO_PROCESS, 0) == 19:
+        group.write_text("19", "utf-8")
 
 
 def _log(path: Path, line: dict[str, Any]) -> None:
