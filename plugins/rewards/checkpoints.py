@@ -66,8 +66,14 @@ def _is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def load_exactly(module: Any, state: State, path: Path) -> None:
+def load_exactly(module: Any, state: State, path: Path, assign: bool = False) -> None:
     """``load_state_dict`` that accepts neither missing nor additional weights nor other shapes.
+
+    Args:
+        module: To be filled.
+        state: Weights by the module's names.
+        path: Names the file in errors.
+        assign: Put the tensors in place of the module's own, as one on the meta device needs.
 
     Raises:
         UsageError: Naming the first weight that differs.
@@ -80,7 +86,7 @@ def load_exactly(module: Any, state: State, path: Path) -> None:
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape:
             raise UsageError(f"{path}: {name} is {list(tensor.shape)}, not {list(wanted[name].shape)}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 # Vision towers of open_clip whose attention heads are not 64 wide (its model_configs: ViT-H-14, ViT-g-14, ViT-bigG-14).

@@ -88,11 +88,8 @@ def clip_footprint(model: str, head: Callable[[int], nn.Module] | None = None) -
         UsageError: A local folder without a readable config.json.
     """
     source = sources.parse(model)
-    try:
-        config = sources.read_json(source, "config.json")
-    except UsageError:
-        if source.is_local:
-            raise
+    config = find_config(source)
+    if config is None:
         return None
 
     def build() -> nn.Module:
@@ -101,6 +98,20 @@ def clip_footprint(model: str, head: Callable[[int], nn.Module] | None = None) -
         return ImageTower(CLIPModel(CLIPConfig(**config)), head)
 
     return plugins.Footprint(f"{source.location}@{source.revision}", build)
+
+
+def find_config(source: ModelRef) -> dict[str, Any] | None:
+    """A model's config.json; None where the hub does not give it.
+
+    Raises:
+        UsageError: A local folder without a readable config.json.
+    """
+    try:
+        return sources.read_json(source, "config.json")
+    except UsageError:
+        if source.is_local:
+            raise
+        return None
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -160,8 +171,13 @@ def _has_one(source: ModelRef, names: Sequence[str]) -> bool:
         return False
 
 
-def load_weights(cls: Any, source: ModelRef) -> Any:
-    """``cls.from_pretrained`` in float32; a weight that the file lacks is an error, not a random number.
+def load_weights(cls: Any, source: ModelRef, dtype: torch.dtype | str = torch.float32) -> Any:
+    """``cls.from_pretrained``; a weight that the file lacks is an error, not a random number.
+
+    Args:
+        cls: The model's class.
+        source: Its folder or repository.
+        dtype: Of the weights; ``auto`` takes the file's, which halves the memory of a model published in bf16.
 
     Raises:
         UsageError: The files are missing, damaged or of another architecture.
@@ -170,9 +186,7 @@ def load_weights(cls: Any, source: ModelRef) -> Any:
         sources.read_json(source, "config.json")  # refuses sizes that would be built for ever
     try:
         with quietly():
-            network, info = cls.from_pretrained(
-                source.location, dtype=torch.float32, output_loading_info=True, **source.kwargs
-            )
+            network, info = cls.from_pretrained(source.location, dtype=dtype, output_loading_info=True, **source.kwargs)
     except Exception as error:
         raise UsageError(f"{source.location} is not a readable {cls.__name__}: {first_line(error)}") from error
     # Old checkpoints carry position_ids as a buffer; those are computed now.
