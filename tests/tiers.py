@@ -30,6 +30,7 @@ FAST = (
     "report/test_comparison.py",
     "rewards/test_precision.py",
     "rewards/test_preprocessing.py",
+    "rewards/test_qwen_images.py",
     "rewards/test_registry.py",
     "rewards/test_role.py",
     "rewards/test_traits.py",

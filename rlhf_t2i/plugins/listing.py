@@ -66,9 +66,9 @@ def runs_here(cls: type[Reward]) -> str:
 
 
 def _models(cls: type[Reward]) -> list[str]:
-    """Hub ids among the defaults of the options ``model`` and ``head``."""
+    """Hub ids among the defaults of the options ``model``, ``head`` and ``base``."""
     fields = cls.Options.model_fields
-    defaults = [fields[key].default for key in ("model", "head") if key in fields]
+    defaults = [fields[key].default for key in ("model", "head", "base") if key in fields]
     return [value for value in defaults if isinstance(value, str) and value.count("/") == 1]
 
 

@@ -10,7 +10,7 @@ import torch
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.tools.reward_check import check_reward
-from tests.rewards import builders, faulty
+from tests.rewards import builders, faulty, qwen_builders
 
 CPU = torch.device("cpu")
 
@@ -34,11 +34,12 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reward]:
         "hpsv2": registry.reward("hpsv2", model=str(builders.write_hpsv2(root / "hps"))),
         "aesthetic": registry.reward("aesthetic", model=str(aesthetic), head=str(head)),
         "image_reward": registry.reward("image_reward", model=str(builders.write_image_reward(root / "ir"))),
+        "hpsv3": registry.reward("hpsv3", **qwen_builders.hpsv3_options(qwen_builders.write_hpsv3(root / "hpsv3"))),
         "cfg_implicit": registry.reward("cfg_implicit"),
     }
 
 
-SHIPPED = ("pickscore", "clip", "hpsv2", "aesthetic", "image_reward", "cfg_implicit")
+SHIPPED = ("pickscore", "clip", "hpsv2", "aesthetic", "image_reward", "hpsv3", "cfg_implicit")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

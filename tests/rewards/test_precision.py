@@ -10,7 +10,7 @@ from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.reward import RewardRole
-from tests.rewards import builders
+from tests.rewards import builders, qwen_builders
 
 CPU = torch.device("cpu")
 
@@ -32,10 +32,11 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         "image_reward": {"model": str(builders.write_image_reward(root / "ir"))},
         "clip": {"model": str(clip)},
         "pickscore": {"model": str(clip), "unit": "logit"},
+        "hpsv3": qwen_builders.hpsv3_options(qwen_builders.write_hpsv3(root / "hpsv3")),
     }
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "image_reward", "clip", "pickscore"])
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward", "clip", "pickscore", "hpsv3"])
 def test_bfloat16_scores_do_not_lie_on_a_grid(name: str, options: dict[str, dict[str, str]]) -> None:
     values = scores(name, options[name], torch.bfloat16)
     assert values.dtype == torch.float32

@@ -19,7 +19,7 @@ from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.training import run
 from tests import pretended
 from tests.evaluation.conftest import run_folder_with_model, settings  # noqa: F401
-from tests.rewards import builders
+from tests.rewards import builders, qwen_builders
 from tests.rewards.test_role import Decoder
 from tests.training.test_run import metrics
 
@@ -73,6 +73,8 @@ def test_a_run_of_sd15(device: None, make_recipe: MakeRecipe, tiny_sd15: Path, t
 def _options(name: str, folder: Path) -> dict[str, str]:
     if name == "image_reward":
         return {"model": str(builders.write_image_reward(folder))}
+    if name == "hpsv3":
+        return qwen_builders.hpsv3_options(qwen_builders.write_hpsv3(folder))
     if name == "hpsv2":
         return {"model": str(builders.write_hpsv2(folder))}
     if name == "aesthetic":
@@ -81,7 +83,7 @@ def _options(name: str, folder: Path) -> dict[str, str]:
     return {"model": str(builders.write_clip(folder))}
 
 
-@pytest.mark.parametrize("name", ["pickscore", "clip", "image_reward", "hpsv2", "aesthetic"])
+@pytest.mark.parametrize("name", ["pickscore", "clip", "image_reward", "hpsv2", "hpsv3", "aesthetic"])
 def test_a_reward(device: None, tmp_path: Path, name: str) -> None:
     options, prompts = _options(name, tmp_path / "model"), ["a cat", "a dog", "an owl"]
     latents = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(3))
