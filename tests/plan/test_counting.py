@@ -152,6 +152,7 @@ def test_a_reward_s_footprint_is_its_network(tiny_clip: Path) -> None:
         ("pickscore", 986_109_441),
         ("hpsv2", 986_109_441),
         ("hpsv3", 7_748_610_610),
+        ("vlm_choice", 8_291_375_616),
         ("clip", 427_616_513),
         ("aesthetic", 428_544_482),
         ("image_reward", 446_206_689),

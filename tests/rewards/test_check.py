@@ -35,11 +35,12 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reward]:
         "aesthetic": registry.reward("aesthetic", model=str(aesthetic), head=str(head)),
         "image_reward": registry.reward("image_reward", model=str(builders.write_image_reward(root / "ir"))),
         "hpsv3": registry.reward("hpsv3", **qwen_builders.hpsv3_options(qwen_builders.write_hpsv3(root / "hpsv3"))),
+        "vlm_choice": registry.reward("vlm_choice", model=str(qwen_builders.write_vlm(root / "vlm"))),
         "cfg_implicit": registry.reward("cfg_implicit"),
     }
 
 
-SHIPPED = ("pickscore", "clip", "hpsv2", "aesthetic", "image_reward", "hpsv3", "cfg_implicit")
+SHIPPED = ("pickscore", "clip", "hpsv2", "aesthetic", "image_reward", "hpsv3", "vlm_choice", "cfg_implicit")
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -146,7 +146,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
-    for name in ("pickscore", "clip", "hpsv2", "hpsv3", "aesthetic", "image_reward"):
+    for name in ("pickscore", "clip", "hpsv2", "hpsv3", "aesthetic", "image_reward", "vlm_choice"):
         with pytest.raises(UsageError, match=r"no such model"):
             registry.reward(name, model=str(tmp_path / "nowhere"))
 

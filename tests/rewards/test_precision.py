@@ -33,10 +33,11 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         "clip": {"model": str(clip)},
         "pickscore": {"model": str(clip), "unit": "logit"},
         "hpsv3": qwen_builders.hpsv3_options(qwen_builders.write_hpsv3(root / "hpsv3")),
+        "vlm_choice": {"model": str(qwen_builders.write_vlm(root / "vlm"))},
     }
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "image_reward", "clip", "pickscore", "hpsv3"])
+@pytest.mark.parametrize("name", ["aesthetic", "image_reward", "clip", "pickscore", "hpsv3", "vlm_choice"])
 def test_bfloat16_scores_do_not_lie_on_a_grid(name: str, options: dict[str, dict[str, str]]) -> None:
     values = scores(name, options[name], torch.bfloat16)
     assert values.dtype == torch.float32

@@ -75,6 +75,8 @@ def _options(name: str, folder: Path) -> dict[str, str]:
         return {"model": str(builders.write_image_reward(folder))}
     if name == "hpsv3":
         return qwen_builders.hpsv3_options(qwen_builders.write_hpsv3(folder))
+    if name == "vlm_choice":
+        return {"model": str(qwen_builders.write_vlm(folder))}
     if name == "hpsv2":
         return {"model": str(builders.write_hpsv2(folder))}
     if name == "aesthetic":
@@ -83,7 +85,7 @@ def _options(name: str, folder: Path) -> dict[str, str]:
     return {"model": str(builders.write_clip(folder))}
 
 
-@pytest.mark.parametrize("name", ["pickscore", "clip", "image_reward", "hpsv2", "hpsv3", "aesthetic"])
+@pytest.mark.parametrize("name", ["pickscore", "clip", "image_reward", "hpsv2", "hpsv3", "aesthetic", "vlm_choice"])
 def test_a_reward(device: None, tmp_path: Path, name: str) -> None:
     options, prompts = _options(name, tmp_path / "model"), ["a cat", "a dog", "an owl"]
     latents = torch.randn(3, 4, 9, 9, generator=torch.Generator().manual_seed(3))
