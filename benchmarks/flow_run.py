@@ -64,32 +64,45 @@ def untrained(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def pool(store: Any, count: int) -> tuple[Tensor, Tensor, Any]:
+    """Latents [N, C, 16, 16] of random drawings, the number of each one's prompt, and the conditioning of all prompts."""
+    from rlhf_t2i.families.base import Conditioning
+    from zoo import data
+
+    world, colors, generator = data.load(), list(data.COLOURS), torch.Generator().manual_seed(0)
+    names, styles, chosen = (
+        torch.randint(n, (count,), generator=generator) for n in (len(world.names), 3, len(colors))
+    )
+    latents = []
+    for part in torch.arange(count).split(64):
+        pictures = data.compose(world.drawings[names[part], styles[part]], chosen[part], generator)
+        latents.append(store.decoder.encode(pictures))
+    prompts = [data.prompt(name, color) for name in world.names for color in colors]
+    conditions = [store.conditioner.encode([prompt]) for prompt in [*prompts, ""]]
+    return torch.cat(latents), names * len(colors) + chosen, Conditioning.cat(conditions)
+
+
 def trained(folder: Path, seconds: float, batch: int = 48) -> None:
     """Train the transformer of a pipeline for so many CPU seconds, in place."""
     from rlhf_t2i.families.store import ModelStore
     from rlhf_t2i.recipe.schema import Models, StudentSettings
-    from zoo import data
 
     store = ModelStore(Models(reference=str(folder), generator=str(folder)), StudentSettings(), torch.device("cpu"))
-    network, vae, world = store.generator_network().train(), store.decoder, data.load()
+    network = store.generator_network().train()
+    latents, prompts, conditions = pool(store, 4096)
     average = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    colors, generator, step = list(data.COLOURS), torch.Generator().manual_seed(0), 0
-    began = time.process_time()
+    generator, step, began = torch.Generator().manual_seed(0), 0, time.process_time()
     while (spent := time.process_time() - began) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100, max(0.05, 2 * (1 - spent / seconds)))
-        names = torch.randint(len(world.names), (batch,), generator=generator)
-        styles = torch.randint(3, (batch,), generator=generator)
-        chosen = torch.randint(len(colors), (batch,), generator=generator)
-        pictures = data.compose(world.drawings[names, styles], chosen, generator)
-        prompts = [data.prompt(world.names[n], colors[c]) for n, c in zip(names, chosen, strict=True)]
-        prompts = [p if torch.rand((), generator=generator) > 0.1 else "" for p in prompts]
-        with torch.no_grad():
-            x0 = vae.encode(pictures)
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        cond = conditions[torch.where(dropped, len(conditions) - 1, prompts[chosen])]
+        x0 = latents[chosen]
         t = 1000 * torch.randn(batch, generator=generator).sigmoid()
         noise = torch.randn(x0.shape, generator=generator)
-        raw = store.predict(network, store.schedule.add_noise(x0, noise, t), t, store.conditioner.encode(prompts))
+        raw = store.predict(network, store.schedule.add_noise(x0, noise, t), t, cond)
         loss = (raw - (noise - x0)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
