@@ -65,7 +65,7 @@ def untrained(folder: Path) -> None:
 
 
 def pool(store: Any, count: int) -> tuple[Tensor, Tensor, Any]:
-    """Latents [N, C, 16, 16] of random drawings, the number of each one's prompt, and the conditioning of all prompts."""
+    """Latents [N, C, 16, 16] of random drawings, their prompts by number, and the conditioning of all prompts."""
     from rlhf_t2i.families.base import Conditioning
     from zoo import data
 
