@@ -84,12 +84,15 @@ def pool(store: Any, count: int) -> tuple[Tensor, Tensor, Any]:
 
 def trained(folder: Path, seconds: float, batch: int = 48) -> None:
     """Train the transformer of a pipeline for so many CPU seconds, in place."""
+    from rlhf_t2i.families.base import Conditioning
     from rlhf_t2i.families.store import ModelStore
     from rlhf_t2i.recipe.schema import Models, StudentSettings
 
     store = ModelStore(Models(reference=str(folder), generator=str(folder)), StudentSettings(), torch.device("cpu"))
     network = store.generator_network().train()
     latents, prompts, conditions = pool(store, 4096)
+    tokens = store.conditioner.encoders["text_encoder"].config.max_position_embeddings
+    brief = Conditioning(conditions.tensors | {"prompt_embeds": conditions.tensors["prompt_embeds"][:, :tokens]})
     average = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.99))
     generator, step, began = torch.Generator().manual_seed(0), 0, time.process_time()
@@ -98,7 +101,10 @@ def trained(folder: Path, seconds: float, batch: int = 48) -> None:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100, max(0.05, 2 * (1 - spent / seconds)))
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < 0.1
-        cond = conditions[torch.where(dropped, len(conditions) - 1, prompts[chosen])]
+        # Without T5 the pipeline appends 256 zero vectors to every prompt; most of the training does without.
+        cond = (conditions if spent > 0.7 * seconds else brief)[
+            torch.where(dropped, len(conditions) - 1, prompts[chosen])
+        ]
         x0 = latents[chosen]
         t = 1000 * torch.randn(batch, generator=generator).sigmoid()
         noise = torch.randn(x0.shape, generator=generator)
