@@ -40,15 +40,16 @@ def keyed_noise(shape: Sequence[int], keys: Sequence[rng.Key], device: torch.dev
     return noise
 
 
-def sequential_noise(shapes: Sequence[Sequence[int]], seeds: Sequence[int], device: torch.device) -> Noise:
+def sequential_noise(
+    shapes: Sequence[Sequence[int]], generators: Sequence[torch.Generator], device: torch.device
+) -> Noise:
     """The noises that a diffusers pipeline draws from one ``torch.Generator`` per image.
 
     Args:
         shapes: Of one sample's noise 0 and of its later noises.
-        seeds: One per sample.
+        generators: One per sample.
         device: Where the noises are put.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn: list[Tensor] = []
 
     def noise(k: int) -> Tensor:

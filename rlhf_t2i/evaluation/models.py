@@ -185,14 +185,7 @@ class StudentModel(ImageModel):
 
     def image(self, prompt: str, generator: torch.Generator) -> Tensor:
         """See :class:`ImageModel`."""
-        drawn: list[Tensor] = []
-
-        def noise(k: int) -> Tensor:
-            while len(drawn) <= k:
-                drawn.append(torch.randn(1, *self.store.latent_shape, generator=generator).to(self.store.device))
-            return drawn[k]
-
-        return self._draw([prompt], noise)
+        return self._draw([prompt], self.store.sequential_noise([generator]))
 
     @torch.no_grad()
     def _draw(self, prompts: Sequence[str], noise: Noise) -> Tensor:

@@ -223,11 +223,11 @@ class ModelStore:
         """All roles of the process have their networks: what none of them holds is freed."""
         self._bases.clear()
 
-    def sequential_noise(self, seeds: Sequence[int]) -> Noise:
+    def sequential_noise(self, generators: Sequence[torch.Generator]) -> Noise:
         """The noises that the exported pipeline draws from one ``torch.Generator`` per image."""
         shape = tuple(self.latent_shape)
         packed = self.family.to_scheduler(torch.empty(1, *shape)).shape[1:]
-        noise = sequential_noise([shape, packed], seeds, self.device)
+        noise = sequential_noise([shape, packed], generators, self.device)
         return lambda k: noise(k) if k == 0 else self.family.from_scheduler(noise(k), *self.size)
 
     def generate(self, network: Any, prompts: Sequence[str], noise: Noise, depths: Tensor | None = None) -> Tensor:

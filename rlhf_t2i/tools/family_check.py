@@ -238,7 +238,7 @@ class _Checker:
         store = ModelStore(self.store.models, StudentSettings(steps=steps), self.store.device)
         network: Any = self.network.eval()
         with torch.no_grad():
-            ours = self.store.decoder.decode(store.generate(network, [PROMPT], store.sequential_noise([_SEED])))
+            ours = self.store.decoder.decode(store.generate(network, [PROMPT], store.sequential_noise([_generator()])))
         with TemporaryDirectory() as folder:
             write_model(store, network.state_dict(), Path(folder) / "model")
             pipeline = self._load(sources.parse(str(Path(folder) / "model")))

@@ -54,6 +54,18 @@ def test_sample_draws_what_a_plain_pipeline_draws(
     assert ours[1].tobytes() == load(str(out / "model")).sample(PROMPTS[1:], seed=6)[0].tobytes()
 
 
+@pytest.mark.parametrize("name", ["flux schnell"])
+def test_sample_draws_a_packed_schedulers_noise(name: str, tmp_path: Path) -> None:
+    """These pipelines draw the noise between steps from torch's global generator, in their scheduler's layout."""
+    out = exported(MODELS[name](tmp_path / "reference"), tmp_path, steps=4)
+    pipe: Any = DiffusionPipeline.from_pretrained(out / "model")
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    theirs = pipe(PROMPTS[0], num_inference_steps=4, guidance_scale=0, height=16, width=16).images[0]
+    (ours,) = load(str(out)).sample(PROMPTS[0], seed=5)
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
 def test_an_evaluations_noise_is_keyed_by_sample(tiny_sdxl: Path, tmp_path: Path) -> None:
     model = load(str(exported(tiny_sdxl, tmp_path, steps=4)))
     keys = [(0, "evaluation", index) for index in range(3)]
