@@ -228,7 +228,7 @@ class PipelineModel(ImageModel):
         height, width = self.store.size
         call: Callable[..., Any] = partial(
             self._pipeline, prompt=list(prompts), num_inference_steps=self._steps, height=height, width=width,
-            **self.store.family.plain_call() | {"guidance_scale": self._guidance},
+            **self.store.family.sampling_call(self._guidance, len(prompts)),
         )  # fmt: skip
         if self._plain_latents:
             fresh = [generator.clone_state() for generator in generators]

@@ -284,9 +284,20 @@ class Family(ABC):
         """The inverse of :meth:`to_scheduler`, for images of ``height`` x ``width`` pixels."""
         return latents
 
+    def pipeline_guidance(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """How the pipeline combines two raw outputs [B, C, h, w] of the network in classifier-free guidance.
+
+        For :mod:`rlhf_t2i.tools.family_check`. Training uses the linear form, whatever a pipeline adds to it.
+        """
+        return unconditional + scale * (conditional - unconditional)
+
     def guided_call(self, scale: float) -> dict[str, Any]:
         """Arguments of the pipeline's call for classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
         return {"guidance_scale": scale}
+
+    def sampling_call(self, scale: float, batch: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call that draw ``batch`` prompts in many steps with a user's guidance scale."""
+        return self.plain_call() | {"guidance_scale": scale}
 
     def plain_call(self) -> dict[str, Any]:
         """Arguments of the pipeline's call, besides ``num_inference_steps``, that draw with an exported generator."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class KLDecoder(Decoder):
         std: Per-channel standard deviation [C].
     """
 
-    block_names = ("ResnetBlock2D", "BasicTransformerBlock", "AutoencoderTinyBlock")
+    block_names: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock", "AutoencoderTinyBlock")
 
     def __init__(
         self, vae: nn.Module, shift: float = 0.0, mean: list[float] | None = None, std: list[float] | None = None

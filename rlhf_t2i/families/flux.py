@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.algorithm.schedules import FlowSchedule
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
 from rlhf_t2i.families.decoders import KLDecoder
-from rlhf_t2i.families.flow_matching import FlowFamily
-from rlhf_t2i.families.flow_schedulers import dynamic_shift
+from rlhf_t2i.families.flow_matching import PackedFlowFamily
 from rlhf_t2i.families.pipeline import bare_pipeline
 
 _T5_TOKENS = 512  # the pipeline's max_sequence_length
 _EMBEDDED_GUIDANCE = 3.5  # the pipeline's guidance_scale, which dev reads as an input
 
 
-class FluxFamily(FlowFamily):
+class FluxFamily(PackedFlowFamily):
     """FLUX.1-dev and FLUX.1-schnell.
 
     The network predicts ``eps - x_0`` of latents packed into tokens of 2 x 2, and is given s. dev reads a guidance
@@ -31,7 +29,6 @@ class FluxFamily(FlowFamily):
     network_part = "transformer"
     network_class = "FluxTransformer2DModel"
     decoder_classes = ("AutoencoderKL",)
-    patch_size = 2
     block_names = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     adapter_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -42,31 +39,6 @@ class FluxFamily(FlowFamily):
         self.schedule(16, 16)
         for part in ("text_encoder", "text_encoder_2"):
             self.part_class(part)
-
-    @property
-    def _channels(self) -> int:
-        return super()._channels // 4
-
-    def native_size(self) -> tuple[int, int]:
-        """1024 x 1024, the pipeline's default: the network names no size."""
-        return 1024, 1024
-
-    def schedule(self, height: int, width: int) -> FlowSchedule:
-        """See :meth:`Family.schedule`; the shift grows with the number of tokens where the scheduler says so."""
-        _, h, w = self.latent_shape(height, width)
-        return FlowSchedule(shift=dynamic_shift(self.scheduler_config, h * w // 4), time="sigma")
-
-    def to_scheduler(self, latents: Tensor) -> Tensor:
-        """Packed [B, h/2 * w/2, 4 C]; see :meth:`Family.to_scheduler`."""
-        from diffusers import FluxPipeline
-
-        return FluxPipeline._pack_latents(latents, *latents.shape)
-
-    def from_scheduler(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """See :meth:`Family.from_scheduler`."""
-        from diffusers import FluxPipeline
-
-        return FluxPipeline._unpack_latents(latents, height, width, self._factor(None))
 
     def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""

@@ -314,7 +314,8 @@ class PipelineFamily(Family):
         By its own class: AutoTokenizer would ask for a config.json that a downloaded snapshot does not hold.
         """
         tokenizer = weights.load_part(self.reference, part, self.part_class(part).from_pretrained)
-        config: Any = encoder.config
+        whole: Any = encoder.config
+        config = whole.get_text_config()  # of an encoder that also sees images
         # Without its files transformers builds a tokenizer of a handful of tokens and says nothing.
         if not 16 <= len(tokenizer) <= config.vocab_size:
             raise UsageError(

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.algorithm.losses import guided
 from rlhf_t2i.algorithm.schedules import FlowSchedule, VPSchedule
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Conditioning, Family
@@ -190,16 +189,16 @@ class _Checker:
         per_step = len(self.recording.calls) // _STEPS
         for call in self.recording.calls[-per_step:]:
             _, branches = self._match(call)
-            x_t, t = self._state(call)
-            raw = self._replay(call, branches)[1]
-            parts = self.store.schedule.to_x0(raw, x_t, t).chunk(len(branches))
+            parts = self._replay(call, branches)[1].chunk(len(branches))
             predictions |= dict(zip(branches, parts, strict=True))
-        conditional, unconditional = predictions["with"], predictions["without"]
+        x_t, t = (value[:1] for value in self._state(self.recording.calls[-1]))
         expected = self._unpacked(self.recording.latents)
-        errors = {
-            name: float((guided(conditional, unconditional, omega) - expected).abs().max())
-            for name, omega in (("omega", _GUIDANCE), ("one_plus", 1 + _GUIDANCE))
-        }
+
+        def error(omega: float) -> float:
+            raw = self.store.family.pipeline_guidance(predictions["with"], predictions["without"], omega)
+            return float((self.store.schedule.to_x0(raw, x_t, t) - expected).abs().max())
+
+        errors = {"omega": error(_GUIDANCE), "one_plus": error(1 + _GUIDANCE)}
         convention = min(errors, key=lambda name: errors[name])
         if errors[convention] > _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise CheckFailed(f"{errors[convention]:.2g} away from the last step's latents")
@@ -359,7 +358,9 @@ def _difference(theirs: Any, ours: Any, place: str) -> float:
         CheckFailed: They differ in structure.
     """
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        ignored = ("return_dict", "joint_attention_kwargs", "cross_attention_kwargs", "timestep_cond")
+        ignored = (
+            "return_dict", "attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs", "timestep_cond",
+        )  # fmt: skip
         keys = [key for key in {**theirs, **ours} if key not in ignored]
         return max((_difference(theirs.get(key), ours.get(key), f"{place}.{key}") for key in keys), default=0.0)
     if isinstance(theirs, list | tuple) and isinstance(ours, list | tuple) and len(theirs) == len(ours):
@@ -375,4 +376,6 @@ def _difference(theirs: Any, ours: Any, place: str) -> float:
         )
     if theirs is None and ours is None:
         return 0.0
+    if isinstance(theirs, int | float) and isinstance(ours, int | float):
+        return abs(theirs - ours)
     raise CheckFailed(f"{place} is {type(ours).__name__}, the pipeline's {type(theirs).__name__}")
