@@ -21,7 +21,7 @@ from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, StudentSettings
 from tests import tiny
-from tests.families.test_oracle import MODELS
+from tests.families.test_oracle import MODELS, SIDES
 
 PROMPTS = ["a red cat, smiling", "a gold whale"]
 
@@ -88,19 +88,31 @@ def test_a_many_step_model_draws_as_its_pipeline(tiny_sdxl: Path) -> None:
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["pixart sigma", "sd3", "flux dev", "flux2_klein", "z_image"])
+OWN_CALLS: dict[str, dict[str, Any]] = {
+    "pixart sigma": {"guidance_scale": 2.0, "clean_caption": False, "use_resolution_binning": False},
+    "sd3": {"guidance_scale": 2.0},
+    "flux dev": {"guidance_scale": 2.0},
+    "flux2_klein": {"guidance_scale": 2.0},
+    "z_image": {"guidance_scale": 2.0},
+    "sana": {"guidance_scale": 2.0, "use_resolution_binning": False},
+}
+
+
+@pytest.mark.parametrize("name", OWN_CALLS)
 def test_a_many_step_model_of_any_family_draws_as_its_pipeline(name: str, tmp_path: Path) -> None:
-    folder = MODELS[name](tmp_path)
-    model = Drawing(str(folder), steps=3, guidance=2.0, height=16, width=16).load()
+    folder, side = MODELS[name](tmp_path), SIDES.get(name, 16)
+    model = Drawing(str(folder), steps=3, guidance=2.0, height=side, width=side).load()
     pipe: Any = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    own = {"clean_caption": False, "use_resolution_binning": False} if "pixart" in name else {}
     theirs = pipe(
-        prompt=PROMPTS[0], num_inference_steps=3, guidance_scale=2.0, height=16, width=16,
-        generator=torch.Generator().manual_seed(3), **own,
+        prompt=PROMPTS[0], num_inference_steps=3, height=side, width=side,
+        generator=torch.Generator().manual_seed(3), **OWN_CALLS[name],
     ).images[0]  # fmt: skip
     (ours,) = model.sample(PROMPTS[0], seed=3)
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+    keys = [(0, index) for index in range(2)]
+    alone = [model.images([prompt], [key]) for prompt, key in zip(PROMPTS, keys, strict=True)]
+    torch.testing.assert_close(model.images(PROMPTS, keys), torch.cat(alone), rtol=0, atol=1e-4)
 
 
 def test_how_a_model_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ SIZES = {
     "black-forest-labs/FLUX.1-dev": ("flux", 11.901, (16, 128, 128), 4.885),
     "black-forest-labs/FLUX.2-klein-base-4B": ("flux2_klein", 3.876, (128, 64, 64), 4.022),
     "Tongyi-MAI/Z-Image": ("z_image", 6.155, (16, 128, 128), 4.022),
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": ("sana", 1.604, (32, 32, 32), 2.614),
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": ("sana", 1.605, (32, 32, 32), 2.614),
 }
 
 

@@ -12,13 +12,14 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import plan as planning
 from rlhf_t2i.tools.planning.devices import Rates
 from tests import tiny
-from tests.families.test_oracle import MODELS
+from tests.families.test_oracle import MODELS, SIDES
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_is_planned(name: str, tmp_path: Path) -> None:
     folder = MODELS[name](tmp_path)
-    models = {"reference": str(folder), "generator": str(folder), "height": 16, "width": 16}
+    side = SIDES.get(name, 16)
+    models = {"reference": str(folder), "generator": str(folder), "height": side, "width": side}
     settings = {"batch_size": 2, "generator": {"lora": {"rank": 2}}}
 
     def recipe(checkpointing: bool) -> Recipe:
