@@ -153,6 +153,50 @@ def make_sana(folder: Path, seed: int = 0, timestep_scale: float = 1.0) -> Path:
     return tiny.save(pipeline, folder)
 
 
+def make_qwen_image(folder: Path, seed: int = 0) -> Path:
+    """A QwenImagePipeline folder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    tokenizer = tiny.make_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    network = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    _randomize(network.proj_out)
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=make_qwen_vae(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=network,
+    )
+    return tiny.save(pipeline, folder)
+
+
+def make_qwen_vae() -> Any:
+    """The video autoencoder of Qwen-Image; one of its two levels is also halved in time."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
+        latents_mean=[0.3, -0.2, 0.1, -0.4], latents_std=[1.5, 0.8, 2.0, 1.2],
+    )  # fmt: skip
+
+
 def _qwen3(layers: int = 2) -> tuple[Any, Any]:
     """A text encoder of Qwen3's architecture, and a tokenizer with a chat template."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -54,7 +54,7 @@ def test_sample_draws_what_a_plain_pipeline_draws(
     assert ours[1].tobytes() == load(str(out / "model")).sample(PROMPTS[1:], seed=6)[0].tobytes()
 
 
-@pytest.mark.parametrize("name", ["flux schnell"])
+@pytest.mark.parametrize("name", ["flux schnell", "qwen_image"])
 def test_sample_draws_a_packed_schedulers_noise(name: str, tmp_path: Path) -> None:
     """These pipelines draw the noise between steps from torch's global generator, in their scheduler's layout."""
     out = exported(MODELS[name](tmp_path / "reference"), tmp_path, steps=4)
@@ -95,6 +95,7 @@ OWN_CALLS: dict[str, dict[str, Any]] = {
     "flux2_klein": {"guidance_scale": 2.0},
     "z_image": {"guidance_scale": 2.0},
     "sana": {"guidance_scale": 2.0, "use_resolution_binning": False},
+    "qwen_image": {"true_cfg_scale": 2.0, "negative_prompt": " "},
 }
 
 

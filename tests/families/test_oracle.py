@@ -23,6 +23,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "flux2_klein": tiny_families.make_flux2_klein,
     "z_image": tiny_families.make_z_image,
     "sana": tiny_families.make_sana,
+    "qwen_image": tiny_families.make_qwen_image,
 }
 SIDES = {"sana": 32}
 """Pixels of images whose pipeline takes multiples of that alone; the others draw 16 x 16."""

@@ -18,6 +18,7 @@ SIZES = {
     "Tongyi-MAI/Z-Image": ("z_image", 6.155, (16, 128, 128), 4.022),
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": ("sana", 1.604, (32, 32, 32), 2.614),
     "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": ("sana", 1.605, (32, 32, 32), 2.614),
+    "Qwen/Qwen-Image": ("qwen_image", 20.430, (16, 128, 128), 8.292),
 }
 
 

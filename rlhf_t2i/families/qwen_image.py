@@ -1,0 +1,148 @@
+"""Qwen-Image: a flow-matching transformer on packed latents of a video autoencoder, conditioned by Qwen2.5-VL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
+from rlhf_t2i.families.flow_matching import PackedFlowFamily
+from rlhf_t2i.families.one_frame import OneFrameDecoder
+from rlhf_t2i.families.pipeline import bare_pipeline
+
+_TOKENS = 512  # the pipeline's max_sequence_length
+_EMPTY = " "  # the negative prompt of the published examples, which is no empty string
+
+
+class QwenImageFamily(PackedFlowFamily):
+    """Qwen-Image.
+
+    The network predicts ``eps - x_0`` of latents packed into tokens of 2 x 2, and is given s. Prompts are ragged: they
+    travel padded with a mask, and a batch is cut to its longest one, as in the pipeline. The pipeline rescales every
+    token of the guided prediction to the norm of the conditional one; training differentiates the linear form.
+    """
+
+    name = "qwen_image"
+    pipelines = ("QwenImagePipeline",)
+    network_part = "transformer"
+    network_class = "QwenImageTransformer2DModel"
+    decoder_classes = ("AutoencoderKLQwenImage",)
+    block_names = ("QwenImageTransformerBlock",)
+    adapter_targets = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        self.schedule(16, 16)
+        self.part_class("text_encoder")
+        for key in ("guidance_embeds", "use_additional_t_cond"):
+            if self.network_config.get(key):
+                raise UsageError(f"{self._network_place}: {key} is true, an input that a QwenImagePipeline cannot give")
+
+    def check_decoder(self, source: Any) -> None:
+        """See :meth:`Family.check_decoder`."""
+        config, place = self.decoder_config(source), f"{self._decoder_place(source)}/config.json"
+        channels = config.get("z_dim", 16)
+        for key in ("latents_mean", "latents_std"):
+            numbers = config.get(key)
+            if numbers is not None and (not isinstance(numbers, list) or len(numbers) != channels):
+                raise UsageError(f"{place}: {key} is not one number per channel: the file is damaged")
+        if channels != self._channels:
+            self._refuse_channels(source, channels)
+
+    def _factor(self, source: Any) -> int:
+        halvings = self.decoder_config(source).get("temperal_downsample", [False, True, True])
+        if not isinstance(halvings, list) or not 1 <= len(halvings) <= 16:
+            raise UsageError(f"{self._decoder_place(source)}/config.json: temperal_downsample is no list: damaged")
+        return int(2 ** len(halvings))
+
+    def build_network(self) -> nn.Module:
+        """See :meth:`Family.build_network`; with its rotary frequencies, which no state dict holds."""
+        network: Any = super().build_network()
+        rope = network.pos_embed
+        with torch.device("cpu"):
+            network.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
+        return network
+
+    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """See :meth:`Family.predict`."""
+        count, _, h, w = x_t.shape
+        embeds, mask = _cut(cond.tensors["prompt_embeds"].to(x_t.dtype), cond.tensors["prompt_mask"])
+        packed = network(
+            hidden_states=self.to_scheduler(x_t.contiguous()),
+            timestep=time,
+            encoder_hidden_states_mask=mask,
+            encoder_hidden_states=embeds,
+            img_shapes=[[(1, h // 2, w // 2)]] * count,
+            return_dict=False,
+        )[0]
+        factor = self._factor(None)
+        return self.from_scheduler(packed, h * factor, w * factor)
+
+    def pipeline_guidance(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """See :meth:`Family.pipeline_guidance`; every token keeps the norm of the conditional prediction."""
+        height, width = (side * self._factor(None) for side in conditional.shape[2:])
+        kept = self.to_scheduler(conditional)
+        guided = self.to_scheduler(super().pipeline_guidance(conditional, unconditional, scale))
+        guided = guided * (kept.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        return self.from_scheduler(guided, height, width)
+
+    def guided_call(self, scale: float) -> dict[str, Any]:
+        """See :meth:`Family.guided_call`."""
+        return self.sampling_call(scale, 1)
+
+    def sampling_call(self, scale: float, batch: int) -> dict[str, Any]:
+        """See :meth:`Family.sampling_call`."""
+        return {"true_cfg_scale": scale, "negative_prompt": [_EMPTY] * batch}
+
+    def plain_call(self) -> dict[str, Any]:
+        """See :meth:`Family.plain_call`; without a negative prompt nothing is guided."""
+        return {"true_cfg_scale": 1.0}
+
+    def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
+        """See :meth:`Family.load_conditioner`."""
+        encoder = self.text_encoder("text_encoder", dtype)
+        return _QwenConditioner(encoder, self.tokenizer("tokenizer", encoder))
+
+    def make_decoder(self, vae: nn.Module) -> Decoder:
+        """See :meth:`PipelineFamily.make_decoder`."""
+        return OneFrameDecoder(vae)
+
+    def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
+        """See :meth:`Family.example_conditioning`; prompts of the greatest length."""
+        embeds = torch.empty(batch, _TOKENS, self.network_config["joint_attention_dim"], dtype=dtype)
+        return Conditioning({"prompt_embeds": embeds, "prompt_mask": torch.empty(embeds.shape[:2], dtype=torch.bool)})
+
+
+def _cut(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A padded batch at the length of its longest prompt; no mask where all are as long, or on the meta device."""
+    if mask.is_meta:
+        return embeds, None
+    longest = int(mask.sum(1).max())
+    mask = mask[:, :longest]
+    return embeds[:, :longest], None if bool(mask.all()) else mask
+
+
+class _QwenConditioner(Conditioner):
+    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
+        from diffusers import QwenImagePipeline
+
+        super().__init__()
+        self.encoder = encoder
+        self._pipeline = bare_pipeline(QwenImagePipeline, text_encoder=encoder, tokenizer=tokenizer)
+
+    def encode_one(self, prompt: str) -> dict[str, Tensor]:
+        """See :meth:`Conditioner.encode_one`."""
+        device = next(self.encoder.parameters()).device
+        (embeds,), _ = self._pipeline.encode_prompt(prompt, device=device, max_sequence_length=_TOKENS)
+        mask = torch.arange(_TOKENS, device=device) < len(embeds)
+        padding = _TOKENS - len(embeds)
+        return {"prompt_embeds": nn.functional.pad(embeds.float(), (0, 0, 0, padding)), "prompt_mask": mask}
+
+    def unconditional_row(self) -> dict[str, Tensor]:
+        """See :meth:`Conditioner.unconditional_row`."""
+        return {name: tensor[0] for name, tensor in self.encode([_EMPTY]).tensors.items()}
