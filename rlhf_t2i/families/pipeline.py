@@ -57,10 +57,12 @@ class PipelineFamily(Family):
     def scheduler_config(self) -> Config:
         """The configuration of the scheduler that the network was trained with.
 
-        An exported model's own scheduler may be cut off where its generator starts; the whole one is beside it.
+        An exported model's own scheduler is made for its generator's steps; the reference's is beside it.
         """
         config = sources.read_json(self.reference, "scheduler/scheduler_config.json")
-        if config.get("trained_betas") is None:
+        # On the hub the second file is asked for only where the first one is surely an export's.
+        cut = config.get("trained_betas") is not None or config.get("_class_name") == "FlowMatchLCMScheduler"
+        if not (cut or self.reference.is_local):
             return config
         return sources.find_json(self.reference, f"scheduler/{_TRAINING_SCHEDULER}") or config
 

@@ -99,6 +99,16 @@ def test_a_plain_pipeline_call_draws_the_exported_students_images(
     torch.testing.assert_close(again.schedule.alphas_cumprod, models.schedule.alphas_cumprod)
 
 
+@pytest.mark.parametrize("transition", ["stochastic", "deterministic"])
+def test_an_exported_flow_model_is_a_reference_with_its_own_shift(
+    transition: str, tiny_sd3: Path, tmp_path: Path
+) -> None:
+    models = store(tiny_sd3, {"steps": 4, "transition": transition})
+    write_model(models, models.generator_network().state_dict(), tmp_path / "model")
+    assert models.schedule.default_law().shift == 3.0
+    assert store(tmp_path / "model").schedule.default_law() == models.schedule.default_law()
+
+
 @pytest.mark.parametrize("steps", [2, 3, 7, 8, 64])
 @pytest.mark.parametrize("transition", ["stochastic", "deterministic"])
 def test_the_default_steps_are_those_of_the_exported_scheduler(steps: int, transition: str, tiny_sdxl: Path) -> None:
