@@ -117,39 +117,46 @@ def make_flux2_klein(folder: Path, seed: int = 0) -> Path:
     return tiny.save(pipeline, folder)
 
 
-def make_sana(folder: Path, seed: int = 0, timestep_scale: float = 1.0) -> Path:
-    """A SanaPipeline folder; with ``timestep_scale`` 0.001 in the layout of SANA-Sprint's teacher."""
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+def make_sana(folder: Path, seed: int = 0, sprint: bool = False) -> Path:
+    """A folder of a SanaPipeline in the layout of SANA-1.5, or of a SanaSprintPipeline of the same parts."""
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaSprintPipeline,
+        SanaTransformer2DModel,
+        SCMScheduler,
+    )
     from transformers import Gemma2Config, Gemma2Model
 
     torch.manual_seed(seed)
     tokenizer = tiny.make_tokenizer()
     tokenizer.model_max_length = 4096  # letter by letter, the pipeline's instruction is long
-    network = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=WIDTH,
-        sample_size=8, timestep_scale=timestep_scale,
-        qk_norm="rms_norm_across_heads" if timestep_scale != 1 else None,
-    )  # fmt: skip
-    encoder = Gemma2Config(
+    config = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
     )  # fmt: skip
     blocks, channels, scales = ("ResBlock", "EfficientViTBlock"), (8, 8), ((), (5,))
-    pipeline = SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=Gemma2Model(encoder),
-        vae=AutoencoderDC(
-            latent_channels=4, attention_head_dim=4, encoder_block_types=blocks, decoder_block_types=blocks,
-            encoder_block_out_channels=channels, decoder_block_out_channels=channels, encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
-            downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407,
-        ),
-        transformer=network,
-        scheduler=DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+    # In this order: the parts that both pipelines have are of one draw.
+    encoder, vae = Gemma2Model(config), AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=channels, decoder_block_out_channels=channels, encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=scales, decoder_qkv_multiscales=scales,
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407,
     )  # fmt: skip
+    network = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=WIDTH,
+        sample_size=8, qk_norm="rms_norm_across_heads", guidance_embeds=sprint,
+    )  # fmt: skip
+    solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipeline = (SanaSprintPipeline if sprint else SanaPipeline)(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=vae,
+        transformer=network,
+        scheduler=SCMScheduler() if sprint else DPMSolverMultistepScheduler(**solver),
+    )
     return tiny.save(pipeline, folder)
 
 

@@ -149,7 +149,9 @@ class Drawing:
         store.family.check_decoder(store.vae)
         _ = store.latent_shape
         if chosen.model != base:
-            store.family.check_structure(sources.parse(chosen.model), "the model")
+            # A many-step model is drawn by the base's own pipeline.
+            family = store.family if student is None else store.generator_family
+            family.check_structure(sources.parse(chosen.model), "the model")
         if student is None:
             return PipelineModel(store, chosen.steps or DEFAULT_STEPS, chosen.guidance)
         _ = store.student
@@ -228,7 +230,7 @@ class PipelineModel(ImageModel):
         height, width = self.store.size
         call: Callable[..., Any] = partial(
             self._pipeline, prompt=list(prompts), num_inference_steps=self._steps, height=height, width=width,
-            **self.store.family.sampling_call(self._guidance, len(prompts)),
+            **self.store.family.sampling_call(self._steps, self._guidance, len(prompts)),
         )  # fmt: skip
         if self._plain_latents:
             fresh = [generator.clone_state() for generator in generators]

@@ -149,6 +149,8 @@ class Family(ABC):
     """Class names of the repeated blocks that ``optimization.compile`` compiles one by one."""
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the linear layers that take LoRA by default."""
+    guides: ClassVar[bool] = True
+    """Whether the pipeline has classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
 
     def __init__(self, reference: ModelRef, index: Mapping[str, Any]) -> None:
         self.reference, self.index = reference, dict(index)
@@ -207,6 +209,17 @@ class Family(ABC):
         Raises:
             UsageError: One sentence naming the folder.
         """
+
+    def for_generator(self, source: ModelRef) -> Family:
+        """The family that loads, calls and exports a generator: this one, unless its network has inputs of its own.
+
+        Args:
+            source: The generator.
+
+        Raises:
+            UsageError: Its configuration is missing or damaged.
+        """
+        return self
 
     def network_place(self, source: ModelRef) -> ModelRef:
         """Where a network's weights are; equal for two ways to name the same ones."""
@@ -291,16 +304,29 @@ class Family(ABC):
         """
         return unconditional + scale * (conditional - unconditional)
 
-    def guided_call(self, scale: float) -> dict[str, Any]:
+    def sampler_for_check(self) -> Any:
+        """A scheduler with which the pipeline's last step ends at the (guided) x0-prediction.
+
+        For :mod:`rlhf_t2i.tools.family_check`. None stands for diffusers' Euler scheduler of the schedule.
+        """
+        return None
+
+    def sampling_call(self, steps: int, scale: float, batch: int = 1) -> dict[str, Any]:
+        """Arguments of the pipeline's call that draw a batch in many steps with a user's guidance scale.
+
+        Args:
+            steps: Sampling steps.
+            scale: Of classifier-free guidance, where the pipeline has it.
+            batch: Prompts in the call.
+        """
+        return self.plain_call(steps) | {"guidance_scale": scale}
+
+    def guided_call(self, steps: int, scale: float) -> dict[str, Any]:
         """Arguments of the pipeline's call for classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
-        return {"guidance_scale": scale}
+        return self.sampling_call(steps, scale)
 
-    def sampling_call(self, scale: float, batch: int) -> dict[str, Any]:
-        """Arguments of the pipeline's call that draw ``batch`` prompts in many steps with a user's guidance scale."""
-        return self.plain_call() | {"guidance_scale": scale}
-
-    def plain_call(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call, besides ``num_inference_steps``, that draw with an exported generator."""
+    def plain_call(self, steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call that draw with an exported generator of so many steps."""
         return {"guidance_scale": 0.0}
 
     @abstractmethod

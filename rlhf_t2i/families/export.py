@@ -90,7 +90,7 @@ def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) 
     """
     dtype = torch.float32 if store.dtype == torch.float32 else torch.float16
     with files.atomic_dir(target) as folder:
-        store.family.export(folder, weights, store.student, dtype, store.vae)
+        store.generator_family.export(folder, weights, store.student, dtype, store.vae)
         files.write_json(folder / STUDENT, asdict(StudentFile.of(store.student, *store.size)))
         manifest.write(folder)
 
@@ -108,5 +108,5 @@ def write_adapter(store: ModelStore, factors: Mapping[str, Tensor], target: Path
     """
     dtype = torch.float32 if store.dtype == torch.float32 else torch.float16
     with files.atomic_dir(target) as folder:
-        store.family.export_adapter(folder, {name: factor.to(dtype) for name, factor in factors.items()})
+        store.generator_family.export_adapter(folder, {name: factor.to(dtype) for name, factor in factors.items()})
         manifest.write(folder)

@@ -87,11 +87,11 @@ class FluxFamily(PackedFlowFamily):
         }
         return Conditioning(tensors | ({"guidance": torch.empty(batch)} if self._reads_guidance else {}))
 
-    def guided_call(self, scale: float) -> dict[str, Any]:
+    def guided_call(self, steps: int, scale: float) -> dict[str, Any]:
         """See :meth:`Family.guided_call`."""
         return {"guidance_scale": _EMBEDDED_GUIDANCE, "true_cfg_scale": scale, "negative_prompt": ""}
 
-    def plain_call(self) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, Any]:
         """See :meth:`Family.plain_call`; without ``guidance_scale`` the pipeline passes its own 3.5."""
         return {"guidance_scale": _EMBEDDED_GUIDANCE}
 

@@ -51,11 +51,7 @@ class PixArtFamily(VPFamily):
         )[0]
         return output[:, : x_t.shape[1]]
 
-    def guided_call(self, scale: float) -> dict[str, Any]:
-        """See :meth:`Family.guided_call`."""
-        return self.plain_call() | {"guidance_scale": scale}
-
-    def plain_call(self) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, Any]:
         """See :meth:`Family.plain_call`.
 
         Prompts are encoded as they are: what the pipeline's own cleaning does depends on the packages installed.

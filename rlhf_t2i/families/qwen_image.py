@@ -91,15 +91,11 @@ class QwenImageFamily(PackedFlowFamily):
         guided = guided * (kept.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return self.from_scheduler(guided, height, width)
 
-    def guided_call(self, scale: float) -> dict[str, Any]:
-        """See :meth:`Family.guided_call`."""
-        return self.sampling_call(scale, 1)
-
-    def sampling_call(self, scale: float, batch: int) -> dict[str, Any]:
+    def sampling_call(self, steps: int, scale: float, batch: int = 1) -> dict[str, Any]:
         """See :meth:`Family.sampling_call`."""
         return {"true_cfg_scale": scale, "negative_prompt": [_EMPTY] * batch}
 
-    def plain_call(self) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, Any]:
         """See :meth:`Family.plain_call`; without a negative prompt nothing is guided."""
         return {"true_cfg_scale": 1.0}
 

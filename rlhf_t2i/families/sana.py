@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm.schedules import FlowSchedule, TimeArgument
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
-from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
+from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family
 from rlhf_t2i.families.decoders import KLDecoder
 from rlhf_t2i.families.flow_matching import FlowFamily
 from rlhf_t2i.families.pipeline import bare_pipeline
+from rlhf_t2i.families.sources import ModelRef
 
 _TOKENS = 300  # the pipeline's max_sequence_length: every prompt is padded to it, and the padding masked
 _TIMES: dict[float, TimeArgument] = {1.0: "thousandths", 0.001: "sigma"}
@@ -22,7 +24,7 @@ _TIMES: dict[float, TimeArgument] = {1.0: "thousandths", 0.001: "sigma"}
 
 
 class SanaFamily(FlowFamily):
-    """SANA and SANA-1.5, and the teacher of SANA-Sprint.
+    """SANA and SANA-1.5; a generator may be SANA-Sprint.
 
     The network predicts ``eps - x_0``. A prompt is encoded behind the pipeline's instruction to enhance it; the
     unconditional branch is the empty prompt without that instruction.
@@ -34,18 +36,20 @@ class SanaFamily(FlowFamily):
     network_class = "SanaTransformer2DModel"
     decoder_classes = ("AutoencoderDC",)
     block_names = ("SanaTransformerBlock",)
+    reads_guidance: ClassVar[bool] = False
+    """Whether the network is given a guidance scale, as SANA-Sprint's is."""
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
         self.schedule(0, 0)
         self.native_size()
         self.part_class("text_encoder")
-        for key, value in {"patch_size": 1, "guidance_embeds": False}.items():
+        for key, value in {"patch_size": 1, "guidance_embeds": self.reads_guidance}.items():
             found = self.network_config.get(key, value)
             if found != value:
                 raise UsageError(
-                    f"{self._network_place}: {key} is {sources.printable(found)}; a SanaPipeline calls only networks "
-                    f"with {value}"
+                    f"{self._network_place}: {key} is {sources.printable(found)}; a {self.pipelines[0]} calls only "
+                    f"networks with {value}"
                 )
 
     def schedule(self, height: int, width: int) -> FlowSchedule:
@@ -71,15 +75,25 @@ class SanaFamily(FlowFamily):
             encoder_attention_mask=cond.tensors["prompt_mask"],
             timestep=time,
             return_dict=False,
+            **self.inputs(x_t),
         )[0]
 
-    def guided_call(self, scale: float) -> dict[str, Any]:
-        """See :meth:`Family.guided_call`."""
-        return self.plain_call() | {"guidance_scale": scale}
+    def inputs(self, x_t: Tensor) -> dict[str, Tensor]:
+        """What the network is given besides latents, time and prompts."""
+        return {}
 
-    def plain_call(self) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, Any]:
         """See :meth:`Family.plain_call`; binning changes nothing at the model's own size."""
         return {"guidance_scale": 0.0, "use_resolution_binning": False}
+
+    def for_generator(self, source: ModelRef) -> Family:
+        """See :meth:`Family.for_generator`; a generator may be SANA-Sprint."""
+        from rlhf_t2i.families.sana_sprint import SanaSprintFamily
+
+        bare = source.file is not None or (source.is_local and Path(source.location).is_file())
+        if bare or not self._other_config(source, "models.generator").get("guidance_embeds"):
+            return self
+        return SanaSprintFamily(self.reference, self.index, source)
 
     def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
         """See :meth:`Family.load_conditioner`."""

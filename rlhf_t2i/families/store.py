@@ -61,11 +61,10 @@ class ModelStore:
         self.family.check()
         self.family.check_decoder(vae)
         _ = self.latent_shape, self.schedule
-        for key in ("generator", "assistant"):
-            text = getattr(self.models, key)
-            if text is not None:
-                self.family.check_structure(sources.parse(text), f"models.{key}")
-        self.family.check_export(self.student, vae)
+        self.generator_family.check_structure(sources.parse(self.models.generator), "models.generator")
+        if self.models.assistant is not None:
+            self.family.check_structure(sources.parse(self.models.assistant), "models.assistant")
+        self.generator_family.check_export(self.student, vae)
         if self.models.embeddings is not None:
             embeddings.check(files.expanded(self.models.embeddings))
         if self.models.vae_slicing or self.models.vae_tiling:
@@ -75,6 +74,11 @@ class ModelStore:
     def family(self) -> Family:
         """The family of the reference."""
         return registry.find(sources.parse(self.models.reference))
+
+    @cached_property
+    def generator_family(self) -> Family:
+        """The family of the generator: the reference's, or one beside it whose network has inputs of its own."""
+        return self.family.for_generator(sources.parse(self.models.generator))
 
     @cached_property
     def vae(self) -> sources.ModelRef | None:
@@ -104,8 +108,9 @@ class ModelStore:
         Raises:
             UsageError: A timestep at which the network's prediction gives no image.
         """
-        settings, schedule = self._student, self.schedule
-        taus = settings.timesteps or self.family.default_timesteps(settings.steps)
+        family, settings = self.generator_family, self._student
+        schedule = self.schedule if family is self.family else family.schedule(*self.size)
+        taus = settings.timesteps or family.default_timesteps(settings.steps)
         outside = next((tau for tau in taus if not schedule.first <= tau <= schedule.last), None)
         if outside is not None:
             raise UsageError(
@@ -183,14 +188,14 @@ class ModelStore:
 
     def reference_network(self) -> nn.Module:
         """A frozen copy of the reference's network, in the compute dtype."""
-        network = self._network(self.family.reference, self.dtype, shared=True)
+        network = self._network(self.family, self.family.reference, self.dtype, shared=True)
         return freeze_convs(network.to(dtype=self.dtype, memory_format=torch.channels_last))
 
     def assistant_network(self, base: torch.dtype | None = None) -> nn.Module:
         """The assistant's network, from the reference unless the recipe says; see :meth:`generator_network`."""
         text = self.models.assistant
         source = self.family.reference if text is None else sources.parse(text)
-        return self._network(source, base or torch.float32, shared=base is not None)
+        return self._network(self.family, source, base or torch.float32, shared=base is not None)
 
     def generator_network(self, base: torch.dtype | None = None) -> nn.Module:
         """The generator's network, to be trained or sampled.
@@ -199,22 +204,23 @@ class ModelStore:
             base: The dtype of weights that adapters will leave as they are, and that may be another role's, too; None
                 for float32 weights of its own.
         """
-        return self._network(sources.parse(self.models.generator), base or torch.float32, shared=base is not None)
+        source = sources.parse(self.models.generator)
+        return self._network(self.generator_family, source, base or torch.float32, shared=base is not None)
 
-    def _network(self, source: ModelRef, dtype: torch.dtype, shared: bool) -> nn.Module:
+    def _network(self, family: Family, source: ModelRef, dtype: torch.dtype, shared: bool) -> nn.Module:
         if shared:
-            key = self.family.network_place(source), dtype
+            key = family.network_place(source), dtype
             if key not in self._bases:
-                self._bases[key] = self._load(source, dtype).requires_grad_(False)
+                self._bases[key] = self._load(family, source, dtype).requires_grad_(False)
             network = twin(self._bases[key])
         else:
-            network = self._load(source, dtype)
+            network = self._load(family, source, dtype)
         if self._compiled:
-            compile_blocks(network, self.family.block_names)
+            compile_blocks(network, family.block_names)
         return network
 
-    def _load(self, source: ModelRef, dtype: torch.dtype) -> nn.Module:
-        network = nn.Module.float(self.family.load_network(source))  # diffusers' own warns
+    def _load(self, family: Family, source: ModelRef, dtype: torch.dtype) -> nn.Module:
+        network = nn.Module.float(family.load_network(source))  # diffusers' own warns
         for parameter in network.parameters():  # buffers stay float32, as DeepSpeed leaves them
             parameter.data = parameter.data.to(dtype)
         return network.to(self.device)
@@ -239,11 +245,11 @@ class ModelStore:
             noise: See :data:`rlhf_t2i.algorithm.student.Noise`.
             depths: The step at which each sample ends [B] (training); all K steps when None.
         """
-        cond = self.conditioner.encode(prompts)
+        cond, schedule = self.conditioner.encode(prompts), self.student.schedule
 
         def predict(x_t: Tensor, t: Tensor, samples: Tensor) -> Tensor:
             part = cond if len(samples) == len(prompts) else cond[samples.to(self.device)]
-            return self.denoise(network, x_t, t, part)
+            return schedule.to_x0(self._call(self.generator_family, schedule, network, x_t, t, part), x_t, t)
 
         return self.student.sample(predict, noise) if depths is None else self.student.rollout(predict, noise, depths)
 
@@ -251,18 +257,23 @@ class ModelStore:
         """The raw output of a network [B, C, h, w], float32.
 
         Args:
-            network: A network of the family, or the training engine that wraps one.
+            network: The reference's network or the assistant's, or the training engine that wraps it.
             x_t: [B, C, h, w].
             t: Timesteps [B] in thousandths.
             cond: The conditioning of the batch.
         """
+        return self._call(self.family, self.schedule, network, x_t, t, cond)
+
+    def _call(
+        self, family: Family, schedule: Schedule, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning
+    ) -> Tensor:
         module: Any = getattr(network, "module", network)
         weights = next(module.parameters()).dtype
         # float32 weights compute under autocast, weights of the compute dtype as they are.
         mixed = weights == torch.float32 and self.dtype != torch.float32
         with torch.autocast(x_t.device.type, self.dtype) if mixed else nullcontext():
-            time = self.schedule.network_time(t).to(x_t.device)
-            return self.family.predict(network, x_t.to(weights), time, cond).float()
+            time = schedule.network_time(t).to(x_t.device)
+            return family.predict(network, x_t.to(weights), time, cond).float()
 
     def denoise(self, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The x0-prediction ``D(x_t)`` of a network [B, C, h, w]; arguments as for :meth:`predict`."""

@@ -112,8 +112,10 @@ class _Checker:
         import diffusers
 
         pipeline = self._load(self.store.family.reference)
-        config = pipeline.scheduler.config
-        if isinstance(self.store.schedule, FlowSchedule):
+        config, own = pipeline.scheduler.config, self.store.family.sampler_for_check()
+        if own is not None:
+            pipeline.scheduler = own
+        elif isinstance(self.store.schedule, FlowSchedule):
             pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         else:  # other spacings visit timesteps between two whole ones
             pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
@@ -154,7 +156,7 @@ class _Checker:
         with _replaced(self.network, "forward", record), _replaced(self.pipeline.scheduler, "step", record_step):
             found.image = self.pipeline(
                 prompt=PROMPT, num_inference_steps=_STEPS, height=height, width=width, generator=_generator(),
-                output_type="pt", **self.store.family.guided_call(_GUIDANCE),
+                output_type="pt", **self.store.family.guided_call(_STEPS, _GUIDANCE),
             ).images  # fmt: skip
         return found
 
@@ -194,15 +196,22 @@ class _Checker:
         x_t, t = (value[:1] for value in self._state(self.recording.calls[-1]))
         expected = self._unpacked(self.recording.latents)
 
-        def error(omega: float) -> float:
-            raw = self.store.family.pipeline_guidance(predictions["with"], predictions["without"], omega)
+        def error(raw: Tensor) -> float:
             return float((self.store.schedule.to_x0(raw, x_t, t) - expected).abs().max())
 
-        errors = {"omega": error(_GUIDANCE), "one_plus": error(1 + _GUIDANCE)}
+        family, conditional = self.store.family, predictions["with"]
+        if family.guides:
+            scales = {"guidance convention omega": _GUIDANCE, "guidance convention one_plus": 1 + _GUIDANCE}
+            errors = {
+                name: error(family.pipeline_guidance(conditional, predictions["without"], scale))
+                for name, scale in scales.items()
+            }
+        else:
+            errors = {"which is not guided": error(conditional)}
         convention = min(errors, key=lambda name: errors[name])
         if errors[convention] > _TOLERANCE * max(1.0, float(expected.abs().max())):
             raise CheckFailed(f"{errors[convention]:.2g} away from the last step's latents")
-        return f"within {errors[convention]:.1g} of the last step's latents, guidance convention {convention}"
+        return f"within {errors[convention]:.1g} of the last step's latents, {convention}"
 
     def _match(self, call: _Call) -> tuple[float, tuple[str, ...]]:
         """How far the family's call is from a recorded one, and the branches of guidance that it holds, in order."""
@@ -246,7 +255,7 @@ class _Checker:
             with _replaced(pipeline.scheduler, "step", _with_generator(pipeline.scheduler.step, generator)):
                 theirs = pipeline.to(store.device)(
                     prompt=PROMPT, num_inference_steps=steps, generator=generator, output_type="pt", height=height,
-                    width=width, **store.family.plain_call(),
+                    width=width, **store.family.plain_call(steps),
                 ).images  # fmt: skip
         return _close(ours, theirs, "the plain pipeline's image", 10 * _TOLERANCE)
 

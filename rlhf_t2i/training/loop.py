@@ -175,7 +175,7 @@ class Trainer:
         export.write_model(store, weights, self.out.model)
         trained = recipe.optimization.generator
         # The moving average of merged weights has no low-rank factors: then the merged model is all there is.
-        if trained.lora is not None and store.family.loads_adapters and self._evaluator.weights == "raw":
+        if trained.lora is not None and store.generator_family.loads_adapters and self._evaluator.weights == "raw":
             export.write_adapter(store, self.cluster.call_all("learner", "adapter")[0], self.out.adapter)
 
     def _stop_if_requested(self) -> None:

@@ -23,9 +23,10 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "flux2_klein": tiny_families.make_flux2_klein,
     "z_image": tiny_families.make_z_image,
     "sana": tiny_families.make_sana,
+    "sana_sprint": lambda folder: tiny_families.make_sana(folder, sprint=True),
     "qwen_image": tiny_families.make_qwen_image,
 }
-SIDES = {"sana": 32}
+SIDES = {"sana": 32, "sana_sprint": 32}
 """Pixels of images whose pipeline takes multiples of that alone; the others draw 16 x 16."""
 
 

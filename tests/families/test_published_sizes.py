@@ -18,6 +18,7 @@ SIZES = {
     "Tongyi-MAI/Z-Image": ("z_image", 6.155, (16, 128, 128), 4.022),
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": ("sana", 1.604, (32, 32, 32), 2.614),
     "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": ("sana", 1.605, (32, 32, 32), 2.614),
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers": ("sana_sprint", 1.610, (32, 32, 32), 2.614),
     "Qwen/Qwen-Image": ("qwen_image", 20.430, (16, 128, 128), 8.292),
 }
 
@@ -40,7 +41,12 @@ def test_sizes_are_the_published_ones(model: str) -> None:
         ("stabilityai/stable-diffusion-3.5-large-turbo", "stabilityai/stable-diffusion-3.5-large"),
         ("black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-base-4B"),
         ("Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image"),
+        (
+            "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers",
+            "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+        ),
     ],
 )
 def test_distilled_models_have_the_structure_of_their_references(generator: str, reference: str) -> None:
-    registry.find(sources.parse(reference)).check_structure(sources.parse(generator), "models.generator")
+    source = sources.parse(generator)
+    registry.find(sources.parse(reference)).for_generator(source).check_structure(source, "models.generator")

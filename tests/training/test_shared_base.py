@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import rlhf_t2i
 from rlhf_t2i.algorithm.student import keyed_noise
 from rlhf_t2i.cluster.local import LocalCluster
+from rlhf_t2i.families.base import Family
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe import reading
@@ -114,9 +115,9 @@ def one_deepspeed_rank(rank: int, recipe: Recipe) -> None:
         assert held(modules, trained=False) == pytest.approx(one, rel=0.02)
         network = ModelStore._network
 
-        def apart(self: ModelStore, source: ModelRef, dtype: torch.dtype, shared: bool) -> nn.Module:
+        def apart(self: ModelStore, family: Family, source: ModelRef, dtype: torch.dtype, shared: bool) -> nn.Module:
             # As trained networks are loaded: float32, which DeepSpeed rounds.
-            return network(self, source, torch.float32 if shared else dtype, shared=False)
+            return network(self, family, source, torch.float32 if shared else dtype, shared=False)
 
         patch.setattr(ModelStore, "_network", apart)
         modules, wanted = deepspeed_roles(recipe)
