@@ -140,13 +140,13 @@ def recipe(folder: Path, steps: int, updates: int) -> dict[str, Any]:
         "optimization": {
             "batch_size": 16,
             "zero_stage": 2,
-            "generator": {"lr": 1e-4, "warmup_steps": 10},
-            "assistant": {"lr": 2e-4, "warmup_steps": 10},
+            "generator": {"lr": 2e-4, "warmup_steps": 5},
+            "assistant": {"lr": 4e-4, "warmup_steps": 5},
         },
         "placement": {"groups": {"all": {"roles": ["learner", "generator", "assistant", "reference", "reward"]}}},
         "checkpoints": {"every": 10},
         "logging": {"samples_every": 20},
-        "evaluation": {"images": 224, "images_per_prompt": 4},
+        "evaluation": {"images": 128, "images_per_prompt": 2},
     }
 
 
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/flow"))
     parser.add_argument("--minutes", type=float, default=5.0, help="CPU minutes of training the small SD3")
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--updates", type=int, default=40)
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = args.out.resolve()
