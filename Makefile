@@ -20,8 +20,9 @@ check: setup  ## style and the fast tests, under a minute: before every commit
 test-local: setup  ## all tests of one process, under 5 minutes: before a pull request
 	$(BIN)/python -m pytest -q -n 2 -m "fast or local"
 
+# Three workers for two cores: tests over Ray mostly wait.
 test: setup  ## every test, under 15 minutes: what CI runs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 lint: setup  ## style, types and layers
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 
@@ -33,18 +34,21 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under ``-n``: a file stays on one worker, and all files that start Ray on the same one.
+    """Under ``-n``: the tests of a file stay on one worker, and those that start Ray run in two streams.
 
+    Most of the time of a test over Ray is spent waiting; more than two clusters at once starve two cores.
     Not ``--dist loadgroup``: with pytest 9.2 pytest-xdist 3.8 loses the names of its groups.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneRayAtATime(LoadScopeScheduling):
+    class TwoRays(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if _starts_ray(config.rootpath / file) else file
+            file, _, test = nodeid.partition("::")
+            if not _starts_ray(config.rootpath / file, test.partition("[")[0]):
+                return file
+            return f"ray {int(file.removeprefix('tests/') in tiers.SECOND_RAY_STREAM)}"
 
-    return OneRayAtATime(config, log)
+    return TwoRays(config, log)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -56,8 +60,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @cache
-def _starts_ray(file: Path) -> bool:
-    return "pytest.mark.ray" in file.read_text("utf-8")
+def _starts_ray(file: Path, test: str) -> bool:
+    """Whether a test, or its whole file, is marked ``ray``."""
+    body = ast.parse(file.read_bytes()).body
+    assigned = [node for node in body if isinstance(node, ast.Assign)]
+    marks = [node.value for node in assigned if ast.unparse(node.targets[0]) == "pytestmark"]
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == test:
+            marks += node.decorator_list
+    return any("mark.ray" in ast.unparse(mark) for mark in marks)
 
 
 @pytest.fixture(scope="session")

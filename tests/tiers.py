@@ -40,6 +40,18 @@ FAST = (
 )
 """Files and folders below ``tests/`` whose tests call functions: no processes, no training, no whole commands."""
 
+SECOND_RAY_STREAM = (
+    "cluster_files/test_commands.py",
+    "golden/test_golden.py",
+    "rewards/test_isolated.py",
+    "rewards/test_ray.py",
+    "toy/test_toy.py",
+    "training/test_bad_steps.py",
+    "training/test_faults.py",
+    "training/test_restore.py",
+)
+"""Files whose tests over Ray run beside those of all other files, under ``make test``."""
+
 
 def tier(file: str, marks: set[str]) -> str:
     """``fast``, ``local`` or ``all`` for a test.

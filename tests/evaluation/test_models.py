@@ -128,7 +128,7 @@ def test_how_a_model_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert (reference.student, reference.steps) == (None, 50)
     network = Drawing(f"{tiny_sdxl}/unet", base=str(tiny_sdxl), student=StudentSettings(timesteps=[399])).resolved()
     assert network.base == str(tiny_sdxl)
-    with pytest.raises(UsageError, match="give its --timesteps"):
+    with pytest.raises(UsageError, match="give a generator"):
         Drawing(f"{tiny_sdxl}/unet", base=str(tiny_sdxl)).resolved()
     with pytest.raises(UsageError, match="no such model"):
         Drawing("./nowhere").resolved()

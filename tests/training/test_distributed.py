@@ -21,8 +21,9 @@ from rlhf_t2i.roles.generator import GeneratorRole
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 PROMPTS = [f"a {color} cat" for color in ("red", "blue", "green", "gold")]
-# (learner ranks, assistant ranks, ZeRO stage): every rank count at both roles and every stage, each layout some 30 s.
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 2, 3), (2, 2, 3)]
+# (learner ranks, assistant ranks, ZeRO stage): both rank counts at both roles, and every stage. One rank each is the
+# resumed run of test_restore.py; ZeRO-3 over two learners is below.
+LAYOUTS = [(2, 2, 1), (2, 1, 2), (1, 2, 3)]
 
 
 def ray_recipe(make_recipe: Callable[..., Recipe], learner: int, assistant: int, zero: int, **more: Any) -> Recipe:
