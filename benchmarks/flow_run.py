@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/flow"))
     parser.add_argument("--minutes", type=float, default=5.0, help="CPU minutes of training the small SD3")
-    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--updates", type=int, nargs=2, default=[40, 24], help="of the runs in one step, and in four")
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = args.out.resolve()
@@ -249,18 +249,19 @@ def main() -> None:
     if not (model / "trained.json").is_file():
         trained(model, args.minutes * 60)
     recipes = {}
+    updates = dict(zip((1, 4), args.updates, strict=True))
     for steps in (1, 4):
         recipes[steps] = out / f"steps_{steps}.yaml"
-        recipes[steps].write_text(yaml.safe_dump(recipe(model, steps, args.updates)))
+        recipes[steps].write_text(yaml.safe_dump(recipe(model, steps, updates[steps])))
     from rlhf_t2i.evaluation import compare
 
     for steps in (1, 4):
         whole(recipes[steps], out / f"run_{steps}")
-        print(f"DI* in {steps} step(s), {args.updates} updates over Ray and DeepSpeed:")
+        print(f"DI* in {steps} step(s), {updates[steps]} updates over Ray and DeepSpeed:")
         for row in compare.of_run(out / f"run_{steps}"):
             print(f"  {row.key} ({row.kind}): {row.before:.4f} -> {row.after:.4f}, {row.errors:+.1f} standard errors")
-    killed(recipes[4], out / "killed", (args.updates // 4 + 2, args.updates // 2 + 3))
-    resumed(recipes[4], out / "resumed", args.updates // 3 + 1)
+    killed(recipes[4], out / "killed", (updates[4] // 3, updates[4] // 2 + 3))
+    resumed(recipes[4], out / "resumed", updates[4] // 3 + 1)
     digests = {name: weights(out / name) for name in ("run_4", "killed", "resumed")}
     print(f"weights: {digests}; {'equal' if len(set(digests.values())) == 1 else 'DIFFERENT'}")
     print(f"ten updates in four steps, local against Ray: relative distance {local_equals_ray(recipes[4], out):.1e}")
