@@ -144,7 +144,7 @@ def recipe(folder: Path, steps: int, updates: int) -> dict[str, Any]:
             "assistant": {"lr": 4e-4, "warmup_steps": 5},
         },
         "placement": {"groups": {"all": {"roles": ["learner", "generator", "assistant", "reference", "reward"]}}},
-        "checkpoints": {"every": 10},
+        "checkpoints": {"every": 8},
         "logging": {"samples_every": 20},
         "evaluation": {"images": 128, "images_per_prompt": 2},
     }
