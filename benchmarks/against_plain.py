@@ -93,7 +93,7 @@ def _as_diffusers_has_them(worker: Worker) -> Iterator[None]:
     """
     roles, vae = worker.roles, worker._context.store.decoder.vae
     reference = roles["reference"]._network
-    unets = [roles["learner"].engine.module, roles["assistant"]._engine.module, reference]
+    unets = [roles["learner"].engine.module, roles["assistant"].engine.module, reference]
     before = [(unet, unet.is_gradient_checkpointing, unet.training) for unet in (*unets, vae)]
     layered = [module for module in vae.modules() if isinstance(vars(module).get("forward"), partial)]
     for module in layered:
@@ -127,15 +127,15 @@ def plain_loop(recipe: Recipe, worker: Worker) -> PlainLoop:
     cfg, ranges = recipe.algorithm.cfg, (learner._range, assistant._range)
     return PlainLoop(
         generator=learner.engine.module,
-        assistant=assistant._engine.module,
+        assistant=assistant.engine.module,
         reference=worker.roles["reference"]._network,
         vae=store.decoder.vae,
-        text_encoders=list(store.conditioner.encoders),
+        text_encoders=list(store.conditioner.encoders.values()),
         tokenizers=[store.conditioner._pipeline.tokenizer, store.conditioner._pipeline.tokenizer_2],
         clip=clip.model,
         clip_tokenizer=clip.tokenizer,
         generator_optimizer=learner.engine._optimizer,
-        assistant_optimizer=assistant._engine._optimizer,
+        assistant_optimizer=assistant.engine._optimizer,
         abar=store.schedule.alphas_cumprod,
         guidance=guidance_omega(cfg.guidance_scale, cfg.convention),
         reward_scale=choice.scale,
@@ -163,7 +163,7 @@ def check(recipe: Recipe, worker: Worker, loop: PlainLoop) -> dict[str, float]:
     with torch.no_grad():
         x0 = store.generate(learner.engine, prompts, drawn)
         x_t = store.schedule.add_noise(x0, eps, t)
-        raw = store.predict(assistant._engine, x_t, t, cond)
+        raw = store.predict(assistant.engine, x_t, t, cond)
         ours = assistant_loss(raw, x0, eps, t, store.schedule).mean()
         theirs = loop.assistant_loss(prompts, noise)
         embeds = loop.encode(prompts)

@@ -18,6 +18,7 @@ from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.schedules import Schedule
 
 Transition = Literal["stochastic", "deterministic"]
+StartNoise = Literal["unit", "sigma"]
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x_t [b, ...], t [b], samples [b]) -> D(x_t)``; ``samples`` are the positions in the batch that are asked for."""
 Noise = Callable[[int], Tensor]
@@ -75,7 +76,7 @@ class Student:
     schedule: Schedule
     timesteps: tuple[float, ...]
     transition: Transition = "stochastic"
-    input: Literal["unit", "sigma"] = "unit"
+    input: StartNoise = "unit"
 
     @property
     def steps(self) -> int:

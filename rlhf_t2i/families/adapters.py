@@ -7,7 +7,6 @@ The second factor starts at zero, so that a network with fresh adapters is the n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def add(module: nn.Module, settings: Lora, targets: Sequence[str], seed: int) ->
         other = next((part for part in found if not isinstance(part, nn.Linear)), None)
         if other is not None:
             raise UsageError(f"lora.targets: {target!r} is a {type(other).__name__}: adapters go on linear layers")
-    alpha: Any = settings.alpha or settings.rank  # peft's annotation says int; it divides
+    alpha = settings.alpha or settings.rank
     config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     module.requires_grad_(False)
     with torch.random.fork_rng():
@@ -62,7 +61,7 @@ def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterato
             continue
         value = full(parameter)
         if name.endswith(f"{_BASE}weight"):
-            layer: Any = module.get_submodule(name.removesuffix(f"{_BASE}weight"))
+            layer = module.get_submodule(name.removesuffix(f"{_BASE}weight"))
             first, second = (full(factor[_ADAPTER].weight) for factor in (layer.lora_A, layer.lora_B))
             value = value + layer.scaling[_ADAPTER] * (second @ first)
         yield name.replace(_BASE, "."), value
@@ -83,9 +82,8 @@ def factors(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterat
     """
     for name, layer in module.named_modules():
         if _ADAPTER in getattr(layer, "lora_A", ()):
-            part: Any = layer
-            yield f"{name}.lora_A.weight", full(part.lora_A[_ADAPTER].weight)
-            yield f"{name}.lora_B.weight", part.scaling[_ADAPTER] * full(part.lora_B[_ADAPTER].weight)
+            yield f"{name}.lora_A.weight", full(layer.lora_A[_ADAPTER].weight)
+            yield f"{name}.lora_B.weight", layer.scaling[_ADAPTER] * full(layer.lora_B[_ADAPTER].weight)
 
 
 def frozen(module: nn.Module) -> set[str]:

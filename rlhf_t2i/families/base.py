@@ -7,10 +7,10 @@ look like, how the network is called and what it predicts, how latents are decod
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm.schedules import Schedule
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
-from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.families.sources import Config, ModelRef
 from rlhf_t2i.utils import fingerprints
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
     from rlhf_t2i.algorithm.student import Student
 
-Config = dict[str, Any]
+NetworkCall = Callable[..., Sequence[Tensor]]
+"""A network of diffusers, or the training engine that wraps it: the first of its outputs is the prediction."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Conditioner(nn.Module, ABC):
                 break
             kept -= _bytes(self._cache.pop(prompt))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Conditioner:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conditioner:
         # A move to another device or dtype makes cached embeddings stale.
         self._cache.clear()
         return super()._apply(fn, recurse)
@@ -152,7 +155,7 @@ class Family(ABC):
     guides: ClassVar[bool] = True
     """Whether the pipeline has classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
 
-    def __init__(self, reference: ModelRef, index: Mapping[str, Any]) -> None:
+    def __init__(self, reference: ModelRef, index: Config) -> None:
         self.reference, self.index = reference, dict(index)
 
     # -- configuration: reads JSON files, no weights ------------------------------------------------------------------
@@ -261,7 +264,7 @@ class Family(ABC):
     def load_decoder(self, source: ModelRef | None = None) -> Decoder:
         """The frozen decoder in float32, on the CPU: the reference's, or another one for the same latents."""
 
-    def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> Any:
+    def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> DiffusionPipeline:
         """The library's own pipeline of a model of this family, which draws in many steps with guidance.
 
         It is called with ``prompt``, ``num_inference_steps``, ``guidance_scale``, ``height``, ``width``, ``generator``
@@ -276,7 +279,7 @@ class Family(ABC):
         )
 
     @abstractmethod
-    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """Call the network and return its raw output [B, C, h, w].
 
         Args:
@@ -304,14 +307,14 @@ class Family(ABC):
         """
         return unconditional + scale * (conditional - unconditional)
 
-    def sampler_for_check(self) -> Any:
+    def sampler_for_check(self) -> SchedulerMixin | None:
         """A scheduler with which the pipeline's last step ends at the (guided) x0-prediction.
 
         For :mod:`rlhf_t2i.tools.family_check`. None stands for diffusers' Euler scheduler of the schedule.
         """
         return None
 
-    def sampling_call(self, steps: int, scale: float, batch: int = 1) -> dict[str, Any]:
+    def sampling_call(self, steps: int, scale: float, batch: int = 1) -> dict[str, object]:
         """Arguments of the pipeline's call that draw a batch in many steps with a user's guidance scale.
 
         Args:
@@ -321,11 +324,11 @@ class Family(ABC):
         """
         return self.plain_call(steps) | {"guidance_scale": scale}
 
-    def guided_call(self, steps: int, scale: float) -> dict[str, Any]:
+    def guided_call(self, steps: int, scale: float) -> dict[str, object]:
         """Arguments of the pipeline's call for classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
         return self.sampling_call(steps, scale)
 
-    def plain_call(self, steps: int) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, object]:
         """Arguments of the pipeline's call that draw with an exported generator of so many steps."""
         return {"guidance_scale": 0.0}
 
@@ -338,13 +341,12 @@ class Family(ABC):
 
         As diffusers' networks do it, or the layers of every ``nn.ModuleList``.
         """
-        module: Any = network
-        if not hasattr(module, "enable_gradient_checkpointing"):
+        if not hasattr(network, "enable_gradient_checkpointing"):
             checkpoint_layers(network)
             return
-        module.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
         # diffusers recomputes in training mode only; its denoisers have no dropout or batch norm to wake.
-        module.train()
+        network.train()
 
     # -- export -----------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from functools import cache
+from types import TracebackType
+from typing import Literal
 
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,52 +42,42 @@ class Network:
     """
 
     key: tuple[object, ...]
-    build: Callable[[], nn.Module]
-    call: Callable[[nn.Module], tuple[Tensor, Tensor]]
-    recompute: Callable[[nn.Module], None] = checkpoint_layers
+    build: Callable[[], nn.Module] = field(compare=False)
+    call: Callable[[nn.Module], tuple[Tensor, Tensor]] = field(compare=False)
+    recompute: Callable[[nn.Module], None] = field(default=checkpoint_layers, compare=False)
 
-    _known: ClassVar[dict[tuple[object, ...], Any]] = {}
-
-    def _once(self, what: tuple[object, ...], count: Callable[[], Any]) -> Any:
-        if (self.key, what) not in self._known:
-            self._known[self.key, what] = count()
-        return self._known[self.key, what]
-
+    @cache  # noqa: B019 - one entry per key, and a process knows few networks
     def sizes(self) -> tuple[int, ...]:
         """Numbers in each trained parameter: of a network with adapters, in the adapters."""
-        return self._once(("sizes",), lambda: tuple(p.numel() for p in self.build().parameters() if p.requires_grad))
+        return tuple(p.numel() for p in self.build().parameters() if p.requires_grad)
 
+    @cache  # noqa: B019
     def parameters(self) -> int:
         """Numbers in all parameters."""
-        return self._once(("parameters",), lambda: sum(p.numel() for p in self.build().parameters()))
+        return sum(p.numel() for p in self.build().parameters())
 
+    @cache  # noqa: B019
     def reordered(self) -> int:
         """Numbers in the weights that channels-last memory order copies: those of convolutions."""
-
-        def count() -> int:
-            weights = [p.detach() for p in self.build().parameters() if p.ndim == 4]
-            return sum(w.numel() for w in weights if w.to(memory_format=torch.channels_last) is not w)
-
-        return self._once(("reordered",), count)
+        weights = [p.detach() for p in self.build().parameters() if p.ndim == 4]
+        return sum(w.numel() for w in weights if w.to(memory_format=torch.channels_last) is not w)
 
     def flops(self) -> int:
         """FLOPs of one sample's forward; a multiply-add counts two."""
         return self._forward()[0]
 
+    @cache  # noqa: B019
     def _forward(self) -> tuple[int, int]:
         """(FLOPs, peak bytes of activations) of one sample's forward without gradient."""
-
-        def counted() -> tuple[int, int]:
-            network = self._frozen()
-            with torch.no_grad(), _Counter(network) as counter:
-                self.call(network)
-            return counter.flops, counter.highest
-
-        return self._once(("forward",), counted)
+        network = self._frozen()
+        with torch.no_grad(), _Counter(network) as counter:
+            self.call(network)
+        return counter.flops, counter.highest
 
     def _frozen(self) -> nn.Module:
         return freeze_convs(self.build()).to(memory_format=torch.channels_last)
 
+    @cache  # noqa: B019
     def activations(self, mode: Mode, recomputed: bool = False) -> int:
         """Peak bytes of one sample's activations, without parameters and their gradients.
 
@@ -91,17 +85,15 @@ class Network:
             mode: What is run. A network that is not trained has the frozen convolutions of the roles.
             recomputed: Whether layers are recomputed in the backward pass.
         """
-
-        def counted() -> int:
-            network = self.build() if mode == "train" else self._frozen()
-            if recomputed:
-                self.recompute(network)
-            return peak(network, lambda: self.call(network))
-
-        return self._forward()[1] if mode == "forward" else self._once((mode, recomputed), counted)
+        if mode == "forward":
+            return self._forward()[1]
+        network = self.build() if mode == "train" else self._frozen()
+        if recomputed:
+            self.recompute(network)
+        return peak(network, lambda: self.call(network))
 
 
-def flops(call: Callable[[], Any]) -> int:
+def flops(call: Callable[[], object]) -> int:
     """FLOPs of a call on meta tensors, backward included: matrix products, convolutions and attention."""
     with _Counter() as counter:
         call()
@@ -142,11 +134,15 @@ class _Counter(TorchDispatchMode):
         self._settings.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self._settings.close()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -169,13 +165,13 @@ class _Flash(torch.autograd.Function):
     """Keeps what flash attention keeps: query, key, value, output and one number per row."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Any:
+    def backward(ctx: FunctionCtx, *grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
@@ -184,7 +180,7 @@ def _flash_attention(counter: _Counter) -> Iterator[None]:
     """On the meta device torch takes the path that keeps the whole attention matrix; GPUs and CPUs do not."""
     original = functional.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_args: object, **_kwargs: object) -> Tensor:
         counter.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return _Flash.apply(query, key, value)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,44 @@ from rlhf_t2i.families.base import Decoder
 from rlhf_t2i.families.frozen import freeze_convs
 
 
-class KLDecoder(Decoder):
-    """An AutoencoderKL or AutoencoderTiny; images are clamped as DMD2 and ReFL do: a saturated pixel has no gradient.
+class VAEDecoder(Decoder):
+    """An autoencoder of diffusers behind its pipeline's scaling of latents, see :meth:`unscaled`.
+
+    Images are clamped as DMD2 and ReFL do: a saturated pixel has no gradient.
+
+    Args:
+        vae: The autoencoder.
+    """
+
+    block_names: ClassVar[tuple[str, ...]] = ("ResnetBlock2D",)
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = freeze_convs(vae)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
+
+    @abstractmethod
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """What the autoencoder decodes, from float32 latents [B, C, h, w]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See :meth:`Decoder.decode`."""
+        image = self.vae.decode(self.unscaled(latents.float()).to(self._dtype), return_dict=False)[0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    def limit_memory(self, slicing: bool, tiling: bool) -> None:
+        """See :meth:`Decoder.limit_memory`."""
+        if slicing:
+            self.vae.enable_slicing()
+        if tiling:
+            self.vae.enable_tiling()
+
+
+class KLDecoder(VAEDecoder):
+    """An AutoencoderKL or AutoencoderTiny.
 
     Args:
         vae: The autoencoder.
@@ -26,36 +63,22 @@ class KLDecoder(Decoder):
     def __init__(
         self, vae: nn.Module, shift: float = 0.0, mean: list[float] | None = None, std: list[float] | None = None
     ) -> None:
-        super().__init__()
-        self.vae: Any = freeze_convs(vae)
+        super().__init__(vae)
         self.scaling_factor = float(self.vae.config.scaling_factor)
         self.shift = shift
         self._mean = None if mean is None else torch.tensor(mean).reshape(1, -1, 1, 1)
         self._std = None if std is None else torch.tensor(std).reshape(1, -1, 1, 1)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """See :meth:`Decoder.decode`."""
-        weights_dtype = next(self.vae.parameters()).dtype
-        scaled = latents.float()
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See :meth:`VAEDecoder.unscaled`."""
         if self._mean is not None and self._std is not None:
-            scaled = scaled * self._std.to(scaled) / self.scaling_factor + self._mean.to(scaled)
+            scaled = latents * self._std.to(latents) / self.scaling_factor + self._mean.to(latents)
         else:
-            scaled = scaled / self.scaling_factor + self.shift
-        image = self.vae.decode(
-            scaled.to(weights_dtype).contiguous(memory_format=torch.channels_last), return_dict=False
-        )[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
-
-    def limit_memory(self, slicing: bool, tiling: bool) -> None:
-        """See :meth:`Decoder.limit_memory`."""
-        if slicing:
-            self.vae.enable_slicing()
-        if tiling:
-            self.vae.enable_tiling()
+            scaled = latents / self.scaling_factor + self.shift
+        return scaled.contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """See :meth:`Decoder.encode`."""
-        weights_dtype = next(self.vae.parameters()).dtype
-        encoded = self.vae.encode(images.to(weights_dtype) * 2 - 1)
+        encoded = self.vae.encode(images.to(self._dtype) * 2 - 1)
         return (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents).float()

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from rlhf_t2i.algorithm.student import Student
+from rlhf_t2i.algorithm.student import StartNoise, Student, Transition
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.utils import files, manifest
 
 STUDENT = "student.json"
+_Side = Annotated[int, Field(ge=8, le=8192)]
 
 
-@dataclass(frozen=True)
-class StudentFile:
+class StudentFile(BaseModel):
     """``student.json`` beside an exported model: how its generator is called.
 
     Attributes:
@@ -31,16 +30,21 @@ class StudentFile:
         width: Of the images, in pixels.
     """
 
-    timesteps: list[float]
-    transition: str
-    input: str
-    height: int
-    width: int
+    model_config = ConfigDict(frozen=True)
+
+    timesteps: Annotated[list[Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]], Field(min_length=1)]
+    transition: Transition
+    input: StartNoise
+    height: _Side
+    width: _Side
 
     @classmethod
     def of(cls, student: Student, height: int, width: int) -> StudentFile:
         """From the student and the image size."""
-        return cls(list(student.timesteps), student.transition, student.input, height, width)
+        return cls(
+            timesteps=list(student.timesteps), transition=student.transition, input=student.input,
+            height=height, width=width,
+        )  # fmt: skip
 
     @classmethod
     def read(cls, folder: Path) -> StudentFile | None:
@@ -53,25 +57,9 @@ class StudentFile:
         if not path.is_file():
             return None
         try:
-            data: Any = json.loads(path.read_text("utf-8"))
-            found = cls(
-                [float(tau) for tau in data["timesteps"]],
-                str(data["transition"]),
-                str(data["input"]),
-                int(data["height"]),
-                int(data["width"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError):
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
             raise UsageError(f"{path} is damaged: it does not say how the generator is called") from None
-        if (
-            not found.timesteps
-            or not all(0 <= tau <= 1000 for tau in found.timesteps)
-            or found.transition not in ("stochastic", "deterministic")
-            or found.input not in ("unit", "sigma")
-            or not all(8 <= side <= 8192 for side in (found.height, found.width))
-        ):
-            raise UsageError(f"{path} is damaged: it does not say how the generator is called")
-        return found
 
 
 def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) -> None:
@@ -91,7 +79,7 @@ def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) 
     dtype = torch.float32 if store.dtype == torch.float32 else torch.float16
     with files.atomic_dir(target) as folder:
         store.generator_family.export(folder, weights, store.student, dtype, store.vae)
-        files.write_json(folder / STUDENT, asdict(StudentFile.of(store.student, *store.size)))
+        files.write_json(folder / STUDENT, StudentFile.of(store.student, *store.size).model_dump())
         manifest.write(folder)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
-from rlhf_t2i.families.decoders import KLDecoder
-from rlhf_t2i.families.flow_matching import PackedFlowFamily
-from rlhf_t2i.families.pipeline import bare_pipeline
+from rlhf_t2i.families.base import Conditioning, NetworkCall
+from rlhf_t2i.families.flow_matching import JOINT_ATTENTION, PackedFlowFamily
 
-_T5_TOKENS = 512  # the pipeline's max_sequence_length
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _EMBEDDED_GUIDANCE = 3.5  # the pipeline's guidance_scale, which dev reads as an input
 
 
@@ -26,21 +26,12 @@ class FluxFamily(PackedFlowFamily):
 
     name = "flux"
     pipelines = ("FluxPipeline",)
-    network_part = "transformer"
     network_class = "FluxTransformer2DModel"
-    decoder_classes = ("AutoencoderKL",)
+    text_encoders = ("text_encoder", "text_encoder_2")
     block_names = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    adapter_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    )  # fmt: skip
+    adapter_targets = JOINT_ATTENTION
 
-    def check(self) -> None:
-        """See :meth:`Family.check`."""
-        self.schedule(16, 16)
-        for part in ("text_encoder", "text_encoder_2"):
-            self.part_class(part)
-
-    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
         from diffusers import FluxPipeline
 
@@ -59,57 +50,27 @@ class FluxFamily(PackedFlowFamily):
         factor = self._factor(None)
         return self.from_scheduler(packed, h * factor, w * factor)
 
-    def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
-        """See :meth:`Family.load_conditioner`."""
-        clip, t5 = (self.text_encoder(part, dtype) for part in ("text_encoder", "text_encoder_2"))
-        tokenizers = self.tokenizer("tokenizer", clip), self.tokenizer("tokenizer_2", t5)
-        return _FluxConditioner((clip, t5), tokenizers, self._reads_guidance)
+    def encode_prompt(self, pipeline: DiffusionPipeline, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`PromptFamily.encode_prompt`."""
+        embeds, pooled, _ = pipeline.encode_prompt(prompt, device=device)
+        return {"prompt_embeds": embeds[0].float(), "pooled_prompt_embeds": pooled[0].float()}
 
-    @property
-    def _reads_guidance(self) -> bool:
-        return bool(self.network_config.get("guidance_embeds", False))
-
-    def build_text_encoders(self) -> nn.Module:
-        """See :meth:`Family.build_text_encoders`."""
-        return self.meta_text_encoders("text_encoder", "text_encoder_2")
-
-    def make_decoder(self, vae: nn.Module) -> Decoder:
-        """See :meth:`PipelineFamily.make_decoder`."""
-        config: Any = vae.config
-        return KLDecoder(vae, shift=float(config.shift_factor or 0.0))
-
-    def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
-        """See :meth:`Family.example_conditioning`."""
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :meth:`PromptFamily.conditioning_shapes`."""
         config = self.network_config
-        tensors = {
-            "prompt_embeds": torch.empty(batch, _T5_TOKENS, config["joint_attention_dim"], dtype=dtype),
-            "pooled_prompt_embeds": torch.empty(batch, config["pooled_projection_dim"], dtype=dtype),
+        return {
+            "prompt_embeds": (self.prompt_tokens, config["joint_attention_dim"]),
+            "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }
-        return Conditioning(tensors | ({"guidance": torch.empty(batch)} if self._reads_guidance else {}))
 
-    def guided_call(self, steps: int, scale: float) -> dict[str, Any]:
+    def constant_conditioning(self, height: int, width: int) -> dict[str, Tensor]:
+        """The guidance that dev reads; see :meth:`PromptFamily.constant_conditioning`."""
+        return {"guidance": torch.tensor(_EMBEDDED_GUIDANCE)} if self.network_config.get("guidance_embeds") else {}
+
+    def guided_call(self, steps: int, scale: float) -> dict[str, object]:
         """See :meth:`Family.guided_call`."""
-        return {"guidance_scale": _EMBEDDED_GUIDANCE, "true_cfg_scale": scale, "negative_prompt": ""}
+        return self.plain_call(steps) | {"true_cfg_scale": scale, "negative_prompt": ""}
 
-    def plain_call(self, steps: int) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, object]:
         """See :meth:`Family.plain_call`; without ``guidance_scale`` the pipeline passes its own 3.5."""
         return {"guidance_scale": _EMBEDDED_GUIDANCE}
-
-
-class _FluxConditioner(Conditioner):
-    def __init__(self, encoders: tuple[nn.Module, nn.Module], tokenizers: tuple[Any, Any], guidance: bool) -> None:
-        from diffusers import FluxPipeline
-
-        super().__init__()
-        self.encoders, self._guidance = nn.ModuleList(encoders), guidance
-        self._pipeline = bare_pipeline(
-            FluxPipeline, text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=tokenizers[0],
-            tokenizer_2=tokenizers[1],
-        )  # fmt: skip
-
-    def encode_one(self, prompt: str) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.encode_one`."""
-        device = next(self.encoders.parameters()).device
-        embeds, pooled, _ = self._pipeline.encode_prompt(prompt, device=device, max_sequence_length=_T5_TOKENS)
-        row = {"prompt_embeds": embeds[0].float(), "pooled_prompt_embeds": pooled[0].float()}
-        return row | ({"guidance": torch.tensor(_EMBEDDED_GUIDANCE, device=device)} if self._guidance else {})

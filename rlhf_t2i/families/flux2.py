@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.schedules import FlowSchedule
-from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
-from rlhf_t2i.families.flow_matching import FlowFamily
-from rlhf_t2i.families.frozen import freeze_convs
-from rlhf_t2i.families.pipeline import bare_pipeline
+from rlhf_t2i.families.base import Conditioning, Config, Decoder, NetworkCall
+from rlhf_t2i.families.decoders import VAEDecoder
+from rlhf_t2i.families.flow_matching import JOINT_ATTENTION, FlowFamily
 
-_TOKENS = 512  # the pipeline's max_sequence_length
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _SAMPLING_STEPS = 50  # at which the pipeline's shift is taken as the training distribution's
 
 
@@ -27,29 +28,14 @@ class Flux2KleinFamily(FlowFamily):
 
     name = "flux2_klein"
     pipelines = ("Flux2KleinPipeline",)
-    network_part = "transformer"
     network_class = "Flux2Transformer2DModel"
     decoder_classes = ("AutoencoderKLFlux2",)
-    patch_size = 2
     block_names = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
-    adapter_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
-    )  # fmt: skip
+    adapter_targets = (*JOINT_ATTENTION, "to_qkv_mlp_proj")
 
-    def check(self) -> None:
-        """See :meth:`Family.check`."""
-        self.schedule(16, 16)
-        self.part_class("text_encoder")
-
-    def check_decoder(self, source: Any) -> None:
-        """See :meth:`Family.check_decoder`; the network's channels are those of 2 x 2 latents."""
-        channels = self.decoder_config(source).get("latent_channels", 32)
-        if 4 * channels != self._channels:
-            self._refuse_channels(source, 4 * channels)
-
-    def native_size(self) -> tuple[int, int]:
-        """1024 x 1024, the pipeline's default: the network names no size."""
-        return 1024, 1024
+    def latents_of(self, config: Config) -> object:
+        """See :meth:`PipelineFamily.latents_of`: the network's channels are those of 2 x 2 latents."""
+        return 4 * config.get("latent_channels", 32)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(4 C, h/2, w/2): patchified latents."""
@@ -72,7 +58,7 @@ class Flux2KleinFamily(FlowFamily):
         _, h, w = self.latent_shape(height, width)
         return latents.transpose(1, 2).unflatten(2, (h, w))
 
-    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
         from diffusers import Flux2KleinPipeline
 
@@ -88,51 +74,27 @@ class Flux2KleinFamily(FlowFamily):
         )[0]
         return tokens.transpose(1, 2).unflatten(2, x_t.shape[2:])
 
-    def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
-        """See :meth:`Family.load_conditioner`."""
-        encoder = self.text_encoder("text_encoder", dtype)
-        return _Flux2Conditioner(encoder, self.tokenizer("tokenizer", encoder))
+    def encode_prompt(self, pipeline: DiffusionPipeline, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`PromptFamily.encode_prompt`."""
+        return {"prompt_embeds": pipeline.encode_prompt(prompt, device=device)[0][0].float()}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :meth:`PromptFamily.conditioning_shapes`."""
+        return {"prompt_embeds": (self.prompt_tokens, self.network_config["joint_attention_dim"])}
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
         return _Flux2Decoder(vae)
 
-    def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
-        """See :meth:`Family.example_conditioning`."""
-        width = self.network_config["joint_attention_dim"]
-        return Conditioning({"prompt_embeds": torch.empty(batch, _TOKENS, width, dtype=dtype)})
 
-
-class _Flux2Conditioner(Conditioner):
-    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
-        from diffusers import Flux2KleinPipeline
-
-        super().__init__()
-        self.encoder = encoder
-        self._pipeline = bare_pipeline(Flux2KleinPipeline, text_encoder=encoder, tokenizer=tokenizer)
-
-    def encode_one(self, prompt: str) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.encode_one`."""
-        embeds, _ = self._pipeline.encode_prompt(prompt, device=next(self.encoder.parameters()).device)
-        return {"prompt_embeds": embeds[0].float()}
-
-
-class _Flux2Decoder(Decoder):
+class _Flux2Decoder(VAEDecoder):
     """AutoencoderKLFlux2, behind the inverse of its batch norm and of the patches."""
 
-    block_names = ("ResnetBlock2D",)
-
-    def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae: Any = freeze_convs(vae)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """See :meth:`Decoder.decode`."""
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See :meth:`VAEDecoder.unscaled`."""
         from diffusers import Flux2KleinPipeline
 
         norm = self.vae.bn
         std = (norm.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
-        x = latents.float() * std.reshape(1, -1, 1, 1) + norm.running_mean.float().reshape(1, -1, 1, 1)
-        weights_dtype = self.vae.decoder.conv_in.weight.dtype
-        image = self.vae.decode(Flux2KleinPipeline._unpatchify_latents(x).to(weights_dtype), return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        x = latents * std.reshape(1, -1, 1, 1) + norm.running_mean.float().reshape(1, -1, 1, 1)
+        return Flux2KleinPipeline._unpatchify_latents(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ class Footprints:
         def build() -> nn.Module:
             return nn.Module.to(self.store.family.build_decoder(self.store.vae), DTYPES[precision])
 
-        def call(decoder: Any) -> tuple[Tensor, Tensor]:
+        def call(decoder: nn.Module) -> tuple[Tensor, Tensor]:
             with _META:
                 latents = torch.empty(1, *self.store.latent_shape, requires_grad=True)
                 return latents, decoder.decode(latents)

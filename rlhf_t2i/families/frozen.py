@@ -7,10 +7,10 @@ all the same, even where its weights want no gradient: a third of what SDXL's de
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 
@@ -40,12 +40,12 @@ class FrozenConv2d(nn.Conv2d):
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: object) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.settings = x.shape, settings
         return functional.conv2d(x, weight, bias, *settings)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         return torch.nn.grad.conv2d_input(ctx.shape, weight, gradients[0], *ctx.settings), *[None] * 6

@@ -7,47 +7,36 @@ one frame the two-dimensional convolution of that slice gives the same numbers f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.families.base import Decoder
-from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.families.decoders import VAEDecoder
 
 
-class OneFrameDecoder(Decoder):
+class OneFrameDecoder(VAEDecoder):
     """An AutoencoderKLQwenImage, whose latents are normalized channel by channel."""
 
     block_names = ("QwenImageResidualBlock", "QwenImageAttentionBlock")
 
     def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae: Any = freeze_convs(for_one_frame(vae))
+        super().__init__(for_one_frame(vae))
         self._mean, self._std = (
-            torch.tensor(numbers, device="cpu").reshape(1, -1, 1, 1)
+            torch.tensor(numbers, device="cpu").reshape(1, -1, 1, 1, 1)
             for numbers in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
 
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """See :meth:`VAEDecoder.unscaled`; [B, C, 1, h, w]."""
+        return latents.unsqueeze(2) * self._std.to(latents.device) + self._mean.to(latents.device)
+
     def decode(self, latents: Tensor) -> Tensor:
         """See :meth:`Decoder.decode`."""
-        scaled = latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
-        dtype = next(self.vae.parameters()).dtype
-        image = self.vae.decode(scaled.to(dtype).unsqueeze(2), return_dict=False)[0].squeeze(2)
-        return (image.float() / 2 + 0.5).clamp(0, 1)
-
-    def limit_memory(self, slicing: bool, tiling: bool) -> None:
-        """See :meth:`Decoder.limit_memory`."""
-        if slicing:
-            self.vae.enable_slicing()
-        if tiling:
-            self.vae.enable_tiling()
+        return super().decode(latents).squeeze(2)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """See :meth:`Decoder.encode`."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.encode(images.to(dtype).unsqueeze(2) * 2 - 1).latent_dist.mean.squeeze(2).float()
+        return self.vae.encode(images.to(self._dtype).unsqueeze(2) * 2 - 1).latent_dist.mean.squeeze(2).float()
 
 
 def for_one_frame(vae: nn.Module) -> nn.Module:
@@ -72,14 +61,14 @@ class _WithoutCache(nn.Module):
         super().__init__()
         self.coder = coder
 
-    def forward(self, x: Tensor, **_cache: Any) -> Tensor:
+    def forward(self, x: Tensor, **_cache: object) -> Tensor:
         return self.coder(x)
 
 
 class _FrameConv(nn.Module):
     """What a causal ``nn.Conv3d`` does to the first frame [B, C, 1, h, w] of a video."""
 
-    def __init__(self, causal: Any) -> None:
+    def __init__(self, causal: nn.Conv3d) -> None:
         super().__init__()
         width, _, height, *_ = causal._padding  # of both sides each; its ``padding`` is zero
         self.conv = nn.Conv2d(

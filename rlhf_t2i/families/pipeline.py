@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +18,28 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import snapshot, sources, weights
-from rlhf_t2i.families.base import Config, Decoder, Family
-from rlhf_t2i.families.exported import ExportScheduler
+from rlhf_t2i.families.base import Config, Decoder
+from rlhf_t2i.families.conditioning import PromptFamily
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.utils import files, fingerprints
-from rlhf_t2i.utils.quiet import quietly
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 _TRAINING_SCHEDULER = "training_scheduler_config.json"
 # Configuration keys that may differ between two networks of one structure.
 _NOT_STRUCTURE = ("sample_size", "dropout")
 
 
-class PipelineFamily(Family):
+@dataclass(frozen=True)
+class ExportScheduler:
+    """A scheduler, and the arguments that a pipeline call needs besides ``num_inference_steps``; usually none."""
+
+    scheduler: SchedulerMixin
+    arguments: dict[str, object] = field(default_factory=dict)
+
+
+class PipelineFamily(PromptFamily):
     """A family whose models are folders that ``DiffusionPipeline.from_pretrained`` loads."""
 
     network_class: ClassVar[str]
@@ -41,15 +51,25 @@ class PipelineFamily(Family):
 
     # -- configuration ----------------------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        self.schedule(*self.native_size())
+        for part in self.encoder_parts:
+            self.part_class(part)
+
     @cached_property
     def network_config(self) -> Config:
         """See :attr:`Family.network_config`."""
-        config = sources.read_json(self.reference, f"{self.network_part}/config.json")
+        wanted = f"{sources.INDEX} names {self.index['_class_name']}, whose network is a {self.network_class}"
+        try:
+            config = sources.read_json(self.reference, f"{self.network_part}/config.json")
+        except UsageError as error:
+            raise UsageError(f"{error} ({wanted})") from None
         found = config.get("_class_name", self.network_class)
         if found != self.network_class:
             raise UsageError(
-                f"{self._network_place} describes {sources.printable(found)}, but {self.name} has a "
-                f"{self.network_class}: the file is damaged or of another model"
+                f"{self._network_place} describes {sources.printable(found)}, but {wanted}: the folder is damaged or "
+                "put together from two models"
             )
         return config
 
@@ -72,12 +92,13 @@ class PipelineFamily(Family):
         Raises:
             UsageError: Missing, damaged, or of a class that cannot decode this family's latents.
         """
-        config = (
-            sources.read_json(self.reference, "vae/config.json")
-            if source is None
-            else sources.read_json(source, "config.json")
-        )
-        kind = config.get("_class_name", self.decoder_classes[0])
+        place, file = (self.reference, "vae/config.json") if source is None else (source, "config.json")
+        try:
+            config = sources.read_json(place, file)
+        except UsageError as error:
+            raise error if source is None else UsageError(f"models.vae: {error}") from None
+        # The files of some references name no class; a folder that models.vae names may be anything.
+        kind = config.get("_class_name", self.decoder_classes[0] if source is None else None)
         if kind not in self.decoder_classes:
             raise UsageError(
                 f"{self._decoder_place(source)}: {sources.printable(kind)} does not decode the latents of {self.name}: "
@@ -86,7 +107,12 @@ class PipelineFamily(Family):
         return config
 
     def _decoder_place(self, source: ModelRef | None) -> str:
-        return f"{self.reference.location}/vae" if source is None else source.location
+        return f"{self.reference.location}/vae" if source is None else f"models.vae: {source.location}"
+
+    def _decoder_class(self, source: ModelRef | None) -> type[nn.Module]:
+        import diffusers
+
+        return getattr(diffusers, self.decoder_config(source).get("_class_name", self.decoder_classes[0]))
 
     def scheduler_number(self, key: str, default: float | None = None) -> float:
         """A number of the scheduler's configuration.
@@ -100,22 +126,12 @@ class PipelineFamily(Family):
         return float(value)
 
     def check_structure(self, source: ModelRef, what: str) -> None:
-        """Refuse a network whose structure is not the reference's, from its configuration or its tensor names.
-
-        Args:
-            source: The generator or assistant.
-            what: Its key in the recipe.
-
-        Raises:
-            UsageError: Names the first difference.
-        """
+        """See :meth:`Family.check_structure`; the configuration is compared, or the tensors of a bare file."""
         file = weights.weight_file(source)
         if file is not None:
             self._check_tensors(file, source.name, what)
             return
-        read = self._other_config(source, what)
-        other = self._complete(read)
-        own = self._complete(self.network_config)
+        own, other = self._complete(self.network_config), self._complete(self._other_config(source, what))
         for key in sorted(own.keys() | other.keys()):
             if key not in _NOT_STRUCTURE and own.get(key) != other.get(key):
                 raise UsageError(
@@ -125,9 +141,9 @@ class PipelineFamily(Family):
 
     def _other_config(self, source: ModelRef, what: str) -> Config:
         """The configuration of a network of this family's class."""
-        file = self._network_file(source)
-        local = Path(source.location)
-        if source.is_local and not (local / file).is_file() and (local / "model_index.json").is_file():
+        part, local = self._subfolder(source), Path(source.location)
+        file = f"{part}/config.json" if part else "config.json"
+        if source.is_local and not (local / file).is_file() and (local / sources.INDEX).is_file():
             found = sources.pipeline_index(source).get("_class_name")
         else:
             config = sources.read_json(source, file)
@@ -139,12 +155,9 @@ class PipelineFamily(Family):
             f"{self.name} ({' or '.join((*self.pipelines, self.network_class))})"
         )
 
-    def _network_file(self, source: ModelRef) -> str:
-        """Where a network's configuration is: in a pipeline's folder, or in its own."""
-        return f"{self.network_part}/config.json" if self._subfolder(source) else "config.json"
-
     def _subfolder(self, source: ModelRef) -> str | None:
-        whole = not source.is_local or (Path(source.location) / "model_index.json").is_file()
+        """The network's folder in a pipeline; None for a network by itself."""
+        whole = not source.is_local or (Path(source.location) / sources.INDEX).is_file()
         return self.network_part if whole else None
 
     def _check_tensors(self, file: Path, name: str, what: str) -> None:
@@ -160,8 +173,7 @@ class PipelineFamily(Family):
         """A configuration with the class's defaults filled in, without notes about files and versions."""
         parameters = inspect.signature(self._network_type().__init__).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-        chosen = {key: value for key, value in config.items() if not key.startswith("_")}
-        merged = {**defaults, **{key: value for key, value in chosen.items() if key in defaults}}
+        merged = {key: config.get(key, default) for key, default in defaults.items()}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in merged.items()}
 
     @property
@@ -169,22 +181,29 @@ class PipelineFamily(Family):
         return f"{self.reference.location}/{self.network_part}/config.json"
 
     def check_decoder(self, source: ModelRef | None) -> None:
-        """Refuse a decoder for latents of another number of channels."""
-        config = self.decoder_config(source)
-        channels, scale = config.get("latent_channels", 4), config.get("scaling_factor", 1.0)
+        """See :meth:`Family.check_decoder`: latents of the network's channels, from a folder of a VAE."""
+        config, place = self.decoder_config(source), f"{self._decoder_place(source)}/config.json"
+        if source is not None and source.is_local and not weights.are_in(Path(source.location)):
+            raise UsageError(f"{self._decoder_place(source)} holds no weights: it is not the folder of a VAE")
+        scale, channels = config.get("scaling_factor", 1.0), self.latents_of(config)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
             raise UsageError(
-                f"{self._decoder_place(source)}/config.json: scaling_factor is {sources.printable(scale)}, not a "
-                "positive number: the file is damaged"
+                f"{place}: scaling_factor is {sources.printable(scale)}, not a positive number: the file is damaged"
             )
         if channels != self._channels:
-            self._refuse_channels(source, channels)
+            raise UsageError(
+                f"{place} decodes latents of {sources.printable(channels)} channels, but the network has "
+                f"{self._channels}: they do not belong together"
+            )
+        if self._factor(source) != self._factor(None):
+            raise UsageError(
+                f"{place} makes {self._factor(source)} pixels of a latent, the reference's makes {self._factor(None)}: "
+                "the images would have another size"
+            )
 
-    def _refuse_channels(self, source: ModelRef | None, channels: Any) -> NoReturn:
-        raise UsageError(
-            f"{self._decoder_place(source)}/config.json decodes latents of {channels} channels, but the network has "
-            f"{self._channels}: they do not belong together"
-        )
+    def latents_of(self, config: Config) -> object:
+        """Channels of the latents that a decoder of this configuration decodes."""
+        return config.get("latent_channels", 4)
 
     @property
     def _channels(self) -> int:
@@ -195,7 +214,7 @@ class PipelineFamily(Family):
 
     def native_size(self) -> tuple[int, int]:
         """The network's sample size times the VAE's factor."""
-        size: Any = self.network_config.get("sample_size") or 128
+        size = self.network_config.get("sample_size") or 128  # diffusers' pipelines have the same default
         sides = list(size) if isinstance(size, list | tuple) else [size, size]
         if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise UsageError(f"{self._network_place}: sample_size is not a size: the file is damaged")
@@ -240,7 +259,7 @@ class PipelineFamily(Family):
 
     # -- networks ---------------------------------------------------------------------------------------------------
 
-    def _network_type(self) -> Any:
+    def _network_type(self) -> type[nn.Module]:
         import diffusers
 
         return getattr(diffusers, self.network_class)
@@ -251,9 +270,7 @@ class PipelineFamily(Family):
             try:
                 return self._network_type().from_config(self.network_config)
             except Exception as error:  # foreign numbers in a configuration raise whatever they meet first
-                raise UsageError(
-                    f"{self.reference.location}/{self.network_part}/config.json describes no network: {error}"
-                ) from error
+                raise UsageError(f"{self._network_place} describes no network: {error}") from error
 
     def load_network(self, source: ModelRef | None = None) -> nn.Module:
         """See :meth:`Family.load_network`."""
@@ -261,9 +278,9 @@ class PipelineFamily(Family):
         file = weights.weight_file(source)
         if file is not None:
             return weights.fill_network(self.build_network(), weights.read_state_dict(file, source.name), file)
-        return weights.load_part(source, self._subfolder(source), self._network_type().from_pretrained)
+        return weights.load_part(source, self._subfolder(source), self._network_type())
 
-    def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> Any:
+    def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> DiffusionPipeline:
         """See :meth:`Family.load_pipeline`."""
         from diffusers import DiffusionPipeline
 
@@ -271,7 +288,7 @@ class PipelineFamily(Family):
         index = sources.pipeline_index(source)
         absent = {name: None for name, entry in index.items() if entry == [None, None]}
         try:
-            pipeline: Any = DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **absent, **source.kwargs)
+            pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **absent, **source.kwargs)
         except Exception as error:
             raise UsageError(f"{source.location} cannot be loaded: {first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
@@ -279,73 +296,13 @@ class PipelineFamily(Family):
 
     def build_decoder(self, source: ModelRef | None = None) -> Decoder:
         """See :meth:`Family.build_decoder`."""
-        import diffusers
-
-        config = self.decoder_config(source)
         with torch.device("meta"):
-            cls = getattr(diffusers, config.get("_class_name", self.decoder_classes[0]))
-            return self.make_decoder(cls.from_config(config))
+            return self.make_decoder(self._decoder_class(source).from_config(self.decoder_config(source)))
 
     def load_decoder(self, source: ModelRef | None = None) -> Decoder:
         """See :meth:`Family.load_decoder`."""
-        import diffusers
-
-        kind = self.decoder_config(source).get("_class_name", self.decoder_classes[0])
-        loader = getattr(diffusers, kind).from_pretrained
         place, folder = (self.reference, "vae") if source is None else (source, None)
-        return self.make_decoder(weights.load_part(place, folder, loader))
-
-    def part_class(self, part: str) -> Any:
-        """The class of a part that model_index.json names, from diffusers or transformers.
-
-        Raises:
-            UsageError: It names none, or one of another library.
-        """
-        entry = self.index.get(part)
-        library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if library not in ("diffusers", "transformers") or not isinstance(name, str):
-            raise UsageError(f"{self.reference.location}/model_index.json names no {part} of a known library")
-        found = getattr(importlib.import_module(library), name, None)
-        if found is None:
-            raise UsageError(f"{self.reference.location}/model_index.json: {library} has no {sources.printable(name)}")
-        return found
-
-    def tokenizer(self, part: str, encoder: nn.Module) -> Any:
-        """A tokenizer that fits its text encoder.
-
-        By its own class: AutoTokenizer would ask for a config.json that a downloaded snapshot does not hold.
-        """
-        tokenizer = weights.load_part(self.reference, part, self.part_class(part).from_pretrained)
-        whole: Any = encoder.config
-        config = whole.get_text_config()  # of an encoder that also sees images
-        # Without its files transformers builds a tokenizer of a handful of tokens and says nothing.
-        if not 16 <= len(tokenizer) <= config.vocab_size:
-            raise UsageError(
-                f"{self.reference.location}/{part} has {len(tokenizer)} tokens but the text encoder knows "
-                f"{config.vocab_size}: the tokenizer's files are missing or foreign"
-            )
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-        return tokenizer
-
-    def text_encoder(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """A frozen text encoder with its weights."""
-        encoder = weights.load_part(self.reference, part, self.part_class(part).from_pretrained, dtype=dtype)
-        return encoder.eval().requires_grad_(False)
-
-    def build_text_encoders(self) -> nn.Module:
-        """See :meth:`Family.build_text_encoders`; one encoder, unless overridden."""
-        return self.meta_text_encoders("text_encoder")
-
-    def meta_text_encoders(self, *parts: str) -> nn.Module:
-        """Text encoders without memory, on the meta device."""
-        with torch.device("meta"):
-            classes = {part: self.part_class(part) for part in parts}
-            return nn.ModuleList(
-                cls(cls.config_class(**sources.read_json(self.reference, f"{part}/config.json")))
-                for part, cls in classes.items()
-            )
+        return self.make_decoder(weights.load_part(place, folder, self._decoder_class(source)))
 
     @abstractmethod
     def make_decoder(self, vae: nn.Module) -> Decoder:
@@ -379,17 +336,17 @@ class PipelineFamily(Family):
         self, folder: Path, weights: Mapping[str, Tensor], student: Student, dtype: torch.dtype, vae: ModelRef | None
     ) -> None:
         """See :meth:`Family.export`."""
-        reference = snapshot.pipeline_folder(self.reference)
+        reference = snapshot.folder(self.reference, sources.INDEX)
         index = dict(self.index)
         for name in snapshot.copied_parts(index, self.network_part):
             snapshot.copy_part(reference / name, folder / name)
             snapshot.load_in_float32(folder / name / "config.json")
         if vae is not None:
-            path = snapshot.network_folder(vae)
+            path = snapshot.folder(vae, sources.CONFIG)
             shutil.rmtree(folder / "vae", ignore_errors=True)
             snapshot.copy_part(path, folder / "vae")
             index["vae"] = ["diffusers", json.loads((path / "config.json").read_text("utf-8"))["_class_name"]]
-        network: Any = self.build_network()
+        network = self.build_network()
         network.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, strict=True, assign=True)
         network.save_pretrained(folder / self.network_part)
         scheduler = self.export_scheduler(student).scheduler
@@ -401,22 +358,9 @@ class PipelineFamily(Family):
     @property
     def loads_adapters(self) -> bool:
         """See :attr:`Family.loads_adapters`; PixArt's pipelines do not."""
-        return hasattr(self._pipeline_type(), "save_lora_weights")
+        return hasattr(self.pipeline_class, "save_lora_weights")
 
     def export_adapter(self, folder: Path, factors: Mapping[str, Tensor]) -> None:
         """See :meth:`Family.export_adapter`; for ``load_lora_weights`` of the reference's pipeline."""
         layers = {name: factor.contiguous() for name, factor in factors.items()}
-        self._pipeline_type().save_lora_weights(folder, **{f"{self.network_part}_lora_layers": layers})
-
-    def _pipeline_type(self) -> Any:
-        import diffusers
-
-        return getattr(diffusers, self.index["_class_name"])
-
-
-def bare_pipeline(cls: Any, **parts: Any) -> Any:
-    """A diffusers pipeline of text encoders alone, for its ``encode_prompt``."""
-    names = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-    required = [n for n in names if inspect.signature(cls.__init__).parameters[n].default is inspect.Parameter.empty]
-    with quietly():
-        return cls(**dict.fromkeys(required) | parts)
+        self.pipeline_class.save_lora_weights(folder, **{f"{self.network_part}_lora_layers": layers})

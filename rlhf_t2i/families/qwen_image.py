@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder
-from rlhf_t2i.families.flow_matching import PackedFlowFamily
+from rlhf_t2i.families.base import Conditioning, Config, Decoder, NetworkCall
+from rlhf_t2i.families.conditioning import padded
+from rlhf_t2i.families.flow_matching import JOINT_ATTENTION, PackedFlowFamily
 from rlhf_t2i.families.one_frame import OneFrameDecoder
-from rlhf_t2i.families.pipeline import bare_pipeline
+from rlhf_t2i.families.sources import ModelRef
 
-_TOKENS = 512  # the pipeline's max_sequence_length
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _EMPTY = " "  # the negative prompt of the published examples, which is no empty string
 
 
@@ -27,34 +30,34 @@ class QwenImageFamily(PackedFlowFamily):
 
     name = "qwen_image"
     pipelines = ("QwenImagePipeline",)
-    network_part = "transformer"
     network_class = "QwenImageTransformer2DModel"
     decoder_classes = ("AutoencoderKLQwenImage",)
     block_names = ("QwenImageTransformerBlock",)
-    adapter_targets = (
-        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-    )  # fmt: skip
+    adapter_targets = JOINT_ATTENTION
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
-        self.schedule(16, 16)
-        self.part_class("text_encoder")
+        super().check()
         for key in ("guidance_embeds", "use_additional_t_cond"):
             if self.network_config.get(key):
                 raise UsageError(f"{self._network_place}: {key} is true, an input that a QwenImagePipeline cannot give")
 
-    def check_decoder(self, source: Any) -> None:
+    def check_decoder(self, source: ModelRef | None) -> None:
         """See :meth:`Family.check_decoder`."""
-        config, place = self.decoder_config(source), f"{self._decoder_place(source)}/config.json"
-        channels = config.get("z_dim", 16)
+        super().check_decoder(source)
+        config = self.decoder_config(source)
         for key in ("latents_mean", "latents_std"):
             numbers = config.get(key)
-            if numbers is not None and (not isinstance(numbers, list) or len(numbers) != channels):
-                raise UsageError(f"{place}: {key} is not one number per channel: the file is damaged")
-        if channels != self._channels:
-            self._refuse_channels(source, channels)
+            if numbers is not None and (not isinstance(numbers, list) or len(numbers) != self.latents_of(config)):
+                raise UsageError(
+                    f"{self._decoder_place(source)}/config.json: {key} is not one number per channel: the file is damaged"
+                )
 
-    def _factor(self, source: Any) -> int:
+    def latents_of(self, config: Config) -> object:
+        """See :meth:`PipelineFamily.latents_of`."""
+        return config.get("z_dim", 16)
+
+    def _factor(self, source: ModelRef | None) -> int:
         halvings = self.decoder_config(source).get("temperal_downsample", [False, True, True])
         if not isinstance(halvings, list) or not 1 <= len(halvings) <= 16:
             raise UsageError(f"{self._decoder_place(source)}/config.json: temperal_downsample is no list: damaged")
@@ -62,13 +65,13 @@ class QwenImageFamily(PackedFlowFamily):
 
     def build_network(self) -> nn.Module:
         """See :meth:`Family.build_network`; with its rotary frequencies, which no state dict holds."""
-        network: Any = super().build_network()
+        network = super().build_network()
         rope = network.pos_embed
         with torch.device("cpu"):
             network.pos_embed = type(rope)(rope.theta, rope.axes_dim, rope.scale_rope)
         return network
 
-    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
         count, _, h, w = x_t.shape
         embeds, mask = _cut(cond.tensors["prompt_embeds"].to(x_t.dtype), cond.tensors["prompt_mask"])
@@ -91,27 +94,31 @@ class QwenImageFamily(PackedFlowFamily):
         guided = guided * (kept.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return self.from_scheduler(guided, height, width)
 
-    def sampling_call(self, steps: int, scale: float, batch: int = 1) -> dict[str, Any]:
+    def sampling_call(self, steps: int, scale: float, batch: int = 1) -> dict[str, object]:
         """See :meth:`Family.sampling_call`."""
         return {"true_cfg_scale": scale, "negative_prompt": [_EMPTY] * batch}
 
-    def plain_call(self, steps: int) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, object]:
         """See :meth:`Family.plain_call`; without a negative prompt nothing is guided."""
         return {"true_cfg_scale": 1.0}
 
-    def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
-        """See :meth:`Family.load_conditioner`."""
-        encoder = self.text_encoder("text_encoder", dtype)
-        return _QwenConditioner(encoder, self.tokenizer("tokenizer", encoder))
+    def encode_prompt(self, pipeline: DiffusionPipeline, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`PromptFamily.encode_prompt`."""
+        (embeds,), _ = pipeline.encode_prompt(prompt, device=device, max_sequence_length=self.prompt_tokens)
+        return padded(embeds, self.prompt_tokens)
+
+    def encode_unconditional(self, pipeline: DiffusionPipeline, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`PromptFamily.encode_unconditional`."""
+        return self.encode_prompt(pipeline, _EMPTY, device)
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :meth:`PromptFamily.conditioning_shapes`."""
+        tokens = self.prompt_tokens
+        return {"prompt_embeds": (tokens, self.network_config["joint_attention_dim"]), "prompt_mask": (tokens,)}
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
         return OneFrameDecoder(vae)
-
-    def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
-        """See :meth:`Family.example_conditioning`; prompts of the greatest length."""
-        embeds = torch.empty(batch, _TOKENS, self.network_config["joint_attention_dim"], dtype=dtype)
-        return Conditioning({"prompt_embeds": embeds, "prompt_mask": torch.empty(embeds.shape[:2], dtype=torch.bool)})
 
 
 def _cut(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -121,24 +128,3 @@ def _cut(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     longest = int(mask.sum(1).max())
     mask = mask[:, :longest]
     return embeds[:, :longest], None if bool(mask.all()) else mask
-
-
-class _QwenConditioner(Conditioner):
-    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
-        from diffusers import QwenImagePipeline
-
-        super().__init__()
-        self.encoder = encoder
-        self._pipeline = bare_pipeline(QwenImagePipeline, text_encoder=encoder, tokenizer=tokenizer)
-
-    def encode_one(self, prompt: str) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.encode_one`."""
-        device = next(self.encoder.parameters()).device
-        (embeds,), _ = self._pipeline.encode_prompt(prompt, device=device, max_sequence_length=_TOKENS)
-        mask = torch.arange(_TOKENS, device=device) < len(embeds)
-        padding = _TOKENS - len(embeds)
-        return {"prompt_embeds": nn.functional.pad(embeds.float(), (0, 0, 0, padding)), "prompt_mask": mask}
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.unconditional_row`."""
-        return {name: tensor[0] for name, tensor in self.encode([_EMPTY]).tensors.items()}

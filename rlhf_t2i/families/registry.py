@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
@@ -48,7 +47,7 @@ def installed() -> Iterator[InstalledFamily]:
         yield InstalledFamily(name, packages, None if problem else cls, problem)
 
 
-def _problem(cls: Any) -> str:
+def _problem(cls: object) -> str:
     """What keeps a class from being used as a family; empty if nothing does."""
     if not (isinstance(cls, type) and issubclass(cls, Family)):
         return "is not a subclass of rlhf_t2i.families.base.Family"
@@ -65,11 +64,6 @@ def find(reference: ModelRef) -> Family:
         UsageError: Not a pipeline, or one of no family or of two; the message lists the known ones.
     """
     index = sources.pipeline_index(reference)
-    return family_class(reference, index)(reference, index)
-
-
-def family_class(reference: ModelRef, index: Mapping[str, Any]) -> type[Family]:
-    """The class that reads a pipeline; see :func:`find`."""
     rows, name = list(installed()), index.get("_class_name")
     usable = [(row, row.cls) for row in rows if row.cls is not None]
     matches = [(row, cls) for row, cls in usable if name in cls.pipelines]
@@ -78,7 +72,7 @@ def family_class(reference: ModelRef, index: Mapping[str, Any]) -> type[Family]:
         both = " and ".join(f"{row.name!r} of package {row.package}" for row, _ in matches)
         raise UsageError(f"{place} is read by the model families {both}: uninstall one")
     if matches:
-        return matches[0][1]
+        return matches[0][1](reference, index)
     known = ", ".join(f"{row.name} ({', '.join(cls.pipelines)})" for row, cls in usable)
     broken = "".join(f"; {row.name!r} of package {row.package} {row.problem}" for row in rows if row.cls is None)
     raise UsageError(f"{place} is no pipeline of a known model family; known: {known}{broken}")

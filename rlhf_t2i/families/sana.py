@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm.schedules import FlowSchedule, TimeArgument
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
-from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family
+from rlhf_t2i.families.base import Conditioning, Decoder, Family, NetworkCall
 from rlhf_t2i.families.decoders import KLDecoder
 from rlhf_t2i.families.flow_matching import FlowFamily
-from rlhf_t2i.families.pipeline import bare_pipeline
 from rlhf_t2i.families.sources import ModelRef
 
-_TOKENS = 300  # the pipeline's max_sequence_length: every prompt is padded to it, and the padding masked
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 _TIMES: dict[float, TimeArgument] = {1.0: "thousandths", 0.001: "sigma"}
 """What the network is given, by its ``timestep_scale``: the pipeline multiplies 1000 s with it."""
 
@@ -26,24 +27,23 @@ _TIMES: dict[float, TimeArgument] = {1.0: "thousandths", 0.001: "sigma"}
 class SanaFamily(FlowFamily):
     """SANA and SANA-1.5; a generator may be SANA-Sprint.
 
-    The network predicts ``eps - x_0``. A prompt is encoded behind the pipeline's instruction to enhance it; the
-    unconditional branch is the empty prompt without that instruction.
+    The network predicts ``eps - x_0``. A prompt is encoded behind the pipeline's instruction to enhance it, padded to the
+    pipeline's ``max_sequence_length``, and the padding masked; the unconditional branch is the empty prompt without that
+    instruction.
     """
 
     name = "sana"
     pipelines = ("SanaPipeline",)
-    network_part = "transformer"
     network_class = "SanaTransformer2DModel"
     decoder_classes = ("AutoencoderDC",)
+    patch_size = 1
     block_names = ("SanaTransformerBlock",)
     reads_guidance: ClassVar[bool] = False
     """Whether the network is given a guidance scale, as SANA-Sprint's is."""
 
     def check(self) -> None:
         """See :meth:`Family.check`."""
-        self.schedule(0, 0)
-        self.native_size()
-        self.part_class("text_encoder")
+        super().check()
         for key, value in {"patch_size": 1, "guidance_embeds": self.reads_guidance}.items():
             found = self.network_config.get(key, value)
             if found != value:
@@ -67,7 +67,7 @@ class SanaFamily(FlowFamily):
             raise UsageError(f"{self._network_place}: timestep_scale is {sources.printable(scale)}, not 1 or 0.001")
         return FlowSchedule(shift=self.scheduler_number("flow_shift" if solver else "shift", 1.0), time=_TIMES[scale])
 
-    def predict(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""
         return network(
             x_t,
@@ -82,7 +82,7 @@ class SanaFamily(FlowFamily):
         """What the network is given besides latents, time and prompts."""
         return {}
 
-    def plain_call(self, steps: int) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, object]:
         """See :meth:`Family.plain_call`; binning changes nothing at the model's own size."""
         return {"guidance_scale": 0.0, "use_resolution_binning": False}
 
@@ -95,44 +95,39 @@ class SanaFamily(FlowFamily):
             return self
         return SanaSprintFamily(self.reference, self.index, source)
 
-    def load_conditioner(self, dtype: torch.dtype, height: int, width: int) -> Conditioner:
-        """See :meth:`Family.load_conditioner`."""
-        encoder = self.text_encoder("text_encoder", dtype)
-        return _SanaConditioner(encoder, self.tokenizer("tokenizer", encoder))
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """SanaPipeline, also of SANA-Sprint, whose own encodes prompts and saves adapters alike."""
+        from diffusers import SanaPipeline
+
+        return SanaPipeline
+
+    def encode_prompt(self, pipeline: DiffusionPipeline, prompt: str, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`PromptFamily.encode_prompt`."""
+        default = inspect.signature(self.pipeline_class.__call__).parameters["complex_human_instruction"].default
+        return _encode(pipeline, prompt, device, default)
+
+    def encode_unconditional(self, pipeline: DiffusionPipeline, device: torch.device) -> dict[str, Tensor]:
+        """See :meth:`PromptFamily.encode_unconditional`."""
+        return _encode(pipeline, "", device, None)
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :meth:`PromptFamily.conditioning_shapes`."""
+        tokens = self.prompt_tokens
+        return {"prompt_embeds": (tokens, self.network_config["caption_channels"]), "prompt_mask": (tokens,)}
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""
         return _DCDecoder(vae)
 
-    def example_conditioning(self, batch: int, height: int, width: int, dtype: torch.dtype) -> Conditioning:
-        """See :meth:`Family.example_conditioning`."""
-        embeds = torch.empty(batch, _TOKENS, self.network_config["caption_channels"], dtype=dtype)
-        return Conditioning({"prompt_embeds": embeds, "prompt_mask": torch.empty(embeds.shape[:2])})
 
-
-class _SanaConditioner(Conditioner):
-    def __init__(self, encoder: nn.Module, tokenizer: Any) -> None:
-        from diffusers import SanaPipeline
-
-        super().__init__()
-        self.encoder = encoder
-        self._pipeline = bare_pipeline(SanaPipeline, text_encoder=encoder, tokenizer=tokenizer)
-        self._instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-
-    def encode_one(self, prompt: str) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.encode_one`."""
-        return self._row(prompt, self._instruction)
-
-    def unconditional_row(self) -> dict[str, Tensor]:
-        """See :meth:`Conditioner.unconditional_row`."""
-        return self._row("", None)
-
-    def _row(self, prompt: str, instruction: list[str] | None) -> dict[str, Tensor]:
-        embeds, mask, _, _ = self._pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device=next(self.encoder.parameters()).device,
-            max_sequence_length=_TOKENS, complex_human_instruction=instruction,
-        )  # fmt: skip
-        return {"prompt_embeds": embeds[0].float(), "prompt_mask": mask[0].float()}
+def _encode(
+    pipeline: DiffusionPipeline, prompt: str, device: torch.device, instruction: list[str] | None
+) -> dict[str, Tensor]:
+    embeds, mask, _, _ = pipeline.encode_prompt(
+        prompt, do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
+    )
+    return {"prompt_embeds": embeds[0].float(), "prompt_mask": mask[0].float()}
 
 
 class _DCDecoder(KLDecoder):
@@ -143,5 +138,4 @@ class _DCDecoder(KLDecoder):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """See :meth:`Decoder.encode`."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.encode(images.to(dtype) * 2 - 1, return_dict=False)[0].float()
+        return self.vae.encode(images.to(self._dtype) * 2 - 1, return_dict=False)[0].float()

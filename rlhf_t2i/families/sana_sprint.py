@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,12 @@ from rlhf_t2i.algorithm.schedules import FlowSchedule
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.base import Config, Family
-from rlhf_t2i.families.exported import ExportScheduler
+from rlhf_t2i.families.pipeline import ExportScheduler
 from rlhf_t2i.families.sana import SanaFamily
 from rlhf_t2i.families.sources import ModelRef
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 _GUIDANCE = 4.5  # the pipeline's guidance_scale
 _START, _SECOND = 1.57080, 1.3  # the pipeline's angles of the first step, and of the second of two
@@ -43,7 +45,7 @@ class SanaSprintFamily(SanaFamily):
     guides = False
     reads_guidance = True
 
-    def __init__(self, reference: ModelRef, index: Mapping[str, Any], generator: ModelRef | None = None) -> None:
+    def __init__(self, reference: ModelRef, index: Config, generator: ModelRef | None = None) -> None:
         pipeline = {"_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"]}
         super().__init__(reference, {**index, **pipeline})
         self._generator = generator
@@ -90,21 +92,21 @@ class SanaSprintFamily(SanaFamily):
         sigma = self.scheduler_config.get("sigma_data", 0.5)
         return ExportScheduler(SCMScheduler(sigma_data=sigma), _angles(student.steps))
 
-    def plain_call(self, steps: int) -> dict[str, Any]:
+    def plain_call(self, steps: int) -> dict[str, object]:
         """See :meth:`Family.plain_call`."""
         return {"guidance_scale": _GUIDANCE, "use_resolution_binning": False, **_angles(steps)}
 
-    def guided_call(self, steps: int, scale: float) -> dict[str, Any]:
+    def guided_call(self, steps: int, scale: float) -> dict[str, object]:
         """See :meth:`Family.guided_call`; the network's own guidance is all there is."""
         return self.plain_call(steps)
 
-    def sampler_for_check(self) -> Any:
+    def sampler_for_check(self) -> SchedulerMixin:
         """See :meth:`Family.sampler_for_check`; of unit noise, whose states need no scale."""
         from diffusers import SCMScheduler
 
         return SCMScheduler(sigma_data=1.0)
 
 
-def _angles(steps: int) -> dict[str, Any]:
+def _angles(steps: int) -> dict[str, object]:
     """What the pipeline must be told unless it draws two steps."""
     return {} if steps == 2 else {"intermediate_timesteps": None}

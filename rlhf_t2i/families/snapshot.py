@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.families import sources
-from rlhf_t2i.families.sources import ModelRef
+from rlhf_t2i.families.sources import CONFIG, INDEX, Config, ModelRef
 from rlhf_t2i.utils import files
 
 _OTHER_FORMATS = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "openvino*", "*.ckpt")
 _HALVES = "*.fp16[.-]*"
-_INDEX, _CONFIG = "model_index.json", "config.json"  # what a pipeline, and a network by itself, surely have
 
 
 def fetch(reference: ModelRef, network: str, vae: ModelRef | None) -> None:
@@ -31,23 +28,28 @@ def fetch(reference: ModelRef, network: str, vae: ModelRef | None) -> None:
     """
     if not reference.is_local:
         parts = copied_parts(sources.pipeline_index(reference), network)
-        wanted = [_INDEX, "scheduler/*.json", f"{network}/config.json", *(f"{part}/*" for part in parts)]
-        _download(reference, _INDEX, wanted)
+        wanted = [INDEX, "scheduler/*.json", f"{network}/config.json", *(f"{part}/*" for part in parts)]
+        _download(reference, INDEX, wanted)
     if vae is not None and not vae.is_local:
-        _download(vae, _CONFIG, [_CONFIG, "diffusion_pytorch_model*"])
+        _download(vae, CONFIG, [CONFIG, "diffusion_pytorch_model*"])
 
 
-def pipeline_folder(source: ModelRef) -> Path:
-    """Where a pipeline's files lie on this machine, after :func:`fetch`; asks no network."""
-    return _folder(source, _INDEX)
+def folder(source: ModelRef, sure: str) -> Path:
+    """Where a model's files lie on this machine, after :func:`fetch`; asks no network.
+
+    Args:
+        source: The model.
+        sure: A file that it surely has: ``model_index.json`` of a pipeline, ``config.json`` of a network by itself.
+    """
+    if source.is_local:
+        return Path(source.location)
+    found = sources.cached(source, sure)
+    if found is None:
+        raise RunError(f"{source.location} is gone from the hub's cache: it was there when the run started")
+    return found.parent
 
 
-def network_folder(source: ModelRef) -> Path:
-    """The same for a network by itself."""
-    return _folder(source, _CONFIG)
-
-
-def copied_parts(index: Mapping[str, Any], network: str) -> list[str]:
+def copied_parts(index: Config, network: str) -> list[str]:
     """The folders of a pipeline that an export copies as they are: all but its network's and its scheduler's.
 
     Args:
@@ -87,25 +89,8 @@ def _download(source: ModelRef, sure: str, wanted: list[str]) -> None:
     try:
         snapshot_download(source.location, revision=source.revision, allow_patterns=wanted, ignore_patterns=ignored)
     except Exception as error:  # offline, unknown, refused: the client's HTTP library, and so the errors, differ
-        if _cached(source, sure) is None:
+        if sources.cached(source, sure) is None:
             raise UsageError(f"{source.location} cannot be read from the hub: {first_line(error)}") from error
-
-
-def _folder(source: ModelRef, sure: str) -> Path:
-    if source.is_local:
-        return Path(source.location)
-    found = _cached(source, sure)
-    if found is None:
-        raise RunError(f"{source.location} is gone from the hub's cache: it was there when the run started")
-    return found
-
-
-def _cached(source: ModelRef, file: str) -> Path | None:
-    """The snapshot's folder in the hub's cache, if it holds a file."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(source.location, file, revision=source.revision)
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def load_in_float32(config: Path) -> None:

@@ -12,6 +12,10 @@ from typing import Any
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.utils import files, inputs
 
+Config = dict[str, Any]
+"""The JSON object of a configuration file, as its library wrote it."""
+INDEX, CONFIG = "model_index.json", "config.json"
+"""The file of a pipeline that names its parts, and that of a network by itself."""
 _DEEPEST = 10_000
 _HASH = re.compile("[0-9a-f]{40}")
 _FILES = (".bin", ".safetensors", ".pt", ".pth")
@@ -37,7 +41,7 @@ class ModelRef:
         return Path(self.location).is_absolute()
 
     @property
-    def kwargs(self) -> dict[str, Any]:
+    def kwargs(self) -> dict[str, object]:
         """Keyword arguments for ``from_pretrained``; a local folder never reaches for the network."""
         if self.is_local:
             return {"local_files_only": True}
@@ -112,20 +116,20 @@ def _is_safe(name: str) -> bool:
     return all(re.fullmatch(r"\w|\w[\w.-]*\w", part, re.ASCII) and ".." not in part for part in name.split("/"))
 
 
-def pipeline_index(source: ModelRef) -> dict[str, Any]:
+def pipeline_index(source: ModelRef) -> Config:
     """A pipeline's model_index.json, whose keys are names of folders.
 
     Raises:
         UsageError: Missing, damaged, or with a key that is a path out of the pipeline.
     """
-    index = read_json(source, "model_index.json")
+    index = read_json(source, INDEX)
     stray = next((name for name in index if not re.fullmatch(r"\w+", name)), None)
     if stray is not None:
-        raise UsageError(f"{source.location}/model_index.json is damaged: {printable(stray)} is no name of a folder")
+        raise UsageError(f"{source.location}/{INDEX} is damaged: {printable(stray)} is no name of a folder")
     return index
 
 
-def read_json(source: ModelRef, file: str) -> dict[str, Any]:
+def read_json(source: ModelRef, file: str) -> Config:
     """A JSON file of a model: of a local folder, from the hub's cache, as shipped in ``configs/``, or from the hub.
 
     Raises:
@@ -155,16 +159,21 @@ def _check_depths(value: object, path: Path, key: str = "") -> None:
 
 def _hub_json(source: ModelRef, file: str) -> Path:
     """``rlhf-t2i plan`` needs no network for the published configurations that are shipped here."""
+    shipped = Path(__file__).parent / "configs" / source.location.replace("/", "--") / file
+    if source.revision is not None or not shipped.is_file():
+        return cached(source, file) or Path(hub_file(source, file))
+    return cached(source, file) or shipped
+
+
+def cached(source: ModelRef, file: str) -> Path | None:
+    """A file of a hub repository, if the hub's cache holds it."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(source.location, file, revision=source.revision)
-    shipped = Path(__file__).parent / "configs" / source.location.replace("/", "--") / file
-    if isinstance(cached, str):
-        return Path(cached)
-    return shipped if source.revision is None and shipped.is_file() else Path(hub_file(source, file))
+    found = try_to_load_from_cache(source.location, file, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
-def find_json(source: ModelRef, file: str) -> dict[str, Any] | None:
+def find_json(source: ModelRef, file: str) -> Config | None:
     """A JSON file that a model may have; None where it has none."""
     if source.is_local and not (Path(source.location) / file).is_file():
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from rlhf_t2i.algorithm.student import Noise, Student, sequential_noise
 from rlhf_t2i.algorithm.timesteps import TimestepLaw
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import embeddings, registry, sources
-from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family
+from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family, NetworkCall
 from rlhf_t2i.families.compiling import compile_blocks
 from rlhf_t2i.families.embeddings import EmbeddingFolder, Entry, Progress, StoredConditioner
 from rlhf_t2i.families.frozen import freeze_convs, twin
@@ -236,7 +236,9 @@ class ModelStore:
         noise = sequential_noise([shape, packed], generators, self.device)
         return lambda k: noise(k) if k == 0 else self.family.from_scheduler(noise(k), *self.size)
 
-    def generate(self, network: Any, prompts: Sequence[str], noise: Noise, depths: Tensor | None = None) -> Tensor:
+    def generate(
+        self, network: NetworkCall, prompts: Sequence[str], noise: Noise, depths: Tensor | None = None
+    ) -> Tensor:
         """The generator's ``x_0`` [B, C, h, w] in float32.
 
         Args:
@@ -253,7 +255,7 @@ class ModelStore:
 
         return self.student.sample(predict, noise) if depths is None else self.student.rollout(predict, noise, depths)
 
-    def predict(self, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def predict(self, network: NetworkCall, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The raw output of a network [B, C, h, w], float32.
 
         Args:
@@ -265,9 +267,9 @@ class ModelStore:
         return self._call(self.family, self.schedule, network, x_t, t, cond)
 
     def _call(
-        self, family: Family, schedule: Schedule, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning
+        self, family: Family, schedule: Schedule, network: NetworkCall, x_t: Tensor, t: Tensor, cond: Conditioning
     ) -> Tensor:
-        module: Any = getattr(network, "module", network)
+        module = cast(nn.Module, getattr(network, "module", network))
         weights = next(module.parameters()).dtype
         # float32 weights compute under autocast, weights of the compute dtype as they are.
         mixed = weights == torch.float32 and self.dtype != torch.float32
@@ -275,6 +277,6 @@ class ModelStore:
             time = schedule.network_time(t).to(x_t.device)
             return family.predict(network, x_t.to(weights), time, cond).float()
 
-    def denoise(self, network: Any, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def denoise(self, network: NetworkCall, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The x0-prediction ``D(x_t)`` of a network [B, C, h, w]; arguments as for :meth:`predict`."""
         return self.schedule.to_x0(self.predict(network, x_t, t, cond), x_t, t)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -17,13 +16,13 @@ from rlhf_t2i.families.snapshot import is_fp16_alone
 from rlhf_t2i.families.sources import ModelRef
 
 
-def load_part(source: ModelRef, subfolder: str | None, loader: Callable[..., Any], **kwargs: Any) -> Any:
-    """Call a ``from_pretrained`` of diffusers or transformers.
+def load_part(source: ModelRef, subfolder: str | None, cls: type[nn.Module], **kwargs: object) -> nn.Module:
+    """A network, text encoder or tokenizer, by the ``from_pretrained`` of its class in diffusers or transformers.
 
     Args:
         source: The pipeline, or the network itself.
         subfolder: The part's folder in it.
-        loader: The class's ``from_pretrained``.
+        cls: The class.
         kwargs: Passed on.
 
     Raises:
@@ -36,11 +35,11 @@ def load_part(source: ModelRef, subfolder: str | None, loader: Callable[..., Any
         kwargs["subfolder"] = subfolder
     if source.is_local and is_fp16_alone(Path(where)):
         kwargs["variant"] = "fp16"
-    if _is_model(loader):
+    if issubclass(cls, nn.Module):  # not a tokenizer
         kwargs.setdefault("use_safetensors", not _only_bin(source, Path(where)))
         kwargs["output_loading_info"] = True
     try:
-        loaded = loader(source.location, **source.kwargs, **kwargs)
+        loaded = cls.from_pretrained(source.location, **source.kwargs, **kwargs)
     except Exception as error:
         damaged = damaged_weights(Path(where)) if source.is_local else None
         raise UsageError(f"{where} cannot be loaded: {damaged or first_line(error)}") from error
@@ -77,7 +76,7 @@ def read_state_dict(path: Path, name: str) -> dict[str, Tensor]:
         if name.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            state: Any = load_file(path)
+            state = load_file(path)
         else:
             # Files of the format before torch 1.6 are no zip archives and cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
@@ -157,12 +156,11 @@ def damaged_weights(folder: Path) -> str | None:
     return None
 
 
+def are_in(folder: Path) -> bool:
+    """Whether a folder holds a network's weights."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
 def _only_bin(source: ModelRef, folder: Path) -> bool:
     """Whether a local folder's weights are pickles alone (read with ``weights_only``, as both libraries do)."""
     return source.is_local and not list(folder.glob("*.safetensors*")) and bool(list(folder.glob("*.bin")))
-
-
-def _is_model(loader: Callable[..., Any]) -> bool:
-    """Whether the loader belongs to a network (which may be asked for safetensors), not to a tokenizer."""
-    owner = getattr(loader, "__self__", None)
-    return isinstance(owner, type) and issubclass(owner, nn.Module)

@@ -73,7 +73,9 @@ class StudentSettings(Section):
 
     steps: int = Field(1, ge=1, le=64, description="K, network calls per image; its timesteps are the model family's")
     timesteps: Annotated[list[Timestep], Field(min_length=1, max_length=64)] | None = Field(
-        None, description="the K timesteps in thousandths, falling, in place of the family's own"
+        None,
+        description="the K timesteps in thousandths, falling, in place of the family's own; of a flow-matching family "
+        "the first is 1000, pure noise (t = 1), where the flow begins",
     )
     transition: Literal["stochastic", "deterministic"] = Field(
         "stochastic", description="between steps: fresh noise, or the noise that the prediction implies"

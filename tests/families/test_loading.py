@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,48 @@ def test_a_decoder_for_other_latents_is_refused(tiny_sdxl: Path, tmp_path: Path)
         (folder / "vae" / "config.json").write_text(json.dumps({**config, **change}), "utf-8")
         with pytest.raises(UsageError, match=words):
             store(folder).check()
+
+
+@pytest.mark.parametrize("kind", ["a text encoder", "a network", "a pipeline", "nothing", "a configuration alone"])
+def test_a_folder_of_models_vae_that_is_no_vae_is_refused_by_the_check(
+    kind: str, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "vae").mkdir()
+    shutil.copy(tiny_sdxl / "vae/config.json", tmp_path / "vae")
+    folders = {"a text encoder": "text_encoder", "a network": "unet", "a pipeline": "."}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    folder = {"nothing": empty, "a configuration alone": tmp_path / "vae"}.get(kind, tiny_sdxl / folders.get(kind, ""))
+    with pytest.raises(UsageError, match=rf"^models\.vae: {re.escape(str(folder))}") as caught:
+        store(tiny_sdxl, vae=str(folder)).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_makes_images_of_another_size_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl / "vae", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    widths = [*config["block_out_channels"], config["block_out_channels"][-1]]
+    (folder / "config.json").write_text(json.dumps({**config, "block_out_channels": widths}), "utf-8")
+    with pytest.raises(UsageError, match=r"^models\.vae: .* makes 4 pixels of a latent, the reference's makes 2"):
+        store(tiny_sdxl, vae=str(folder)).check()
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("FluxPipeline", "'SD3Transformer2DModel', but model_index.json names FluxPipeline"),
+        ("StableDiffusionXLPipeline", "no unet/config.json.*model_index.json names StableDiffusionXLPipeline"),
+    ],
+)
+def test_an_index_of_another_pipeline_than_its_network_is_refused(
+    named: str, words: str, tiny_sd3: Path, tmp_path: Path
+) -> None:
+    folder = copy(tiny_sd3, tmp_path / "m")
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": named}), "utf-8")
+    with pytest.raises(UsageError, match=words) as caught:
+        store(folder).check()
+    assert "\n" not in str(caught.value)
 
 
 def test_an_incomplete_pipeline_is_refused_before_training(tiny_sdxl: Path, tmp_path: Path) -> None:

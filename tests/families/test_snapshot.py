@@ -59,7 +59,7 @@ def test_the_files_that_are_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch
 def test_without_the_hub_its_cache_will_do_and_nothing_else(cache: Path) -> None:
     source = sources.parse(f"tiny/sdxl@{cache.name}")
     snapshot.fetch(sources.parse(f"tiny/sdxl@{cache.name}"), "unet", None)
-    assert snapshot.pipeline_folder(source) == cache
+    assert snapshot.folder(source, sources.INDEX) == cache
     with pytest.raises(UsageError, match="tiny/decoder cannot be read from the hub"):
         snapshot.fetch(source, "unet", sources.parse("tiny/decoder"))
 
