@@ -76,7 +76,7 @@ def _training_in(dtype: torch.dtype) -> Iterator[None]:
     """Let the store give trained networks in the compute precision."""
     originals = {name: getattr(ModelStore, name) for name in ("generator_network", "assistant_network")}
     for name, original in originals.items():
-        setattr(ModelStore, name, lambda self, original=original: original(self).to(dtype))
+        setattr(ModelStore, name, lambda self, base=None, original=original: original(self, base).to(dtype))
     try:
         yield
     finally:

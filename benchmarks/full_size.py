@@ -89,7 +89,7 @@ def work(worker: MeasuredWorker, recipe: Recipe, role: str, does: str) -> Callab
             built.vjp("full size", z, t, prompts, branch, torch.ones_like(prediction))
 
         return serve
-    engine = built._engine if role == "assistant" else built.engine
+    engine = built.engine
     engine.step = lambda _rate: float(bool(engine.module.zero_grad(set_to_none=True)))  # the update is not timed
     if role == "assistant":
         built.connect(NoiseGenerator(store.latent_shape))

@@ -21,6 +21,8 @@ from rlhf_t2i.algorithm import prompts as prompt_files
 from rlhf_t2i.families import flops
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import ROLES, Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 _RECIPE = Path(__file__).parents[1] / "recipes/di_star_pickscore.yaml"
@@ -181,7 +183,7 @@ def batch(recipe: Recipe, number: int) -> list[str]:
 
 def engines(worker: Worker) -> list[Any]:
     """Those of both trained roles."""
-    return [worker.roles["assistant"]._engine, worker.roles["learner"].engine]
+    return [worker.roles["assistant"].engine, worker.roles["learner"].engine]
 
 
 class StepTimes:
@@ -218,9 +220,9 @@ class StepTimes:
         prompts, timer = batch(self._recipe, number), Timer()
         timer.lap()
         self._updates = 0.0
-        norms = [self._call("assistant", "train", number, prompts)["grad_norm"]]
+        norms = [self._call("assistant", AssistantRole.train, number, prompts).grad_norm]
         assistant = timer.lap()
-        norms.append(self._call("learner", "step", number, prompts)["grad_norm"])
+        norms.append(self._call("learner", LearnerRole.step, number, prompts).grad_norm)
         generator = timer.lap()
         if not all(math.isfinite(norm) for norm in norms):
             raise RuntimeError(f"step {number}: a gradient is not finite, so its update was skipped: norms {norms}")

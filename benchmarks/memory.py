@@ -19,6 +19,8 @@ from gpu_sections import Settings, batch, build, join_alone, load
 from role_memory import MeasuredWorker, Row, compare, markdown
 
 from rlhf_t2i.recipe.schema import ROLES, Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import WorkerSpec
 from rlhf_t2i.tools.planning import plan
 
@@ -58,12 +60,12 @@ def resident(settings: Settings) -> tuple[int, int]:
     cluster = RayCluster(recipe)
     try:
         for number in range(2):
-            cluster.call_all("assistant", "train", number, batch(recipe, number))
-            cluster.call_all("learner", "step", number, batch(recipe, number))
+            cluster.call_all("assistant", AssistantRole.train, number, batch(recipe, number))
+            cluster.call_all("learner", LearnerRole.step, number, batch(recipe, number))
         (reading,) = cluster.readings().values()
     finally:
         cluster.close()
-    return group.memory.device + group.memory.host, int(reading["memory"])
+    return group.memory.device + group.memory.host, reading.memory
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 from rlhf_t2i.tools.planning import plan
 from rlhf_t2i.tools.planning.memory import Memory
@@ -143,8 +145,8 @@ class MeasuredWorker(Worker):
 
     def train_once(self, step: int, prompts: list[str]) -> None:
         """One assistant and one generator update, noting states and gradients."""
-        for role, method in (("assistant", "train"), ("learner", "step")):
-            engine = self.roles["assistant"]._engine if role == "assistant" else self.roles["learner"].engine
+        for role, method in (("assistant", AssistantRole.train), ("learner", LearnerRole.step)):
+            engine = self.roles[role].engine
             update, kind, held = engine.step, self.device.type, self.held[role]
             before = live(kind)
 
@@ -206,7 +208,7 @@ def network(role: str, built: Any) -> Any:
     if role == "learner":
         return built.engine.module
     if role == "assistant":
-        return built._engine.module
+        return built.engine.module
     return built._network if role == "reference" else built._networks["raw"]
 
 

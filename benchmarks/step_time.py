@@ -26,6 +26,8 @@ from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.stopwatch import WAIT
 
 WARM_UP = 3
@@ -63,9 +65,9 @@ class Timed:
         batch = self._stream.batch(self._steps * size, size)
         self.cluster.readings()
         began = time.perf_counter()
-        self.cluster.call_all("assistant", "train", self._steps, batch)
+        self.cluster.call_all("assistant", AssistantRole.train, self._steps, batch)
         middle = time.perf_counter()
-        self.cluster.call_all("learner", "step", self._steps, batch)
+        self.cluster.call_all("learner", LearnerRole.step, self._steps, batch)
         self.cluster.sync_generator()
         ended = time.perf_counter()
         self._steps += 1
@@ -77,8 +79,8 @@ class Timed:
         spent: defaultdict[str, float] = defaultdict(float)
         sent = 0
         for spent_here in self.cluster.readings().values():
-            sent += spent_here["bytes"]
-            for role, seconds in spent_here["seconds"].items():
+            sent += spent_here.sent
+            for role, seconds in spent_here.seconds.items():
                 spent["waiting for others" if role == WAIT else role] += seconds
         for role, seconds in spent.items():
             self.roles[role].append(seconds)

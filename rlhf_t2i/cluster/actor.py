@@ -7,7 +7,7 @@ import socket
 import time
 from datetime import timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -15,7 +15,12 @@ import ray
 from rlhf_t2i.errors import exit_in_plugin
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+    from torch import Tensor
+    from torch.distributed import TCPStore
+
     from rlhf_t2i.cluster.clients import RemoteClient
+    from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 
 _TIMEOUT_MARGIN_S = 60.0
 
@@ -28,13 +33,13 @@ class WorkerActor:
     named ``weight_store`` holds.
     """
 
-    def __init__(self, spec: Any, weight_store: str | None = None) -> None:
+    def __init__(self, spec: WorkerSpec, weight_store: str | None = None) -> None:
         from rlhf_t2i.roles.worker import set_threads
 
         self._spec, self._weight_store = spec, weight_store
         set_threads(spec.threads or fair_threads(spec.neighbors))
-        self._worker: Any = None
-        self._store: Any = None  # kept alive for as long as the process lives
+        self._built: Worker | None = None
+        self._store: TCPStore | None = None  # kept alive for as long as the process lives
         self._call, self._since = "starting", time.monotonic()
 
     def rendezvous(self) -> tuple[str, int]:
@@ -63,10 +68,10 @@ class WorkerActor:
         timeout = timedelta(seconds=self._spec.recipe.placement.step_timeout_s + _TIMEOUT_MARGIN_S)
         if master is not None:
             join_group(self._spec.rank, self._spec.world, master, timeout)
-        self._worker = Worker(self._spec, start_isolated)
+        self._built = Worker(self._spec, start_isolated)
         if master is not None:
             set_collective_timeout(timeout)
-        return str(self._worker.device)
+        return str(self._built.device)
 
     def connect(self, clients: dict[str, list[RemoteClient]]) -> None:
         """Tell the trained roles where the others are; answers are moved to this process's device."""
@@ -74,13 +79,18 @@ class WorkerActor:
             client.device = self._worker.device
         self._worker.connect(clients)
 
-    def call(self, role: str, method: str, *args: Any) -> Any:
-        """Call a role's method."""
+    @property
+    def _worker(self) -> Worker:
+        assert self._built is not None, "build() comes first"
+        return self._built
+
+    def call(self, role: str, method: str, *args: object) -> object:
+        """Call a role's method by its name."""
         self._call, self._since = f"{role}.{method}", time.monotonic()
         try:
-            if self._worker is None:
+            if self._built is None:
                 self._rebuild()
-            return self._worker.call(role, method, *args)
+            return self._worker.call(role, getattr(type(self._worker.roles[role]), method), *args)
         except SystemExit as error:  # of a plugin: Ray would end the process as if it had asked to
             raise exit_in_plugin(error) from None
         finally:
@@ -88,11 +98,13 @@ class WorkerActor:
 
     def _rebuild(self) -> None:
         """After a restart: the roles, and the newest weights of the generator."""
+        from rlhf_t2i.roles.generator import GeneratorRole
+
         self.build(None)
         if self._weight_store is not None:
             weight_store = ray.get_actor(self._weight_store)
             for name, stored in ray.get(weight_store.newest.remote()).items():
-                self._worker.call("generator", "load", name, ray.get(stored))
+                self._worker.call("generator", GeneratorRole.load, name, ray.get(stored))
 
     @ray.method(concurrency_group="watch")
     def status(self) -> str:
@@ -102,24 +114,24 @@ class WorkerActor:
         waiting = ", waiting for another process" if stopwatch.waiting() else ""
         return f"{self._call} for {time.monotonic() - self._since:.0f} s{waiting}"
 
-    def readings(self) -> dict[str, Any]:
-        """Timings and memory since the last reading."""
-        if self._worker is None:
-            return {"seconds": {}, "bytes": 0, "memory": 0, "rank": self._spec.rank, "matmul_rate": None}
-        return self._worker.readings()
+    def reading(self) -> Reading:
+        """What this process has measured since its last reading; nothing after a restart."""
+        from rlhf_t2i.roles.worker import Reading
+
+        return Reading() if self._built is None else self._built.reading()
 
 
 class WeightStore:
     """Holds the newest weights of a generator in a group of its own, for its process after a restart."""
 
     def __init__(self) -> None:
-        self._newest: dict[str, Any] = {}
+        self._newest: dict[str, ObjectRef[dict[str, Tensor]]] = {}
 
-    def keep(self, name: str, stored: list[Any]) -> None:
+    def keep(self, name: str, stored: list[ObjectRef[dict[str, Tensor]]]) -> None:
         """Remember a reference to weights; in a list, for Ray would fetch a bare one."""
         self._newest[name] = stored[0]
 
-    def newest(self) -> dict[str, Any]:
+    def newest(self) -> dict[str, ObjectRef[dict[str, Tensor]]]:
         """References by name."""
         return self._newest
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
-from rlhf_t2i.roles.dispatch import Client
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.dispatch import Client, Method, P, T
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.reward import RewardRole
+from rlhf_t2i.roles.worker import Reading
 
 
 class Cluster(ABC):
@@ -22,8 +24,11 @@ class Cluster(ABC):
         """Clients that spread a call over all processes of a role: one, but for ``reward`` one per group of rewards."""
 
     @abstractmethod
-    def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
-        """Call a method with the same arguments on every rank of a role; results in rank order."""
+    def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """Call a method with the same arguments on every rank of a role; results in rank order.
+
+        The method is given as a function, ``LearnerRole.step``.
+        """
 
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents [B, C, h, w] from the generator."""
@@ -43,9 +48,29 @@ class Cluster(ABC):
         """Give the generator the learner's newest weights, where it does not share them."""
 
     @abstractmethod
-    def readings(self) -> dict[str, dict[str, Any]]:
-        """Seconds by role, bytes sent and peak memory of every process since the last reading."""
+    def readings(self) -> dict[str, Reading]:
+        """What every process (``group/rank``) has measured since the last reading."""
 
     @abstractmethod
     def close(self) -> None:
         """Stop what was started."""
+
+
+def start(recipe: Recipe, failures: Path, address: str | None = None) -> Cluster:
+    """A cluster of roles; ``close()`` it.
+
+    Args:
+        recipe: The recipe.
+        failures: Folder for the samples that a reward fails on.
+        address: An existing Ray cluster to join.
+
+    Raises:
+        UsageError: The placement cannot work, or the Ray cluster lacks the devices.
+    """
+    if recipe.placement.mode == "local":
+        from rlhf_t2i.cluster.local import LocalCluster
+
+        return LocalCluster(recipe, failures)
+    from rlhf_t2i.cluster.ray_cluster import RayCluster
+
+    return RayCluster(recipe, failures, address)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Generic
 
 import ray
 import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 from rlhf_t2i.roles import dispatch
@@ -93,7 +96,7 @@ class Limit:
     key: str = STEP_TIMEOUT_KEY
 
 
-def get(references: Any, limit: Limit, role: str) -> Any:
+def get(references: Sequence[ObjectRef], limit: Limit, role: str) -> list[object]:
     """``ray.get`` that raises this project's own errors, see :func:`translate_ray_errors`."""
     with translate_ray_errors(role, limit):
         return ray.get(references, timeout=limit.seconds)
@@ -104,9 +107,9 @@ class RemoteFuture(Generic[T]):
     """An answer on its way from one or several servers."""
 
     client: RemoteClient
-    references: list[Any]
+    references: Sequence[ObjectRef]
     limit: Limit
-    join: Callable[[list[Any]], T]
+    join: Callable[..., T]
 
     def result(self) -> T:
         """Wait for all parts and join them."""
@@ -129,11 +132,11 @@ class RemoteClient:
     """
 
     role: str
-    servers: list[Any]
+    servers: list[ActorHandle]
     limit: Limit = Limit()
     reward_limit: Limit = Limit()
     device: torch.device | None = None
-    guard: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    guard: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Split the batch over the servers; see :class:`rlhf_t2i.roles.dispatch.Client`."""
@@ -147,10 +150,10 @@ class RemoteClient:
         limit = self.reward_limit if Batched.of(method).timeout == "reward" else self.limit
         return RemoteFuture(self, references, limit, lambda answers: self._join(answers, batch))
 
-    def submit_all(self, method: str, *args: Any) -> Future[list[Any]]:
+    def submit_all(self, method: Method[P, T], arguments: Sequence[object]) -> Future[list[T]]:
         """Call a method with the same arguments on every server; answers in their order."""
         with translate_ray_errors(self.role):
-            references = [server.call.remote(self.role, method, *args) for server in self.servers]
+            references = [server.call.remote(self.role, method.__name__, *arguments) for server in self.servers]
         return RemoteFuture(self, references, self.limit, list)
 
     def _join(self, answers: list[T], batch: int) -> T:
@@ -160,12 +163,6 @@ class RemoteClient:
         return joined if self.device is None else move(joined, self.device)
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: object) -> int:
     """Of all tensors in a value."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return 0
-    return sum(_bytes(item) for item in value)
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -8,21 +8,24 @@ them go only bytes, shapes and strings: pickled arrays or exceptions would need 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 
 import ray
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from rlhf_t2i.cluster.connect import same_node
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.families import sources
 from rlhf_t2i.plugins import guard, registry
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.plugins.environments import overlay_python
 from rlhf_t2i.recipe.schema import RewardChoice
+from rlhf_t2i.roles.reward import freeze
 from rlhf_t2i.utils.device import default_device
 
 
@@ -31,68 +34,48 @@ def start_isolated(choice: RewardChoice, dtype: torch.dtype) -> IsolatedReward:
     return IsolatedReward(choice.name, choice.options, dtype, choice.timeout_s)
 
 
-@dataclass(frozen=True)
-class Wire:
-    """A tensor as bytes."""
+def pack(tensor: Tensor) -> bytes:
+    """A tensor as bytes, which any version of safetensors reads."""
+    return save({"tensor": tensor.detach().cpu().contiguous()})
 
-    data: bytes
-    shape: tuple[int, ...]
-    dtype: str
 
-    @classmethod
-    def pack(cls, tensor: Tensor) -> Wire:
-        """Copy a tensor's values."""
-        cpu = tensor.detach().cpu().contiguous()
-        # A byte view, because numpy has no bfloat16.
-        return cls(cpu.view(torch.uint8).numpy().tobytes(), tuple(cpu.shape), str(cpu.dtype).removeprefix("torch."))
-
-    def unpack(self, device: torch.device) -> Tensor:
-        """The tensor on a device."""
-        flat = torch.frombuffer(bytearray(self.data), dtype=getattr(torch, self.dtype))
-        return flat.reshape(self.shape).to(device)
+def unpack(data: bytes, device: torch.device) -> Tensor:
+    """The tensor of :func:`pack` on a device."""
+    return load(data)["tensor"].to(device)
 
 
 class IsolatedActor:
     """The real reward, in its own environment. It keeps nothing between calls, so Ray may restart it."""
 
-    def __init__(self, name: str, options: dict[str, Any], dtype: str, revisions: dict[str, str]) -> None:
+    def __init__(self, name: str, options: dict[str, object], dtype: str, revisions: dict[str, str]) -> None:
         sources.use_revisions(revisions)
-        self._arguments = (name, options, dtype)
-        self._reward: Any = None
+        self._name, self._options, self._dtype = name, options, getattr(torch, dtype)
+        self._device = default_device()
 
-    def describe(self) -> dict[str, Any]:
-        """Load the reward; what its class and options say about it."""
-        reward = self._loaded()
-        return {"unit": reward.unit, "value_range": reward.value_range}
+    def describe(self) -> tuple[str, tuple[float, float]]:
+        """Load the reward; its unit and its range of values."""
+        return self._reward.unit, self._reward.value_range
 
-    def call(self, images: Wire, prompts: list[str], gradient: bool) -> tuple[Wire | None, Wire | None, str]:
+    def call(self, images: bytes, prompts: list[str], gradient: bool) -> tuple[bytes | None, bytes | None, str]:
         """Values [B], the gradient at the images, and an error's text where there are none."""
-        reward = self._loaded()
-        device = default_device()
-        pixels = images.unpack(device).requires_grad_(gradient)
-        half = getattr(torch, self._arguments[2]) in (torch.bfloat16, torch.float16)
+        reward, half = self._reward, self._dtype in (torch.bfloat16, torch.float16)
+        pixels = unpack(images, self._device).requires_grad_(gradient)
+        autocast = torch.autocast(self._device.type, self._dtype, enabled=half)
         try:
-            with (
-                torch.set_grad_enabled(gradient),
-                torch.autocast(device.type, getattr(torch, self._arguments[2]), enabled=half),
-            ):
+            with torch.set_grad_enabled(gradient), autocast:
                 value = reward.score(pixels, prompts)
             if not gradient:
-                return Wire.pack(value), None, ""
+                return pack(value), None, ""
             (grad,) = torch.autograd.grad(value.sum(), pixels)
-            return Wire.pack(value), Wire.pack(grad), ""
+            return pack(value), pack(grad), ""
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # sys.exit() would end this process
             return None, None, guard.describe(error, type(reward))
 
-    def _loaded(self) -> Any:
-        if self._reward is None:
-            name, options, dtype = self._arguments
-            device = default_device()
-            reward = registry.reward(name, **options)
-            self._reward = reward.eval().requires_grad_(False).to(device, getattr(torch, dtype))
-        return self._reward
+    @cached_property
+    def _reward(self) -> Reward:
+        return freeze(registry.reward(self._name, **self._options), self._device, self._dtype)
 
 
 class IsolatedReward(Reward):
@@ -112,12 +95,12 @@ class IsolatedReward(Reward):
     def __init__(
         self,
         name: str,
-        options: dict[str, Any],
+        options: dict[str, object],
         dtype: torch.dtype = torch.float32,
         timeout_s: float = 600.0,
     ) -> None:
         super().__init__()
-        cls: Any = registry.load_class(registry.REWARDS, name)
+        cls = registry.load_class(registry.REWARDS, name)
         registry.parse_options(cls, f"reward {name!r}", options)
         self.differentiable = cls.differentiable
         self._name, self._timeout_s = name, timeout_s
@@ -136,8 +119,8 @@ class IsolatedReward(Reward):
             )
             .remote(name, options, str(dtype).removeprefix("torch."), sources.revisions())
         )
-        told = self._get(self._actor.describe.remote())
-        self.unit, self.value_range = told["unit"], told["value_range"]
+        with self._errors():
+            self.unit, self.value_range = ray.get(self._actor.describe.remote(), timeout=timeout_s)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The real reward's scores [B] of images [B, 3, H, W]; gradients flow."""
@@ -145,18 +128,22 @@ class IsolatedReward(Reward):
 
     def call(self, images: Tensor, prompts: list[str], gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Values and, if asked, the gradient; safe to repeat."""
-        values, grad, problem = self._get(self._actor.call.remote(Wire.pack(images), prompts, gradient))
+        answer = self._actor.call.remote(pack(images), prompts, gradient)
+        with self._errors():
+            values, grad, problem = ray.get(answer, timeout=self._timeout_s)
         if values is None:
             raise RunError(problem)
-        return values.unpack(images.device), None if grad is None else grad.unpack(images.device)
+        return unpack(values, images.device), None if grad is None else unpack(grad, images.device)
 
     def close(self) -> None:
         """End the reward's process."""
         ray.kill(self._actor)
 
-    def _get(self, reference: Any) -> Any:
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what Ray raises while an answer is waited for into this project's own errors."""
         try:
-            return ray.get(reference, timeout=self._timeout_s)
+            yield
         except ray.exceptions.GetTimeoutError:
             raise RunError(f"reward {self._name!r} did not answer within {self._timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
@@ -164,15 +151,14 @@ class IsolatedReward(Reward):
             kind = UsageError if isinstance(cause, UsageError) else RunError
             raise kind(f"reward {self._name!r}, in its own environment: {cause}") from error
         except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RunError(f"reward {self._name!r}: its process ended: {reason}") from error
+            raise RunError(f"reward {self._name!r}: its process ended: {first_line(error)}") from error
 
 
 class _Remote(torch.autograd.Function):
     """Value and gradient come in one call; the backward pass only scales the gradient by each sample's cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, reward: IsolatedReward, prompts: list[str]) -> Tensor:
+    def forward(ctx: FunctionCtx, images: Tensor, reward: IsolatedReward, prompts: list[str]) -> Tensor:
         wanted = bool(ctx.needs_input_grad[0])
         values, grad = reward.call(images, prompts, wanted)
         if wanted:
@@ -180,6 +166,6 @@ class _Remote(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
         return cotangents[0].to(grad.dtype).reshape(-1, 1, 1, 1) * grad, None, None

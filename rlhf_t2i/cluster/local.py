@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.dispatch import Client, Future, Method, P, T
 from rlhf_t2i.roles.local_calls import Deferred
-from rlhf_t2i.roles.worker import Worker, WorkerSpec
+from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 
 
 @dataclass
@@ -24,7 +23,7 @@ class _WorkerClient:
 
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See :class:`rlhf_t2i.roles.dispatch.Client`."""
-        return Deferred(partial(self.worker.call, self.role, method.__name__, *args, **kwargs))
+        return Deferred(partial(self.worker.call, self.role, method, *args, **kwargs))
 
 
 class LocalCluster(Cluster):
@@ -38,16 +37,16 @@ class LocalCluster(Cluster):
         """The worker."""
         return [_WorkerClient(self._worker, role)]
 
-    def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
+    def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Call a method on every rank of a role; here, one."""
-        return [self._worker.call(role, method, *args)]
+        return [self._worker.call(role, method, *args, **kwargs)]
 
     def sync_generator(self) -> None:
         """Nothing to send: the generator is the learner's own network."""
 
-    def readings(self) -> dict[str, dict[str, Any]]:
-        """Timings and memory by process."""
-        return {"local/0": self._worker.readings()}
+    def readings(self) -> dict[str, Reading]:
+        """See :meth:`Cluster.readings`."""
+        return {"local/0": self._worker.reading()}
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -6,15 +6,17 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
@@ -25,7 +27,11 @@ from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.plugins import consent
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.roles.worker import WorkerSpec, hosted_rewards
+from rlhf_t2i.roles import dispatch
+from rlhf_t2i.roles.dispatch import Method, P, T
+from rlhf_t2i.roles.generator import GeneratorRole
+from rlhf_t2i.roles.learner import LearnerRole
+from rlhf_t2i.roles.worker import Reading, WorkerSpec, hosted_rewards
 
 _START_LIMIT = Limit(600.0, "the limit for starting")
 _PLACE_TIMEOUT_S = 120.0  # for devices that are free already
@@ -52,9 +58,9 @@ class RayCluster(Cluster):
         self._gpus = torch.cuda.is_available() if address is None else None
         self._started_ray = False
         self._share = 1.0  # of a device, for each process
-        self._group: Any = None
-        self._weight_store: Any = None
-        self._actors: dict[str, list[Any]] = {}
+        self._group: PlacementGroup | None = None
+        self._weight_store: ActorHandle | None = None
+        self._actors: dict[str, list[ActorHandle]] = {}
         try:
             self._connect_ray(address)
             self._reserve()
@@ -66,9 +72,7 @@ class RayCluster(Cluster):
             raise
 
     def _connect_ray(self, address: str | None) -> None:
-        if address is None and ray.is_initialized():
-            pass
-        else:
+        if address is not None or not ray.is_initialized():
             self._started_ray = True  # also if a signal comes while it starts
             join(address) if address is not None else start_local_ray(len(self._all_specs))
         self._gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -98,16 +102,16 @@ class RayCluster(Cluster):
             )
 
     def _create(self) -> None:
+        assert self._group is not None
+        store_name = _WEIGHT_STORE.format(self._group.id.hex())
         if self._roles["generator"][0] != self._roles["learner"][0]:
-            self._weight_store = start_weight_store(_WEIGHT_STORE.format(self._group.id.hex()))
+            self._weight_store = start_weight_store(store_name)
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         neighbors = Counter(nodes.values())
         for bundle, spec in enumerate(self._all_specs):
             spec = replace(spec, neighbors=neighbors[nodes[bundle]])
             # By name: Ray warns of restarts whose arguments hold references.
-            weight_store = (
-                _WEIGHT_STORE.format(self._group.id.hex()) if self._weight_store and "generator" in spec.roles else None
-            )
+            weight_store = store_name if self._weight_store and "generator" in spec.roles else None
             actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
                 num_cpus=0 if self._gpus else 1,
                 num_gpus=self._share if self._gpus else 0,
@@ -180,19 +184,20 @@ class RayCluster(Cluster):
             for group, reward_limit in groups.items()
         ]
 
-    def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
-        """Call a method with the same arguments on every rank of a role."""
+    def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """See :meth:`Cluster.call_all`."""
         # Large arguments (weights) are stored once for all ranks.
         with translate_ray_errors(role):
-            stored = [ray.put(a) if isinstance(a, dict) else a for a in args]
-        if self._weight_store is not None and (role, method) == ("generator", "load"):
+            arguments = dispatch.bind(method, *args, **kwargs).values()
+            stored = [ray.put(value) if isinstance(value, dict) else value for value in arguments]
+        if self._weight_store is not None and method == GeneratorRole.load:
             self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
-        return self.clients(role)[0].submit_all(method, *stored).result()
+        return self.clients(role)[0].submit_all(method, stored).result()
 
-    def _wait(self, references: list[Any], role: str, limit: Limit | None = None) -> list[Any]:
+    def _wait(self, references: Sequence[ObjectRef], role: str, limit: Limit | None = None) -> list[object]:
         """The answers, with the errors of :meth:`_classify_errors`; ``limit`` defaults to ``step_timeout_s``."""
         with self._classify_errors(role):
-            return list(get(references, limit or self._limit, role))
+            return get(references, limit or self._limit, role)
 
     @contextmanager
     def _classify_errors(self, role: str) -> Iterator[None]:
@@ -245,13 +250,13 @@ class RayCluster(Cluster):
     def sync_generator(self) -> None:
         """Send the learner's weights to a generator in another group."""
         if self._roles["generator"][0] != self._roles["learner"][0]:
-            weights = self.call_all("learner", "weights", "raw")[0]
-            self.call_all("generator", "load", "raw", weights)
+            weights = self.call_all("learner", LearnerRole.weights, "raw")[0]
+            self.call_all("generator", GeneratorRole.load, "raw", weights)
 
-    def readings(self) -> dict[str, dict[str, Any]]:
-        """Timings and memory of every process."""
-        named = {f"{g}/{i}": a for g, actors in self._actors.items() for i, a in enumerate(actors)}
-        return dict(zip(named, self._wait([a.readings.remote() for a in named.values()], "process"), strict=True))
+    def readings(self) -> dict[str, Reading]:
+        """See :meth:`Cluster.readings`."""
+        named = {f"{g}/{i}": a.reading.remote() for g, actors in self._actors.items() for i, a in enumerate(actors)}
+        return dict(zip(named, cast(list[Reading], self._wait(list(named.values()), "process")), strict=True))
 
     def close(self) -> None:
         """End the actors, free their devices, and stop Ray if this run started it."""
@@ -281,7 +286,7 @@ def _check_sharing(specs: dict[str, list[WorkerSpec]], share: float) -> None:
             )
 
 
-def start_weight_store(name: str) -> Any:
+def start_weight_store(name: str) -> ActorHandle:
     """Start a :class:`WeightStore` on the driver's node; a run does not survive the loss of that node in any case.
 
     Ray could place it on a generator's node: lost together, the generator could not be restarted.

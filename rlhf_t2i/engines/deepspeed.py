@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, distributed, nn
@@ -57,7 +57,7 @@ class DeepSpeedEngine:
         self.module: nn.Module = self._engine.module
         self._at_start: list[tuple[Tensor, Tensor]] | None = self._sample() if settings.precision == "bf16" else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Sequence[Tensor]:
         """Forward; without gradients past DeepSpeed's own, which prepares a backward pass."""
         return self._engine(*args, **kwargs) if torch.is_grad_enabled() else self.module(*args, **kwargs)
 
@@ -200,7 +200,7 @@ class DeepSpeedEngine:
             raise RunError(f"no ZeRO checkpoint in {folder}")
 
 
-def import_deepspeed() -> Any:
+def import_deepspeed() -> ModuleType:
     """Import DeepSpeed quietly, and on a CPU without compiling its shared-memory kernels (31-74 s)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ class LocalEngine:
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = adamw(self._trained, optimizer)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Sequence[Tensor]:
         """Forward."""
         return self.module(*args, **kwargs)
 

@@ -7,8 +7,8 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,7 +52,7 @@ def tensors_only(folder: Path) -> Iterator[None]:
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
 
-    def member(kind: Any, name: str) -> Any:
+    def member(kind: type[Enum], name: str) -> Enum:
         """What some releases of Python 3.11 pickle an enum's member with: no ``getattr`` of anything else."""
         if kind is not ZeroStageEnum:
             raise pickle.UnpicklingError(f"GLOBAL getattr of {kind}")

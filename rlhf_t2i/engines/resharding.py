@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from torch import distributed
 
@@ -49,7 +48,7 @@ def converted(folder: Path, shards: str) -> Iterator[str]:
         RunError: The shards cannot be converted.
     """
     first, target = distributed.get_rank() == 0, folder / _ASIDE
-    problem: list[Any] = [None]
+    problem: list[str | None] = [None]
     if first:
         files.remove(target)  # of a run that was killed while it converted
         problem[0] = _convert(folder / shards, target / shards)

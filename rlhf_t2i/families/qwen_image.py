@@ -45,13 +45,11 @@ class QwenImageFamily(PackedFlowFamily):
     def check_decoder(self, source: ModelRef | None) -> None:
         """See :meth:`Family.check_decoder`."""
         super().check_decoder(source)
-        config = self.decoder_config(source)
+        config, place = self.decoder_config(source), f"{self._decoder_place(source)}/config.json"
         for key in ("latents_mean", "latents_std"):
             numbers = config.get(key)
             if numbers is not None and (not isinstance(numbers, list) or len(numbers) != self.latents_of(config)):
-                raise UsageError(
-                    f"{self._decoder_place(source)}/config.json: {key} is not one number per channel: the file is damaged"
-                )
+                raise UsageError(f"{place}: {key} is not one number per channel: the file is damaged")
 
     def latents_of(self, config: Config) -> object:
         """See :meth:`PipelineFamily.latents_of`."""

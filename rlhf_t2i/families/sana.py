@@ -27,9 +27,9 @@ _TIMES: dict[float, TimeArgument] = {1.0: "thousandths", 0.001: "sigma"}
 class SanaFamily(FlowFamily):
     """SANA and SANA-1.5; a generator may be SANA-Sprint.
 
-    The network predicts ``eps - x_0``. A prompt is encoded behind the pipeline's instruction to enhance it, padded to the
-    pipeline's ``max_sequence_length``, and the padding masked; the unconditional branch is the empty prompt without that
-    instruction.
+    The network predicts ``eps - x_0``. A prompt is encoded behind the pipeline's instruction to enhance it, padded to
+    the pipeline's ``max_sequence_length``, and the padding masked. The unconditional branch is the empty prompt without
+    that instruction.
     """
 
     name = "sana"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -14,18 +13,17 @@ from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 from rlhf_t2i.roles.dispatch import Client
 from rlhf_t2i.roles.generator import GeneratorRole
+from rlhf_t2i.roles.trained import TrainedRole, Update
 
 
-class AssistantRole(DenoiserServer):
+class AssistantRole(DenoiserServer, TrainedRole):
     """psi: trained by denoising score matching on the generator's samples (algorithm.md 2.1)."""
 
     def __init__(self, context: RankContext) -> None:
         super().__init__(self._x0, context.callers)
         self._context, self._store = context, context.store
         self._settings = context.recipe.optimization.assistant
-        self._engine = context.engine(
-            "assistant", context.store.assistant_network(context.base(self._settings)), self._settings
-        )
+        self.engine = context.engine("assistant", context.store.assistant_network, self._settings)
         timesteps = context.recipe.algorithm.timesteps
         self._range, self._law = self._store.timestep_range(timesteps, "assistant"), self._store.timestep_law(timesteps)
         self._generator: Client | None = None
@@ -34,15 +32,12 @@ class AssistantRole(DenoiserServer):
         """Set where samples come from."""
         self._generator = generator
 
-    def train(self, round_index: int, prompts: Sequence[str]) -> dict[str, float]:
+    def train(self, round_index: int, prompts: Sequence[str]) -> Update:
         """One update on fresh samples; every rank gets the prompts of the whole batch and takes its share.
 
         Args:
             round_index: Counts assistant updates from the start of the run; seeds the noise and sets the warm-up.
             prompts: The global batch.
-
-        Returns:
-            This rank's mean loss, and the gradient norm over all ranks before clipping.
         """
         assert self._generator is not None
         seed, store, schedule = self._context.recipe.seed, self._store, self._store.schedule
@@ -55,25 +50,13 @@ class AssistantRole(DenoiserServer):
             t = schedule.sample_timesteps(self._law, *self._range, [(*k, "t") for k in keys]).to(x0.device)
             noise = rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]).to(x0.device)
             x_t = schedule.add_noise(x0, noise, t)
-            raw = store.predict(self._engine, x_t, t, store.conditioner.encode(chosen))
+            raw = store.predict(self.engine, x_t, t, store.conditioner.encode(chosen))
             loss = assistant_loss(raw, x0, noise, t, schedule).mean()
-            self._engine.backward(loss)
+            self.engine.backward(loss)
             losses.append(float(loss.detach()))
-        norm = self._engine.step(learning_rate(self._settings, round_index))
-        return {"loss": sum(losses) / len(losses), "grad_norm": norm}
+        norm = self.engine.step(learning_rate(self._settings, round_index))
+        return Update(norm, loss=sum(losses) / len(losses))
 
     def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
         # Through the bare module: the engine's own forward scales and records gradients meant for training.
-        return self._store.denoise(self._engine.module, x_t, t, self._store.conditioner.encode(prompts))
-
-    def bf16_drift(self) -> dict[str, float]:
-        """What bf16 loses against the masters; every rank must call it."""
-        return self._engine.bf16_drift()
-
-    def save(self, folder: str) -> None:
-        """Write this rank's training state."""
-        self._engine.save(Path(folder))
-
-    def load(self, folder: str) -> str | None:
-        """Restore it; returns what there is to say about it."""
-        return self._engine.load(Path(folder))
+        return self._store.denoise(self.engine.module, x_t, t, self._store.conditioner.encode(prompts))

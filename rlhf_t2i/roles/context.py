@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,42 +18,61 @@ from rlhf_t2i.recipe.placement import batch_geometry, callers_per_server
 from rlhf_t2i.recipe.schema import Optimizer, Recipe
 
 
-@dataclass
-class RankContext:
-    """One process of a group: its rank, its device and the models it holds.
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a process must know to build itself.
 
     Attributes:
         recipe: The whole recipe.
-        rank: This process's rank in its group.
+        group: Its group's name.
+        roles: The roles it holds; ``reward:LABEL`` for one reward.
+        rank: Its rank in the group.
         world: Processes in the group.
-        device: Where its networks live.
-        distributed: Whether trained networks run under DeepSpeed (Ray) or plain PyTorch (local).
+        threads: CPU threads; None: a fair share of the node's cores over Ray, torch's choice in ``placement: local``.
+        neighbors: Processes of the run on the same node, this one included.
+        distributed: Whether trained roles use DeepSpeed.
         failures: Where a failing sample is saved.
     """
 
     recipe: Recipe
+    group: str
+    roles: tuple[str, ...]
     rank: int = 0
     world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int | None = None
+    neighbors: int = 1
     distributed: bool = False
     failures: Path | None = None
 
-    def __post_init__(self) -> None:
-        settings = self.recipe.optimization
-        self.store = ModelStore(
-            self.recipe.models, self.recipe.student, self.device, settings.precision, compiled=settings.compile
-        )
+    @property
+    def trains(self) -> bool:
+        """Whether a role of this process has an optimizer."""
+        return bool({"learner", "assistant"} & set(self.roles))
+
+
+class RankContext:
+    """What the roles of a process share: its device, its share of every batch and the models that it holds.
+
+    Args:
+        spec: The process.
+        device: Where its networks live.
+    """
+
+    def __init__(self, spec: WorkerSpec, device: torch.device) -> None:
+        self.spec, self.recipe, self.rank, self.device = spec, spec.recipe, spec.rank, device
+        models, settings = spec.recipe.models, spec.recipe.optimization
+        self.store = ModelStore(models, spec.recipe.student, device, settings.precision, compiled=settings.compile)
         self.dtype = DTYPES[settings.precision]
 
     @property
     def callers(self) -> int:
         """Ranks of the learner that call one process of this group."""
-        return callers_per_server(self.recipe, self.world)
+        return callers_per_server(self.recipe, self.spec.world)
 
     def geometry(self) -> tuple[int, int]:
         """(micro-batch, accumulation) of a trained role in this group."""
         optimization = self.recipe.optimization
-        return batch_geometry(optimization.batch_size, self.world, optimization.micro_batch)
+        return batch_geometry(optimization.batch_size, self.spec.world, optimization.micro_batch)
 
     def micro_batches(self) -> list[range]:
         """The samples of the global batch this rank handles, micro-batch by micro-batch."""
@@ -60,14 +80,17 @@ class RankContext:
         first = self.rank * micro * accumulation
         return [range(first + i * micro, first + (i + 1) * micro) for i in range(accumulation)]
 
-    def base(self, optimizer: Optimizer) -> torch.dtype | None:
-        """The dtype of a network under adapters, whose weights roles of a process share; None if all are trained."""
-        if optimizer.lora is None:
-            return None
-        return self.dtype if self.distributed else torch.float32
+    def engine(self, role: str, network: Callable[[torch.dtype | None], nn.Module], optimizer: Optimizer) -> Engine:
+        """The training engine of a role.
 
-    def engine(self, role: str, module: nn.Module, optimizer: Optimizer) -> Engine:
-        """The training engine of a role's network."""
+        Args:
+            role: The role.
+            network: Loads its network; gets the dtype of weights under adapters, which roles of a process share, or
+                None if all weights are trained.
+            optimizer: Its settings.
+        """
+        base = self.dtype if self.spec.distributed else torch.float32
+        module = network(None if optimizer.lora is None else base)
         micro, accumulation = self.geometry()
         if self.recipe.optimization.checkpoints(role):
             self.store.family.enable_checkpointing(module)
@@ -75,6 +98,6 @@ class RankContext:
         if optimizer.lora is not None:
             targets = optimizer.lora.targets or self.store.family.adapter_targets
             adapters.add(module, optimizer.lora, targets, self.recipe.seed)
-        if self.distributed:
+        if self.spec.distributed:
             return DeepSpeedEngine(module, optimizer, accumulation, micro, self.recipe.optimization)
         return LocalEngine(module, optimizer, accumulation)

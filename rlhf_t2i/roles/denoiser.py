@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from rlhf_t2i.roles.dispatch import Client, Future, batched
 from rlhf_t2i.roles.local_calls import gather
@@ -115,14 +116,21 @@ class _Denoise(torch.autograd.Function):
     """All denoisers of a step as one node of the learner's graph."""
 
     @staticmethod
-    def forward(ctx: Any, x_t: Tensor, t: Tensor, calls: Any, request_id: str, prompts: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: FunctionCtx,
+        x_t: Tensor,
+        t: Tensor,
+        calls: tuple[DenoiserCall, ...],
+        request_id: str,
+        prompts: tuple[str, ...],
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_t, t)
         ctx.request = (calls, request_id, prompts)
         plain = x_t.detach()
         return tuple(gather([c.forward(request_id, plain, t, prompts, keep_graph=True) for c in calls]))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         x_t, t = ctx.saved_tensors
         calls, request_id, prompts = ctx.request
         plain = x_t.detach()

@@ -80,6 +80,13 @@ def batched(
     return declare
 
 
+def bind(method: Callable[..., object], *args: object, **kwargs: object) -> dict[str, Any]:
+    """All arguments of a role's method by name, defaults included."""
+    bound = inspect.signature(method).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])  # without self
+
+
 def split(
     method: Callable[..., object], servers: int, *args: object, **kwargs: object
 ) -> tuple[list[tuple[object, ...]], int]:
@@ -88,10 +95,7 @@ def split(
     The shares are contiguous and in order; the first ones are larger by one where the batch does not divide. Servers
     of a method that is not collective get no call when there are fewer samples than servers.
     """
-    declared = Batched.of(method)
-    bound = inspect.signature(method).bind(None, *args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(list(bound.arguments.items())[1:])  # without self
+    declared, arguments = Batched.of(method), bind(method, *args, **kwargs)
     batch = len(arguments[declared.names[0]])
     return [
         tuple(value[share] if name in declared.names else value for name, value in arguments.items())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.student import keyed_noise
+from rlhf_t2i.families.base import NetworkCall
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.dispatch import batched
 
@@ -22,10 +22,9 @@ class GeneratorRole:
         live: The learner's network where it lives in this process; it is shared, not copied.
     """
 
-    def __init__(self, context: RankContext, live: Callable[..., Any] | None = None) -> None:
+    def __init__(self, context: RankContext, live: NetworkCall | None = None) -> None:
         self._store, self._device = context.store, context.device
-        self._networks: dict[str, Callable[..., Any]] = {}
-        self._networks["raw"] = live if live is not None else self._frozen()
+        self._networks: dict[str, NetworkCall] = {"raw": self._frozen() if live is None else live}
 
     def _frozen(self) -> nn.Module:
         return self._store.generator_network().eval().requires_grad_(False)

@@ -19,12 +19,10 @@ from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import DenoiserCall, denoise
 from rlhf_t2i.roles.dispatch import Client
 from rlhf_t2i.roles.reward import RewardRole
-
-Samples = dict[str, list[float]]
-"""Per-sample measurements of a step; the controller averages them over all ranks."""
+from rlhf_t2i.roles.trained import Samples, TrainedRole, Update
 
 
-class LearnerRole:
+class LearnerRole(TrainedRole):
     """Trains the generator: the gradients of all terms are added at x_0, then one backward goes through theta."""
 
     def __init__(self, context: RankContext) -> None:
@@ -32,9 +30,7 @@ class LearnerRole:
         self._context, self._recipe, self._store = context, recipe, context.store
         self.device = context.device
         self._settings = recipe.optimization.generator
-        self.engine = context.engine(
-            "learner", context.store.generator_network(context.base(self._settings)), self._settings
-        )
+        self.engine = context.engine("learner", context.store.generator_network, self._settings)
         self.schedule = context.store.schedule
         timesteps = recipe.algorithm.timesteps
         self._range, self._law = self._store.timestep_range(timesteps, "generator"), self._store.timestep_law(timesteps)
@@ -57,22 +53,18 @@ class LearnerRole:
                 chosen[choice.key] = registry.reward(choice.name, **choice.options)
         if not chosen:
             return None
-        return RewardRole(chosen, None, device=self._context.device, failures_dir=self._context.failures)
+        return RewardRole(chosen, None, device=self._context.device, failures_dir=self._context.spec.failures)
 
     def connect(self, assistant: Client, reference: Client, rewards: Sequence[Client]) -> None:
         """Set where the other roles are called."""
         self._assistant, self._reference, self._rewards = assistant, reference, rewards
 
-    def step(self, step: int, prompts: Sequence[str]) -> dict[str, Samples | float | list[str]]:
+    def step(self, step: int, prompts: Sequence[str]) -> Update:
         """One generator update.
 
         Args:
             step: Counts generator updates from 0; seeds the noise and sets the warm-up.
             prompts: The global batch; this rank takes its share.
-
-        Returns:
-            ``samples``: per-sample measurements of this rank; ``grad_norm``: over all ranks, before clipping, infinite
-            if the update was skipped; ``bad``: this rank's prompts whose gradient at x_0 was not finite.
         """
         measured: Samples = {}
         bad: list[str] = []
@@ -89,7 +81,7 @@ class LearnerRole:
         norm = self.engine.step(learning_rate(self._settings, step))
         if self._ema is not None and math.isfinite(norm):
             self._update_ema((step + 1) * self._recipe.optimization.batch_size)
-        return {"samples": measured, "grad_norm": norm, "bad": bad}
+        return Update(norm, samples=measured, bad=tuple(bad))
 
     def gradient_at_x0(
         self,
@@ -215,23 +207,19 @@ class LearnerRole:
         """The adapters alone, {} without any; complete on rank 0, and every rank must call it."""
         return {name: factor.cpu().clone() for name, factor in self.engine.adapter_factors()}
 
-    def bf16_drift(self) -> dict[str, float]:
-        """What bf16 loses against the masters; every rank must call it."""
-        return self.engine.bf16_drift()
-
     def save(self, folder: str) -> None:
         """Write this rank's training state, and the moving average on rank 0."""
-        self.engine.save(Path(folder))
+        super().save(folder)
         if self._ema is not None and self._context.rank == 0:
             torch.save(self._ema, Path(folder) / "average.pt")
 
     def load(self, folder: str) -> str | None:
-        """Restore it; returns what there is to say about it."""
-        said = self.engine.load(Path(folder))
+        """Restore both; see :meth:`TrainedRole.load`."""
+        message = super().load(folder)
         if self._ema is not None and self._context.rank == 0:
             with pickles.explained(Path(folder)):
                 self._ema = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
-        return said
+        return message
 
 
 class _ReferenceContext:

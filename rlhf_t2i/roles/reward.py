@@ -7,11 +7,12 @@ repeated: nothing is kept between calls but cached text features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,19 @@ class Decoder(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a call: what a failure is shown with."""
+
+    prompts: Sequence[str]
+    images: Tensor | None
+    latents: Tensor | None
+
+    def __getitem__(self, part: slice) -> _Samples:
+        images, latents = (None if tensor is None else tensor[part] for tensor in (self.images, self.latents))
+        return _Samples(self.prompts[part], images, latents)
 
 
 class RewardRole:
@@ -71,18 +85,13 @@ class RewardRole:
 
     @batched("latents", "prompts", concurrent=True, timeout="reward")
     def value_and_grad(
-        self,
-        latents: Tensor,
-        prompts: Sequence[str],
-        names: Sequence[str] | None = None,
-        context: LatentContext | None = None,
+        self, latents: Tensor, prompts: Sequence[str], context: LatentContext | None = None
     ) -> dict[str, ValueAndGrad]:
-        """Each reward and its gradient with respect to every sample's latents.
+        """Each reward that trains and its gradient with respect to every sample's latents.
 
         Args:
             latents: [B, C, h, w].
             prompts: B strings.
-            names: Labels of the rewards to compute; those that train when None.
             context: What a latent reward needs: the reference denoiser and this call's noise.
 
         Returns:
@@ -90,20 +99,17 @@ class RewardRole:
 
         Raises:
             RewardFailure: An exception, a wrong shape, or a value or gradient that is not finite.
-            UsageError: An unknown label, or a reward that has no gradient.
+            UsageError: A reward that has no gradient.
         """
-        return self._run(latents, prompts, self._trained if names is None else names, context, gradient=True)
+        for label in self._trained:
+            if not self.rewards[label].differentiable:
+                raise UsageError(f"reward {label!r} has no gradient: it can measure (eval_rewards) but not train")
+        return self._run(latents, prompts, self._trained, context, gradient=True)
 
     @batched("latents", "prompts", timeout="reward")
-    def score(
-        self,
-        latents: Tensor,
-        prompts: Sequence[str],
-        names: Sequence[str] | None = None,
-        context: LatentContext | None = None,
-    ) -> dict[str, Tensor]:
+    def score(self, latents: Tensor, prompts: Sequence[str], context: LatentContext | None = None) -> dict[str, Tensor]:
         """Values [B] of all rewards, float32, without gradient; arguments and errors as :meth:`value_and_grad`."""
-        results = self._run(latents, prompts, names, context, gradient=False)
+        results = self._run(latents, prompts, list(self.rewards), context, gradient=False)
         return {label: values for label, (values, _) in results.items()}
 
     def score_images(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -112,15 +118,13 @@ class RewardRole:
         Raises:
             RewardFailure: An exception, a wrong shape, or a value that is not finite.
         """
-        moved = self._to_device(images)
-        return {label: self._image_reward(label, moved, prompts, None)[0].to(images.device) for label in self.rewards}
+        samples = _Samples(prompts, self._to_device(images), None)
+        return {label: self._image_reward(label, samples, False)[0].to(images.device) for label in self.rewards}
 
     @batched("latents")
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], float32, without gradient."""
-        if self._vae is None:
-            raise UsageError("this reward group has no VAE: it can only score latents")
         parts = [self._decode(latents[part]).float() for part in self._parts(len(latents), list(self.rewards))]
         return torch.cat(parts).to(latents.device)
 
@@ -128,123 +132,99 @@ class RewardRole:
         self,
         latents: Tensor,
         prompts: Sequence[str],
-        names: Sequence[str] | None,
+        labels: Sequence[str],
         context: LatentContext | None,
         gradient: bool,
     ) -> dict[str, ValueAndGrad]:
-        labels = self._labels(names)
-        if gradient:
-            for label in labels:
-                if not self.rewards[label].differentiable:
-                    raise UsageError(f"reward {label!r} has no gradient: it can measure (eval_rewards) but not train")
         if len(prompts) != len(latents):
             raise UsageError(f"{len(latents)} samples but {len(prompts)} prompts")
-        moved = self._to_device(latents)
-        results = {}
+        samples, results = _Samples(prompts, None, self._to_device(latents)), {}
         on_images = [label for label in labels if not isinstance(self.rewards[label], LatentReward)]
         if on_images:
-            parts = [
-                self._decoded_rewards(on_images, moved[part], prompts[part], gradient)
-                for part in self._parts(len(latents), on_images)
-            ]
+            micro_batches = [samples[part] for part in self._parts(len(latents), on_images)]
+            parts = [self._decoded_rewards(on_images, micro, gradient) for micro in micro_batches]
             for label in on_images:
                 values, grads = zip(*(part[label] for part in parts), strict=True)
                 results[label] = (torch.cat(values), torch.cat(grads))
         for label in labels:
             if label not in results:
                 # Not micro-batched: the noise of a call belongs to the whole request, and the reference batches itself.
-                results[label] = self._latent_reward(label, moved, prompts, context, gradient)
-        dtype = torch.promote_types(latents.dtype, torch.float32)
-        return {
-            label: (results[label][0].to(latents.device), results[label][1].to(latents.device, dtype))
-            for label in labels
-        }
+                results[label] = self._latent_reward(label, samples, context, gradient)
+        device, dtype = latents.device, torch.promote_types(latents.dtype, torch.float32)
+        return {label: (results[label][0].to(device), results[label][1].to(device, dtype)) for label in labels}
 
-    def _decoded_rewards(
-        self, labels: Sequence[str], latents: Tensor, prompts: Sequence[str], gradient: bool
-    ) -> dict[str, ValueAndGrad]:
+    def _decoded_rewards(self, labels: Sequence[str], samples: _Samples, gradient: bool) -> dict[str, ValueAndGrad]:
         """Rewards on images of one micro-batch: decode once, score, pull each gradient back to the latents."""
-        if self._vae is None:
-            raise UsageError("this reward group has no VAE: it can only score latents")
-        leaf = latents.detach().requires_grad_(gradient)
+        assert samples.latents is not None
+        leaf = samples.latents.detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             images = self._decode(leaf)
-        self._check_finite(images, "decoder", "the decoded image", prompts, None, latents)
+        self._check_finite(images, "decoder", "the decoded image", samples)
         if not gradient:  # measured is the picture as it is saved, with 8 bits (docs/evaluation.md)
             images = to_8_bits(images).to(images.dtype) / 255
-        results = {}
+        decoded, results = _Samples(samples.prompts, images.detach(), samples.latents), {}
         for position, label in enumerate(labels):
-            detached = images.detach().requires_grad_(gradient)
-            values, pixel_grad = self._image_reward(label, detached, prompts, latents)
-            if not gradient:
+            values, pixel_grad = self._image_reward(label, decoded, gradient)
+            if pixel_grad is None:
                 results[label] = (values, torch.zeros(len(values), 0))
                 continue
-            assert pixel_grad is not None
             (grad,) = torch.autograd.grad(
                 images, leaf, pixel_grad.to(images.dtype), retain_graph=position + 1 < len(labels)
             )
-            self._check_finite(grad, label, "its gradient at the latents", prompts, images, latents)
+            self._check_finite(grad, label, "its gradient at the latents", decoded)
             results[label] = (values, grad)
         return results
 
-    def _image_reward(
-        self, label: str, images: Tensor, prompts: Sequence[str], latents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Values [B] and, where ``images`` want it, the gradient at the images."""
+    def _image_reward(self, label: str, samples: _Samples, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Values [B] and, if wanted, the gradient at the images."""
         reward, values, grads = self.rewards[label], [], []
-        # Images of a float64 reward (gradient checks) are float64, whatever the decoder gives.
-        images = images.to(torch.promote_types(images.dtype, self.dtype))
-        for part in self._parts(len(images), [label]):
-            some, texts = images[part], prompts[part]
-            some_latents = None if latents is None else latents[part]
-            # A copy of its own: a reward that writes into its images changes what no other reward sees.
-            some = some.detach().clone().requires_grad_(images.requires_grad)
-            with torch.set_grad_enabled(images.requires_grad):
-                value = self._call(label, partial(reward.score, some, list(texts)), texts, images[part], some_latents)
-            if images.requires_grad:
-                grad = self._gradient(label, value, some, texts, some, some_latents)
-                self._check_finite(grad, label, "its gradient at the image", texts, some, some_latents)
-                grads.append(grad)
+        for part in self._parts(len(samples.prompts), [label]):
+            some = samples[part]
+            assert some.images is not None
+            # Images of a float64 reward (gradient checks) are float64, whatever the decoder gives. A copy of its own: a
+            # reward that writes into its images changes what no other reward sees.
+            images = some.images.to(torch.promote_types(some.images.dtype, self.dtype), copy=True)
+            images.requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                value = self._call(label, partial(reward.score, images, list(some.prompts)), some)
+            if gradient:
+                grads.append(self._gradient(label, value, images, some, "its gradient at the image"))
             values.append(self._result(value))
         return torch.cat(values), torch.cat(grads) if grads else None
 
     def _latent_reward(
-        self, label: str, latents: Tensor, prompts: Sequence[str], context: LatentContext | None, gradient: bool
+        self, label: str, samples: _Samples, context: LatentContext | None, gradient: bool
     ) -> ValueAndGrad:
         reward = self.rewards[label]
         assert isinstance(reward, LatentReward)
+        assert samples.latents is not None
         if context is None:
             raise UsageError(f"reward {label!r} scores latents and needs the reference denoiser, which is not here")
-        leaf = latents.detach().clone().requires_grad_(gradient)
+        leaf = samples.latents.detach().clone().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            call = partial(reward.score_latents, leaf, list(prompts), context)
-            value = self._call(label, call, prompts, None, latents)
-        grad = torch.zeros(len(latents), 0)
-        if gradient:
-            grad = self._gradient(label, value, leaf, prompts, None, leaf)
-            self._check_finite(grad, label, "its gradient", prompts, None, leaf)
+            value = self._call(label, partial(reward.score_latents, leaf, list(samples.prompts), context), samples)
+        grad = self._gradient(label, value, leaf, samples, "its gradient") if gradient else torch.zeros(len(leaf), 0)
         return self._result(value), grad
 
-    def _call(
-        self, label: str, call: partial[Tensor], prompts: Sequence[str], images: Tensor | None, latents: Tensor | None
-    ) -> Tensor:
+    def _call(self, label: str, call: Callable[[], Tensor], samples: _Samples) -> Tensor:
         """One call of the plugin's code, and every check of its answer."""
         try:
             with self._autocast():
-                value: Any = call()
+                value: object = call()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin's sys.exit() would end the run with exit code 0
             index, reason = 0, guard.describe(error, type(self.rewards[label]))
             if isinstance(error, torch.OutOfMemoryError):
                 reason += " (a smaller micro_batch needs less memory)"
-            elif images is not None and len(prompts) > 1:
-                index = self._find_culprit(label, images, prompts)
-            self._fail(label, reason, index, prompts, images, latents, error)
-        if not isinstance(value, Tensor) or tuple(value.shape) != (len(prompts),):
+            elif samples.images is not None and len(samples.prompts) > 1:
+                index = self._find_culprit(label, samples.images, samples.prompts)
+            self._fail(label, reason, samples, index, error)
+        count = len(samples.prompts)
+        if not isinstance(value, Tensor) or tuple(value.shape) != (count,):
             shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            self._fail(label, f"score returned {shape}, not a tensor [{len(prompts)}]", 0, prompts, images, latents)
-        self._check_finite(value, label, "its value", prompts, images, latents)
+            self._fail(label, f"score returned {shape}, not a tensor [{count}]", samples)
+        self._check_finite(value, label, "its value", samples)
         return value
 
     def _find_culprit(self, label: str, images: Tensor, prompts: Sequence[str]) -> int:
@@ -260,77 +240,48 @@ class RewardRole:
                 return index
         return 0
 
-    def _gradient(
-        self,
-        label: str,
-        value: Tensor,
-        at: Tensor,
-        prompts: Sequence[str],
-        images: Tensor | None,
-        latents: Tensor | None,
-    ) -> Tensor:
+    def _gradient(self, label: str, value: Tensor, at: Tensor, samples: _Samples, what: str) -> Tensor:
         """``d sum(value) / d at``: each row is its own sample's gradient, since samples do not mix."""
-        reason = (
-            "no gradient reaches its input: score must use torch operations alone, no detach, numpy, PIL or processor "
-            "(rlhf_t2i.plugins.preprocessing resizes, crops and normalizes so that the gradient passes)"
-        )
-        if not value.requires_grad:
-            self._fail(label, reason, 0, prompts, images, latents)
-        try:
-            (grad,) = torch.autograd.grad(value.sum(), at, allow_unused=True)
-        except Exception as error:
-            reason = f"backward: {guard.describe(error, type(self.rewards[label]))}"
-            self._fail(label, reason, 0, prompts, images, latents, error)
+        grad = None
+        if value.requires_grad:
+            try:
+                (grad,) = torch.autograd.grad(value.sum(), at, allow_unused=True)
+            except Exception as error:
+                reason = f"backward: {guard.describe(error, type(self.rewards[label]))}"
+                self._fail(label, reason, samples, cause=error)
         if grad is None:
-            self._fail(label, reason, 0, prompts, images, latents)
+            self._fail(
+                label,
+                "no gradient reaches its input: score must use torch operations alone, no detach, numpy, PIL or "
+                "processor (rlhf_t2i.plugins.preprocessing resizes, crops and normalizes so that the gradient passes)",
+                samples,
+            )
+        self._check_finite(grad, label, what, samples)
         return grad
 
-    def _check_finite(
-        self,
-        tensor: Tensor,
-        label: str,
-        what: str,
-        prompts: Sequence[str],
-        images: Tensor | None,
-        latents: Tensor | None,
-    ) -> None:
+    def _check_finite(self, tensor: Tensor, label: str, what: str, samples: _Samples) -> None:
         finite = tensor.detach().isfinite().flatten(1).all(1) if tensor.ndim > 1 else tensor.detach().isfinite()
         if not bool(finite.all()):
-            index = int((~finite).nonzero()[0])
-            self._fail(label, f"{what} is not finite", index, prompts, images, latents)
+            self._fail(label, f"{what} is not finite", samples, int((~finite).nonzero()[0]))
 
     def _fail(
-        self,
-        label: str,
-        reason: str,
-        index: int,
-        prompts: Sequence[str],
-        images: Tensor | None,
-        latents: Tensor | None,
-        cause: BaseException | None = None,
-    ) -> Any:
-        saved = None
+        self, label: str, reason: str, samples: _Samples, index: int = 0, cause: BaseException | None = None
+    ) -> NoReturn:
+        prompt, saved = samples.prompts[index], None
         if self.failures_dir is not None:
-            image = None if images is None else images[index]
-            latent = None if latents is None else latents[index]
-            if image is None and latents is not None and self._vae is not None and label != "decoder":
-                image = self.decode(latents[index : index + 1].detach())[0]
+            image, latent = (None if tensor is None else tensor[index] for tensor in (samples.images, samples.latents))
+            if image is None and latent is not None and self._vae is not None and label != "decoder":
+                image = self.decode(latent[None].detach())[0]
             try:
-                saved = save_sample(self.failures_dir, label, prompts[index], reason, image, latent, cause)
+                saved = save_sample(self.failures_dir, label, prompt, reason, image, latent, cause)
             except OSError as error:
                 # The reward's failure is the news; a full disk must not hide it.
                 reason += f" (and the sample could not be saved: {error})"
-        raise RewardFailure(label, prompts[index], reason, None if saved is None else str(saved)) from cause
-
-    def _labels(self, names: Sequence[str] | None) -> list[str]:
-        labels = list(self.rewards) if names is None else list(names)
-        for label in labels:
-            if label not in self.rewards:
-                raise UsageError(f"no reward {label!r} here; there are: {', '.join(self.rewards) or 'none'}")
-        return labels
+        raise RewardFailure(label, prompt, reason, None if saved is None else str(saved)) from cause
 
     def _decode(self, latents: Tensor) -> Tensor:
-        assert self._vae is not None
+        if self._vae is None:
+            raise UsageError("this reward group has no VAE: it can only score latents")
         return self._vae.decode(latents)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -339,7 +290,7 @@ class RewardRole:
     def _result(self, value: Tensor) -> Tensor:
         return value.detach().to(torch.promote_types(value.dtype, torch.float32))
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[object]:
         half = self.dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, self.dtype) if half else nullcontext()
 

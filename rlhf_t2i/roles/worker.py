@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -18,8 +17,8 @@ from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.plugins.base import Reward
 from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 from rlhf_t2i.roles.assistant import AssistantRole
-from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.dispatch import Client
+from rlhf_t2i.roles.context import RankContext, WorkerSpec
+from rlhf_t2i.roles.dispatch import Client, Method, P, T
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.local_calls import Background, LocalClient
@@ -29,40 +28,26 @@ from rlhf_t2i.roles.stopwatch import stopwatch
 from rlhf_t2i.utils.device import default_device, move
 from rlhf_t2i.utils.quiet import quietly
 
+Role = LearnerRole | GeneratorRole | AssistantRole | ReferenceRole | RewardRole
 IsolatedReward = Callable[[RewardChoice, torch.dtype], Reward]
 """Starts a reward in an environment of its own (``Reward.pip``) and returns its stand-in."""
 
 
 @dataclass(frozen=True)
-class WorkerSpec:
-    """What a process must know to build itself.
+class Reading:
+    """What a process has measured since its last reading.
 
     Attributes:
-        recipe: The whole recipe.
-        group: Its group's name.
-        roles: The roles it holds; ``reward:LABEL`` for one reward.
-        rank: Its rank in the group.
-        world: Processes in the group.
-        threads: CPU threads; None: a fair share of the node's cores over Ray, torch's choice in ``placement: local``.
-        neighbors: Processes of the run on the same node, this one included.
-        distributed: Whether trained roles use DeepSpeed.
-        failures: Where a failing sample is saved.
+        seconds: By role.
+        sent: Bytes to other processes.
+        memory: Peak bytes: of the device on CUDA, else of the process.
+        matmul_rate: FLOP/s of its own device, see :func:`rlhf_t2i.families.flops.matmul_rate`; None without one.
     """
 
-    recipe: Recipe
-    group: str
-    roles: tuple[str, ...]
-    rank: int = 0
-    world: int = 1
-    threads: int | None = None
-    neighbors: int = 1
-    distributed: bool = False
-    failures: Path | None = None
-
-    @property
-    def trains(self) -> bool:
-        """Whether a role of this process has an optimizer."""
-        return bool({"learner", "assistant"} & set(self.roles))
+    seconds: dict[str, float] = field(default_factory=dict)
+    sent: int = 0
+    memory: int = 0
+    matmul_rate: float | None = None
 
 
 class Worker:
@@ -81,11 +66,11 @@ class Worker:
         self.spec, self._isolated = spec, isolated
         sources.use_revisions(spec.recipe.revisions)
         self.device = default_device()
-        self._context = RankContext(spec.recipe, spec.rank, spec.world, self.device, spec.distributed, spec.failures)
+        self._context = RankContext(spec, self.device)
         # Before the networks: afterwards there may be no room. Processes that share a GPU would measure each other.
         shared = spec.recipe.placement.share_devices
         self._matmul_rate = flops.matmul_rate() if self.device.type == "cuda" and not shared else None
-        self.roles: dict[str, Any] = {}
+        self.roles: dict[str, Role] = {}
         networks = [role for role in ("learner", "generator", "assistant", "reference") if role in spec.roles]
         if networks:
             # Now, not with the first prompt: damaged text encoders must stop a run before it has begun.
@@ -100,12 +85,12 @@ class Worker:
     def _load_text_encoders(self) -> Conditioner:
         return self._context.store.conditioner
 
-    def _build(self, role: str) -> Any:
+    def _build(self, role: str) -> Role:
         if role == "learner":
             return LearnerRole(self._context)
         if role == "generator":
             learner = self.roles.get("learner")
-            return GeneratorRole(self._context, None if learner is None else learner.engine.module)
+            return GeneratorRole(self._context, learner.engine.module if isinstance(learner, LearnerRole) else None)
         return AssistantRole(self._context) if role == "assistant" else ReferenceRole(self._context)
 
     def _build_rewards(self, choices: Sequence[RewardChoice]) -> RewardRole:
@@ -124,7 +109,7 @@ class Worker:
         )
 
     def _build_reward(self, choice: RewardChoice) -> Reward:
-        packages = traits.resolve(self.spec.recipe).reward(choice.key).packages
+        packages = traits.resolve(self.spec.recipe).reward(choice.key).plugin.pip
         if not packages:
             return registry.reward(choice.name, **choice.options)
         if self._isolated is None:
@@ -147,30 +132,23 @@ class Worker:
             own = [LocalClient(role, self.roles[role], background)] if role in self.roles else []
             return [*remote.get(role, ()), *own]
 
-        if "assistant" in self.roles:
-            (generator,) = clients("generator")
-            self.roles["assistant"].connect(generator)
-        if "learner" in self.roles:
-            (assistant,), (reference,) = clients("assistant"), clients("reference")
-            self.roles["learner"].connect(assistant, reference, clients("reward"))
+        for role in self.roles.values():
+            if isinstance(role, AssistantRole):
+                role.connect(*clients("generator"))
+            elif isinstance(role, LearnerRole):
+                (assistant,), (reference,) = clients("assistant"), clients("reference")
+                role.connect(assistant, reference, clients("reward"))
 
-    def call(self, role: str, method: str, *args: Any) -> Any:
+    def call(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a role's method; tensors come to this process's device and leave on the CPU."""
-        moved = [move(argument, self.device) for argument in args]
+        moved, named = move(args, self.device), move(kwargs, self.device)
         with stopwatch.span(role):
-            result = getattr(self.roles[role], method)(*moved)
-        return move(result, torch.device("cpu"))
+            result = getattr(self.roles[role], method.__name__)(*moved, **named)
+        return cast(T, move(result, torch.device("cpu")))
 
-    def readings(self) -> dict[str, Any]:
-        """Seconds by role, bytes sent, and peak memory in bytes since the last reading; the device's matmul rate."""
-        seconds, sent = stopwatch.read()
-        return {
-            "seconds": seconds,
-            "bytes": sent,
-            "memory": _peak_memory(),
-            "rank": self.spec.rank,
-            "matmul_rate": self._matmul_rate,
-        }
+    def reading(self) -> Reading:
+        """What this process has measured since its last reading."""
+        return Reading(*stopwatch.read(), _peak_memory(), self._matmul_rate)
 
 
 def hosted_rewards(recipe: Recipe, roles: Sequence[str]) -> list[RewardChoice]:

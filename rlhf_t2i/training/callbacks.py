@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_t2i.training.state import TrainState
+
+if TYPE_CHECKING:
+    from rlhf_t2i.training.metrics import Metrics
 
 
 class TrainCallback:
@@ -13,7 +16,7 @@ class TrainCallback:
     def on_phase(self, text: str) -> None:
         """A phase that may take long begins."""
 
-    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+    def on_step(self, state: TrainState, metrics: Metrics) -> None:
         """A generator step is done.
 
         Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Checkpoints
+from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.training.state import TRAINED_ROLES, TrainState
 from rlhf_t2i.utils import files, manifest
 
@@ -35,7 +36,7 @@ def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) ->
         with files.atomic_dir(target) as folder:
             for role in TRAINED_ROLES.values():
                 (folder / role).mkdir()
-                cluster.call_all(role, "save", str(folder / role))
+                cluster.call_all(role, TrainedRole.save, str(folder / role))
             manifest.write(folder, state=state.to_json(), reward=state.mean_reward())
         _prune(out, target, policy)
     except OSError as error:
@@ -120,5 +121,5 @@ def _verified(folder: Path) -> TrainState:
 
 def restore(cluster: Cluster, folder: Path) -> list[str]:
     """Load a checkpoint into the trained roles; returns a message for each saved with another layout of ranks."""
-    messages = [cluster.call_all(role, "load", str(folder / role))[0] for role in TRAINED_ROLES.values()]
+    messages = [cluster.call_all(role, TrainedRole.load, str(folder / role))[0] for role in TRAINED_ROLES.values()]
     return [message for message in messages if message]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any
 
 from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.evaluation.held_out import HeldOut
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.generator import GeneratorRole
+from rlhf_t2i.roles.learner import LearnerRole
+from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.training.bf16 import Bf16Monitor
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
@@ -46,21 +47,18 @@ class Evaluator:
         self._load_ema()
         self._held_out.preview(self.weights, self._out.samples / f"step_{step:06d}.png")
 
-    def monitor(self, step: int, metrics: dict[str, Any]) -> list[str]:
-        """Every ``logging.watch_every`` steps: add the monitors' values to the metrics; returns their warnings."""
+    def monitor(self, step: int) -> tuple[dict[str, float], list[str]] | None:
+        """The monitors' values for the metrics, and their warnings; None unless ``logging.watch_every`` is due."""
         every = self._recipe.logging.watch_every
         if not every or step % every:
-            return []
-        began = time.perf_counter()
+            return None
         self._load_ema()
         samples = self._held_out.draw(self._held_out.prompts()[: self._held_out.monitored()], self.weights)
         values, warnings = self._hacking.update(step, samples)
-        drifts = {name: self._cluster.call_all(role, "bf16_drift")[0] for name, role in TRAINED_ROLES.items()}
+        drifts = {name: self._cluster.call_all(role, TrainedRole.bf16_drift)[0] for name, role in TRAINED_ROLES.items()}
         for name, drift in drifts.items():
             values |= {f"{measured}/{name}": value for measured, value in drift.items()}
-        metrics |= values
-        metrics["timing"]["watch"] = time.perf_counter() - began
-        return warnings + self._bf16.update(step, drifts)
+        return values, warnings + self._bf16.update(step, drifts)
 
     def evaluate(self, when: str, step: int, between: Callable[[], None]) -> None:
         """Evaluate ``before`` or ``after`` training, on the same prompts and noise.
@@ -87,5 +85,5 @@ class Evaluator:
 
     def _load_ema(self) -> None:
         if self.weights == "ema":
-            ema = self._cluster.call_all("learner", "weights", "ema")[0]
-            self._cluster.call_all("generator", "load", "ema", ema)
+            ema = self._cluster.call_all("learner", LearnerRole.weights, "ema")[0]
+            self._cluster.call_all("generator", GeneratorRole.load, "ema", ema)

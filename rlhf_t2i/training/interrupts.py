@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from rlhf_t2i.errors import Stopped
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -35,7 +34,7 @@ class SignalHandler:
         self._callback, self._begun = callback, begun
         self.requested: int | None = None
         self._repeated = self._deferred = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():

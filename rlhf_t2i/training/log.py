@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
+from rlhf_t2i.training.metrics import Metrics
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.training.trackers import Trackers
 from rlhf_t2i.utils import files, jsonl
@@ -34,7 +34,7 @@ class RunLog:
                 retained = [row for row in jsonl.rows(path) if row.get("after", [row["step"], 0]) <= done]
                 files.write_text(path, "".join(json.dumps(row) + "\n" for row in retained))
 
-    def step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+    def step(self, state: TrainState, metrics: Metrics) -> None:
         """Log a generator step; the row is on the disk when this returns."""
         files.append_line(self._metrics, metrics)
         self._trackers.log(state.step, metrics)

@@ -6,7 +6,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,9 @@ from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
+from rlhf_t2i.roles.trained import Update
 from rlhf_t2i.training import checkpoints
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.evaluator import Evaluator
@@ -106,30 +108,34 @@ class Trainer:
         if warmup and state.step == 0 and state.round % 10 == 0:
             self.callback.on_phase(f"assistant warm-up, round {state.round} of {warmup}")
         batch = self._assistant_prompts.batch(state.rounds * size, size)
-        reports = self.cluster.call_all("assistant", "train", state.rounds, batch)
+        reports = self.cluster.call_all("assistant", AssistantRole.train, state.rounds, batch)
         self._count_skipped("assistant", reports)
-        loss = sum(report["loss"] for report in reports) / len(reports)
-        state.reports.append({"loss": loss, "grad_norm": reports[0]["grad_norm"]})
+        loss = sum(report.loss for report in reports) / len(reports)
+        state.reports.append({"loss": loss, "grad_norm": reports[0].grad_norm})
         state.round += 1
         state.rounds += 1
 
-    def _generator_step(self) -> list[dict[str, Any]]:
+    def _generator_step(self) -> list[Update]:
         state, size = self.state, self.recipe.optimization.batch_size
         batch = self._generator_prompts.batch(state.step * size, size)
-        reports = self.cluster.call_all("learner", "step", state.step, batch)
+        reports = self.cluster.call_all("learner", LearnerRole.step, state.step, batch)
         self._count_skipped("generator", reports)
         self.cluster.sync_generator()
         return reports
 
-    def _finish_step(self, learner: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+    def _finish_step(self, learner: list[Update], seconds: dict[str, float]) -> None:
         """Advance the state; then metrics, monitors, previews and checkpoints where they are due."""
         recipe, state = self.recipe, self.state
         assistant, state.reports = state.reports, []
         state.step, state.round = state.step + 1, 0
         if self._checkpoint_seconds is not None:
             seconds["checkpoint"], self._checkpoint_seconds = self._checkpoint_seconds, None
-        metrics = step_metrics(recipe, state, learner, assistant, seconds, self.cluster.readings())
-        warnings = self._evaluator.monitor(state.step, metrics)
+        readings, began = self.cluster.readings(), time.perf_counter()
+        watched = self._evaluator.monitor(state.step)
+        if watched is not None:
+            seconds["watch"] = time.perf_counter() - began
+        values, warnings = watched or ({}, [])
+        metrics = step_metrics(recipe, state, learner, assistant, seconds, readings) | values
         state.add_reward(reward_term(recipe, metrics), recipe.checkpoints.every)
         self._log.step(state, metrics)
         for text in warnings:
@@ -139,17 +145,17 @@ class Trainer:
         if state.step % recipe.checkpoints.every == 0 and state.step < recipe.steps:
             self._save()
 
-    def _count_skipped(self, network: str, reports: list[dict[str, Any]]) -> None:
+    def _count_skipped(self, network: str, reports: list[Update]) -> None:
         """Count an update that the engines skipped because its gradient is not finite.
 
         Raises:
             RunError: More of the network's in a row than ``optimization.max_bad_steps``.
         """
         state, limit = self.state, self.recipe.optimization.max_bad_steps
-        in_a_row = state.count_update(network, applied=math.isfinite(reports[0]["grad_norm"]))
+        in_a_row = state.count_update(network, applied=math.isfinite(reports[0].grad_norm))
         if not in_a_row:
             return
-        prompt = next((p for report in reports for p in report.get("bad", [])), None)
+        prompt = next((p for report in reports for p in report.bad), None)
         text = f"the {network}'s gradient is not finite" + (f" (prompt {prompt!r})" if prompt else "")
         if in_a_row > limit:
             raise RunError(
@@ -170,13 +176,13 @@ class Trainer:
 
     def _export(self) -> None:
         recipe = self.recipe
-        weights = self.cluster.call_all("learner", "weights", self._evaluator.weights)[0]
+        weights = self.cluster.call_all("learner", LearnerRole.weights, self._evaluator.weights)[0]
         store = ModelStore(recipe.models, recipe.student, torch.device("cpu"), recipe.optimization.precision)
         export.write_model(store, weights, self.out.model)
         trained = recipe.optimization.generator
         # The moving average of merged weights has no low-rank factors: then the merged model is all there is.
         if trained.lora is not None and store.generator_family.loads_adapters and self._evaluator.weights == "raw":
-            export.write_adapter(store, self.cluster.call_all("learner", "adapter")[0], self.out.adapter)
+            export.write_adapter(store, self.cluster.call_all("learner", LearnerRole.adapter)[0], self.out.adapter)
 
     def _stop_if_requested(self) -> None:
         if self.signals.requested is not None:

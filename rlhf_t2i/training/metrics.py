@@ -1,8 +1,8 @@
-"""What is logged every step: ``metrics.jsonl``, one JSON object a generator step."""
+"""What is logged every step: ``metrics.jsonl``, one JSON object per generator step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,12 @@ from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.families import flops
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
+from rlhf_t2i.roles.trained import Update
+from rlhf_t2i.roles.worker import Reading
 from rlhf_t2i.training.state import TrainState
 
+Metrics = dict[str, Any]
+"""One line of metrics.jsonl: numbers by name, and objects of them."""
 _QUARTERS = ("t000-249", "t250-499", "t500-749", "t750-999")
 """Of the timesteps in thousandths; with continuous ones a name's last number stands for all up to the next."""
 
@@ -20,11 +24,11 @@ _QUARTERS = ("t000-249", "t250-499", "t500-749", "t750-999")
 def step_metrics(
     recipe: Recipe,
     state: TrainState,
-    learner: Sequence[dict[str, Any]],
-    assistant: Sequence[dict[str, float]],
-    seconds: dict[str, float],
-    readings: dict[str, dict[str, Any]],
-) -> dict[str, Any]:
+    learner: Sequence[Update],
+    assistant: Sequence[Mapping[str, float]],
+    seconds: Mapping[str, float],
+    readings: Mapping[str, Reading],
+) -> Metrics:
     """The metrics of one generator step.
 
     Args:
@@ -36,11 +40,11 @@ def step_metrics(
         readings: Every process's busy seconds, bytes sent and peak memory.
     """
     samples: dict[str, np.ndarray] = {
-        name: np.concatenate([np.asarray(rank["samples"][name], dtype=np.float64) for rank in learner])
-        for name in learner[0]["samples"]
+        name: np.concatenate([np.asarray(rank.samples[name], dtype=np.float64) for rank in learner])
+        for name in learner[0].samples
     }
     timesteps = samples.pop("timestep")
-    metrics: dict[str, Any] = {"step": state.step, "images": state.step * recipe.optimization.batch_size}
+    metrics: Metrics = {"step": state.step, "images": state.step * recipe.optimization.batch_size}
     for name, values in samples.items():
         metrics[name] = float(values.mean())
         if name.startswith("reward/"):
@@ -52,31 +56,31 @@ def step_metrics(
     if assistant:
         metrics["assistant_loss"] = float(np.mean([r["loss"] for r in assistant]))
         metrics["param_grad_norm/assistant"] = assistant[-1]["grad_norm"]
-    metrics["param_grad_norm/generator"] = learner[0]["grad_norm"]
+    metrics["param_grad_norm/generator"] = learner[0].grad_norm
     metrics["bad_steps"] = state.bad_steps
     optimization = recipe.optimization
     metrics["lr/generator"] = learning_rate(optimization.generator, state.step - 1)
     metrics["lr/assistant"] = learning_rate(optimization.assistant, max(state.rounds - 1, 0))
     metrics["timing"] = {**seconds, **_timing(seconds["step"], readings)}
-    rates = [reading["matmul_rate"] for reading in readings.values()]
+    rates = [reading.matmul_rate for reading in readings.values()]
     if all(rates):
         mfu = flops.utilization(flops.of_update(recipe, len(assistant)), seconds["step"], rates)
         if mfu is not None:
             metrics["mfu"] = mfu
-    metrics["memory"] = {process: reading["memory"] for process, reading in readings.items()}
+    metrics["memory"] = {process: reading.memory for process, reading in readings.items()}
     return metrics
 
 
-def _timing(step: float, readings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _timing(step: float, readings: Mapping[str, Reading]) -> Metrics:
     busy, idle = {}, {}
     for process, reading in readings.items():
-        worked = {role: s for role, s in reading["seconds"].items() if role != WAIT}
+        worked = {role: s for role, s in reading.seconds.items() if role != WAIT}
         busy.update({f"{process}/{role}": round(s, 6) for role, s in worked.items()})
         idle[process] = round(max(0.0, 1 - sum(worked.values()) / step), 4)
-    return {"busy": busy, "idle": idle, "bytes": sum(r["bytes"] for r in readings.values())}
+    return {"busy": busy, "idle": idle, "bytes": sum(reading.sent for reading in readings.values())}
 
 
-def reward_term(recipe: Recipe, metrics: dict[str, Any]) -> float | None:
+def reward_term(recipe: Recipe, metrics: Metrics) -> float | None:
     """``sum_i alpha_i r_i`` of (3.3), the mean over the step's batch; None for a recipe without rewards."""
     rewards = recipe.algorithm.rewards
     return sum(reward.scale * metrics[f"reward/{reward.key}"] for reward in rewards) if rewards else None

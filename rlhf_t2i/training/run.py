@@ -172,11 +172,11 @@ class _Run:
 
     def _start(self, saved: Path | None) -> Cluster:
         """Start the roles; a process lost meanwhile is one restart."""
-        from rlhf_t2i.cluster.start import start
+        from rlhf_t2i.cluster import base
 
         while True:
             try:
-                return start(self.recipe, self.folder.failures, self.address)
+                return base.start(self.recipe, self.folder.failures, self.address)
             except ProcessLost as lost:
                 self._count_restart(lost, saved)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError, WrapValidator
 
 TRAINED_ROLES = {"generator": "learner", "assistant": "assistant"}
 """The trained networks, and the roles that train them."""
 _LONGEST_WINDOW = 1000
+# The gradient norm of a skipped update is infinite, in JSON null.
+_Measured = Annotated[FiniteFloat, WrapValidator(lambda value, check: math.inf if value is None else check(value))]
 
 
 @dataclass
@@ -25,13 +30,15 @@ class TrainState:
         rewards: The reward term of the last steps, oldest first; checkpoints are compared by its mean.
     """
 
-    step: int = 0
-    round: int = 0
-    rounds: int = 0
-    reports: list[dict[str, float]] = field(default_factory=list)
-    bad_steps: int = 0
-    bad_in_a_row: dict[str, int] = field(default_factory=dict)
-    rewards: list[float] = field(default_factory=list)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    step: NonNegativeInt = 0
+    round: NonNegativeInt = 0
+    rounds: NonNegativeInt = 0
+    reports: list[dict[str, _Measured]] = field(default_factory=list)
+    bad_steps: NonNegativeInt = 0
+    bad_in_a_row: dict[str, NonNegativeInt] = field(default_factory=dict)
+    rewards: list[FiniteFloat] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: object) -> TrainState:
@@ -42,27 +49,14 @@ class TrainState:
         """
         if not isinstance(value, dict) or value.keys() != {f.name for f in fields(cls)}:
             raise ValueError("the fields of the state are not the expected ones")
-        state = cls(**value)
-        counts = [state.step, state.round, state.rounds, state.bad_steps]
-        if not (
-            isinstance(state.reports, list)
-            and isinstance(state.bad_in_a_row, dict)
-            and isinstance(state.rewards, list)
-            and all(isinstance(report, dict) for report in state.reports)
-            and all(map(_is_count, [*counts, *state.bad_in_a_row.values()]))
-            and all(map(_is_number, state.rewards))
-            # The gradient norm of a skipped update is null in JSON.
-            and all(v is None or _is_number(v) for report in state.reports for v in report.values())
-        ):
-            raise ValueError("a field of the state has no valid value")
-        state.reports = [{k: math.inf if v is None else v for k, v in report.items()} for report in state.reports]
-        return state
+        try:
+            return _ADAPTER.validate_json(json.dumps(value))
+        except ValidationError:
+            raise ValueError("a field of the state has no valid value") from None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The state as JSON values; a gradient norm that is not finite becomes null."""
-        value = asdict(self)
-        value["reports"] = [{k: v if math.isfinite(v) else None for k, v in report.items()} for report in self.reports]
-        return value
+        return dict(json.loads(_ADAPTER.dump_json(self)))
 
     def add_reward(self, reward: float | None, window: int) -> None:
         """Append a step's reward to the window; None and values that are not finite are ignored."""
@@ -89,9 +83,4 @@ class TrainState:
         return math.fsum(self.rewards) / len(self.rewards) if self.rewards else None
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+_ADAPTER = TypeAdapter(TrainState)

@@ -8,9 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rlhf_t2i.errors import UsageError, first_line
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 PROJECT = "rlhf-t2i"
 """Name of the project or experiment in every tracker."""
@@ -38,14 +42,14 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], out: Path, warn: Callable[[str], None]) -> None:
         self._warn = warn
-        self._active: dict[str, Any] = {}
+        self._active: dict[str, GeneralTracker] = {}
         for name in names:
             self._call(name, partial(self._open, name, out))
 
     def _open(self, name: str, out: Path) -> None:
         self._active[name] = _start(name, out)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
         """Record a row of metrics.jsonl; nested objects become ``outer/inner``, and only finite numbers are sent."""
         values = {key: value for key, value in scalars(metrics) if key != "step"}
         for name, tracker in list(self._active.items()):
@@ -57,7 +61,7 @@ class Trackers:
             self._call(name, tracker.finish)
         self._active.clear()
 
-    def _call(self, name: str, call: Callable[[], Any]) -> None:
+    def _call(self, name: str, call: Callable[[], object]) -> None:
         try:
             call()
         except (Exception, SystemExit) as error:
@@ -65,7 +69,7 @@ class Trackers:
             self._warn(f"{name} failed and is not used any more ({first_line(error)}); metrics.jsonl is complete")
 
 
-def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def scalars(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     """The finite numbers of a row, nested keys joined by slashes."""
     for key, value in metrics.items():
         if isinstance(value, Mapping):
@@ -74,7 +78,7 @@ def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + key, float(value)
 
 
-def _start(name: str, out: Path) -> Any:
+def _start(name: str, out: Path) -> GeneralTracker:
     """A started accelerate tracker. Nothing leaves the machine unless the tracker's own settings say so."""
     from accelerate import PartialState, tracking
 
@@ -87,20 +91,20 @@ def _start(name: str, out: Path) -> Any:
     return tracker
 
 
-def _tensorboard(tracking: Any, out: Path) -> Any:
+def _tensorboard(tracking: ModuleType, out: Path) -> GeneralTracker:
     return tracking.TensorBoardTracker("tensorboard", logging_dir=out)
 
 
-def _wandb(tracking: Any, out: Path) -> Any:
+def _wandb(tracking: ModuleType, out: Path) -> GeneralTracker:
     mode = os.environ.get("WANDB_MODE", "offline")
     return tracking.WandBTracker(PROJECT, name=out.name, dir=str(out), id=_identity(out), resume="allow", mode=mode)
 
 
-def _trackio(tracking: Any, out: Path) -> Any:
+def _trackio(tracking: ModuleType, out: Path) -> GeneralTracker:
     return tracking.TrackioTracker(PROJECT, name=f"{out.name}-{_identity(out)}", resume="allow")
 
 
-def _mlflow(tracking: Any, out: Path) -> Any:
+def _mlflow(tracking: ModuleType, out: Path) -> GeneralTracker:
     import mlflow
 
     if "MLFLOW_TRACKING_URI" not in os.environ:

@@ -48,7 +48,7 @@ def test_shares_are_contiguous_and_as_equal_as_possible() -> None:
     assert batch == 5
     assert [part[0].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert [part[1] for part in parts] == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[4:]]
-    assert [part[2:] for part in parts] == [(None, None)] * 3  # defaults are part of the call
+    assert [part[2:] for part in parts] == [(None,)] * 3  # defaults are part of the call
 
 
 def test_with_fewer_samples_than_servers_a_collective_call_still_reaches_all() -> None:

@@ -13,6 +13,8 @@ from rlhf_t2i.families import flops
 from rlhf_t2i.families.flops import Work
 from rlhf_t2i.families.footprints import Footprints
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.trained import Update
+from rlhf_t2i.roles.worker import Reading
 from rlhf_t2i.training.metrics import step_metrics
 from rlhf_t2i.training.state import TrainState
 from tests import tiny
@@ -120,10 +122,10 @@ def test_utilization_is_of_all_devices_and_only_on_gpus() -> None:
 def test_steps_log_it_where_a_rate_was_measured(tiny_sdxl: Path) -> None:
     made = recipe(tiny_sdxl, algorithm={"rewards": []})
     state = TrainState(step=1, rounds=1)
-    report = [{"samples": {"timestep": [5.0], "delta_norm": [1.0]}, "grad_norm": 1.0}]
+    report = [Update(1.0, samples={"timestep": [5.0], "delta_norm": [1.0]})]
 
     def metrics(rate: float | None) -> dict[str, Any]:
-        reading = {"seconds": {}, "bytes": 0, "memory": 0, "rank": 0, "matmul_rate": rate}
+        reading = Reading(matmul_rate=rate)
         assistant = [{"loss": 1.0, "grad_norm": 1.0}]
         return step_metrics(made, state, report, assistant, {"step": 2.0}, {"all/0": reading})
 

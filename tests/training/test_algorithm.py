@@ -16,6 +16,8 @@ from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.recipe.schema import Optimizer, Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.training import run
 from tests import tiny
 
@@ -56,7 +58,7 @@ class Networks:
         self.recipe, self.cluster = recipe, LocalCluster(recipe)
         worker = self.cluster._worker
         self.theta: nn.Module = worker.roles["learner"].engine.module
-        self.psi: nn.Module = worker.roles["assistant"]._engine.module
+        self.psi: nn.Module = worker.roles["assistant"].engine.module
         self.ref: nn.Module = worker.roles["reference"]._network
         self.rewards = worker.roles["reward"].rewards
         self.store = worker._context.store
@@ -153,9 +155,9 @@ def test_a_generator_step_descends_the_papers_gradient(
     networks = build(algorithm__divergence__name=divergence, algorithm__cfg=f"{{mode: {mode}, guidance_scale: 3.0}}")
     expected = gradient(networks.generator_loss(5, divergence, mode), networks.theta)
     before = flat(networks.theta.parameters())
-    (report,) = networks.cluster.call_all("learner", "step", 5, PROMPTS)
+    (report,) = networks.cluster.call_all("learner", LearnerRole.step, 5, PROMPTS)
     assert_close(before - flat(networks.theta.parameters()), expected)
-    assert report["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
+    assert report.grad_norm == pytest.approx(float(expected.norm()), rel=1e-3)
 
 
 def test_an_assistant_round_descends_the_noise_error(build: Callable[..., Networks]) -> None:
@@ -163,9 +165,9 @@ def test_an_assistant_round_descends_the_noise_error(build: Callable[..., Networ
     loss = networks.assistant_loss(5)
     expected = gradient(loss, networks.psi)
     before = flat(networks.psi.parameters())
-    (report,) = networks.cluster.call_all("assistant", "train", 5, PROMPTS)
+    (report,) = networks.cluster.call_all("assistant", AssistantRole.train, 5, PROMPTS)
     assert_close(before - flat(networks.psi.parameters()), expected)
-    assert report["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert report.loss == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_gradients_are_clipped_by_their_global_norm() -> None:
@@ -184,12 +186,12 @@ def test_the_average_has_its_half_life_in_images(build: Callable[..., Networks])
     networks = build(optimization__ema="{half_life_kimg: 0.006, rampup: 0.5}")
     expected, moved = flat(networks.theta.parameters()), []
     for step in range(4):
-        networks.cluster.call_all("learner", "step", step, PROMPTS)
+        networks.cluster.call_all("learner", LearnerRole.step, step, PROMPTS)
         beta = 0.5 ** (4 / min(6, 0.5 * 4 * (step + 1)))
         live = flat(networks.theta.parameters())
         moved.append(live)
         expected = beta * expected + (1 - beta) * live
-    averaged = networks.cluster.call_all("learner", "weights", "ema")[0]
+    averaged = networks.cluster.call_all("learner", LearnerRole.weights, "ema")[0]
     found = flat(averaged[name] for name, _ in networks.theta.named_parameters())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert float((moved[0] - moved[-1]).norm()) > 100 * float((found - expected).norm())
@@ -202,8 +204,8 @@ def test_every_update_has_a_number_and_prompts_of_its_own(
     calls: list[tuple[Any, ...]] = []
     original = LocalCluster.call_all
 
-    def recorded(cluster: LocalCluster, role: str, method: str, *args: Any) -> list[Any]:
-        if method in ("train", "step"):
+    def recorded(cluster: LocalCluster, role: str, method: Callable[..., Any], *args: Any) -> list[Any]:
+        if method in (AssistantRole.train, LearnerRole.step):
             calls.append((role, *args))
         return original(cluster, role, method, *args)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from rlhf_t2i.errors import RunError, Stopped
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.trained import Update
 from rlhf_t2i.tools import report
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.callbacks import TrainCallback
@@ -102,9 +105,10 @@ def test_warnings_of_an_unfinished_cycle_are_kept_once(
     """A skipped update of the assistant, before a checkpoint in the middle of that cycle or after it."""
     train = AssistantRole.train
 
-    def bad_in_the_first_round(role: AssistantRole, number: int, *args: Any) -> Any:
-        report = train(role, number, *args)
-        return report | {"grad_norm": math.inf} if number % 2 == 0 else report
+    @functools.wraps(train)
+    def bad_in_the_first_round(role: AssistantRole, number: int, *args: Any) -> Update:
+        update = train(role, number, *args)
+        return replace(update, grad_norm=math.inf) if number % 2 == 0 else update
 
     monkeypatch.setattr(AssistantRole, "train", bad_in_the_first_round)
     recipe, out = make_recipe(steps=2, algorithm__assistant_steps=2), tmp_path / "out"

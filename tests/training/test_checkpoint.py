@@ -22,8 +22,8 @@ from rlhf_t2i.utils import files, manifest
 class Written:
     """A cluster of which every role writes one small file."""
 
-    def call_all(self, role: str, method: str, *args: Any) -> list[Any]:
-        assert method == "save"
+    def call_all(self, role: str, method: Callable[..., Any], *args: Any) -> list[Any]:
+        assert method.__name__ == "save"
         (Path(args[0]) / "state").write_text(role, "utf-8")
         return []
 

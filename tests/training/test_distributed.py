@@ -16,7 +16,9 @@ from rlhf_t2i.algorithm import rng
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.generator import GeneratorRole
+from rlhf_t2i.roles.learner import LearnerRole
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -55,15 +57,15 @@ def flat(weights: dict[str, Tensor]) -> Tensor:
 def gradient(cluster: Cluster, recipe: Recipe) -> Tensor:
     keys = [(recipe.seed, "probe", i) for i in range(4)]
     x0 = rng.normal((4, 8, 8), keys)
-    return cluster.call_all("learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, {})[0]
+    return cluster.call_all("learner", LearnerRole.gradient_at_x0, "probe", x0, PROMPTS, keys, {})[0]
 
 
 def train(cluster: Cluster, steps: int) -> Tensor:
     for step in range(steps):
-        cluster.call_all("assistant", "train", step, PROMPTS)
-        cluster.call_all("learner", "step", step, PROMPTS)
+        cluster.call_all("assistant", AssistantRole.train, step, PROMPTS)
+        cluster.call_all("learner", LearnerRole.step, step, PROMPTS)
         cluster.sync_generator()
-    return flat(cluster.call_all("learner", "weights", "raw")[0])
+    return flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0])
 
 
 @pytest.mark.parametrize(("learner", "assistant", "zero"), LAYOUTS)
@@ -72,7 +74,7 @@ def test_ten_steps_equal_local(
 ) -> None:
     local_recipe = make_recipe()
     local = LocalCluster(local_recipe)
-    start = flat(local.call_all("learner", "weights", "raw")[0])
+    start = flat(local.call_all("learner", LearnerRole.weights, "raw")[0])
     expected_gradient = gradient(local, local_recipe)
     expected = train(local, 10)
     assert relative(expected, start) > 1e-3  # ten steps do move the weights
@@ -116,14 +118,14 @@ def test_parameter_gradients_equal_local(
     ray_instance: None, make_recipe: Callable[..., Recipe], learner: int, assistant: int, zero: int
 ) -> None:
     local = LocalCluster(make_recipe(**PLAIN_GRADIENT))
-    start = flat(local.call_all("learner", "weights", "raw")[0])
-    local.call_all("learner", "step", 0, PROMPTS)
-    expected = flat(local.call_all("learner", "weights", "raw")[0]) - start
+    start = flat(local.call_all("learner", LearnerRole.weights, "raw")[0])
+    local.call_all("learner", LearnerRole.step, 0, PROMPTS)
+    expected = flat(local.call_all("learner", LearnerRole.weights, "raw")[0]) - start
 
     cluster = start_ray(ray_recipe(make_recipe, learner, assistant, zero, **PLAIN_GRADIENT))
     try:
-        cluster.call_all("learner", "step", 0, PROMPTS)
-        moved = flat(cluster.call_all("learner", "weights", "raw")[0]) - start
+        cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
+        moved = flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0]) - start
     finally:
         cluster.close()
     assert relative(moved, expected) < 1e-5

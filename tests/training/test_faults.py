@@ -17,6 +17,7 @@ from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -38,7 +39,7 @@ def cluster(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> Iter
 def gradient(cluster: Any) -> torch.Tensor:
     keys = [(3, "probe", i) for i in range(4)]
     x0 = rng.normal((4, 8, 8), keys)
-    return cluster.call_all("learner", "gradient_at_x0", "probe", x0, PROMPTS, keys, {})[0]
+    return cluster.call_all("learner", LearnerRole.gradient_at_x0, "probe", x0, PROMPTS, keys, {})[0]
 
 
 def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_recipe: MakeRecipe) -> None:
@@ -67,13 +68,13 @@ def test_devices_that_ray_gives_back_late_are_waited_for(monkeypatch: pytest.Mon
 
 def test_a_restarted_process_reads_like_any_other(make_recipe: MakeRecipe) -> None:
     spec = WorkerSpec(make_recipe(), "look", ("reference",))
-    assert WorkerActor(spec).readings().keys() == Worker(spec).readings().keys()
+    assert vars(WorkerActor(spec).reading()).keys() == vars(Worker(spec).reading()).keys()
 
 
 def test_a_killed_learner_ends_the_run_with_a_sentence(cluster: RayCluster) -> None:
     ray.kill(cluster._actors["train"][0])
     with pytest.raises(RunError, match="a process of the learner died"):
-        cluster.call_all("learner", "step", 0, PROMPTS)
+        cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
 
 
 BAD_REWARD = """
@@ -99,7 +100,7 @@ def test_a_nan_reward_names_itself_and_saves_the_sample(
     cluster = RayCluster(recipe, failures)
     try:
         with pytest.raises(RunError, match=r"bad.*a blue dog"):
-            cluster.call_all("learner", "step", 0, PROMPTS)
+            cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
     finally:
         cluster.close()
     assert list(failures.rglob("*.png"))
@@ -125,7 +126,7 @@ def test_a_reward_that_always_kills_its_process_is_not_restarted_for_ever(
     cluster = RayCluster(make_recipe(placement__mode="ray", placement__groups=GROUPS, algorithm__rewards=rewards))
     try:
         with pytest.raises(RunError, match="a process of the reward died"):
-            cluster.call_all("learner", "step", 0, PROMPTS)
+            cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
     finally:
         cluster.close()
 

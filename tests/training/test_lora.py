@@ -12,6 +12,9 @@ import torch
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.recipe.schema import Optimization, Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
+from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.training import run
 from tests.training.test_distributed import PROMPTS, flat, ray_recipe, relative, start_ray, train
 from tests.training.test_run import StopAt, metrics, model_bytes
@@ -66,9 +69,9 @@ def test_checkpointed_activations_and_bf16_reach_every_adapter(make_recipe: Make
     found = []
     for recipe in (make_recipe(**options), make_recipe(**ADAPTERS)):
         cluster = LocalCluster(recipe)
-        for role, method in (("assistant", "train"), ("learner", "step")):
+        for role, method in (("assistant", AssistantRole.train), ("learner", LearnerRole.step)):
             cluster.call_all(role, method, 0, PROMPTS)
-        for engine in (cluster._worker.roles["assistant"]._engine, cluster._worker.roles["learner"].engine):
+        for engine in (cluster._worker.roles["assistant"].engine, cluster._worker.roles["learner"].engine):
             factors = {n: p for n, p in engine.module.named_parameters() if ".lora_B." in n}
             assert factors
             assert all(float(p.detach().abs().max()) > 0 for p in factors.values())  # they started at zero
@@ -78,9 +81,9 @@ def test_checkpointed_activations_and_bf16_reach_every_adapter(make_recipe: Make
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    LocalCluster(make_recipe(**ADAPTERS)).call_all("learner", "save", str(tmp_path))
+    LocalCluster(make_recipe(**ADAPTERS)).call_all("learner", LearnerRole.save, str(tmp_path))
     with pytest.raises(RunError, match="other weights than this recipe trains"):
-        LocalCluster(make_recipe()).call_all("learner", "load", str(tmp_path))
+        LocalCluster(make_recipe()).call_all("learner", LearnerRole.load, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_eight_bit_states_say_what_they_need(
 def test_eight_bit_states_train(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     cluster = LocalCluster(make_recipe(optimization__generator__kind="adamw_8bit"))
-    start = flat(cluster.call_all("learner", "weights", "raw")[0])
+    start = flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0])
     assert relative(train(cluster, 3), start) > 1e-3
 
 
@@ -122,7 +125,7 @@ def test_eight_bit_states_train(make_recipe: MakeRecipe, tmp_path: Path) -> None
 @pytest.mark.timeout(300)
 def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     local = LocalCluster(make_recipe(**ADAPTERS))
-    start = flat(local.call_all("learner", "weights", "raw")[0])
+    start = flat(local.call_all("learner", LearnerRole.weights, "raw")[0])
     expected = train(local, 4)
     assert relative(expected, start) > 1e-4
     cluster = start_ray(ray_recipe(make_recipe, 2, 2, 1, **ADAPTERS))
@@ -130,14 +133,14 @@ def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRe
         halfway = train(cluster, 2)
         for role in ("learner", "assistant"):
             (tmp_path / role).mkdir()
-            cluster.call_all(role, "save", str(tmp_path / role))
+            cluster.call_all(role, TrainedRole.save, str(tmp_path / role))
         for step in (2, 3):
-            cluster.call_all("assistant", "train", step, PROMPTS)
-            cluster.call_all("learner", "step", step, PROMPTS)
+            cluster.call_all("assistant", AssistantRole.train, step, PROMPTS)
+            cluster.call_all("learner", LearnerRole.step, step, PROMPTS)
             cluster.sync_generator()
-        assert relative(flat(cluster.call_all("learner", "weights", "raw")[0]), expected) < 1e-5
+        assert relative(flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0]), expected) < 1e-5
         for role in ("learner", "assistant"):
-            cluster.call_all(role, "load", str(tmp_path / role))
-        assert torch.equal(flat(cluster.call_all("learner", "weights", "raw")[0]), halfway)
+            cluster.call_all(role, TrainedRole.load, str(tmp_path / role))
+        assert torch.equal(flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0]), halfway)
     finally:
         cluster.close()

@@ -15,6 +15,7 @@ from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.learner import LearnerRole
 
 EXCEPTIONS = ray.exceptions
 
@@ -63,7 +64,7 @@ CALLS: dict[str, Callable[[RayCluster], Any]] = {
     "sample": lambda cluster: cluster.sample(["a cat"], [(0,)], "raw"),
     "scores": lambda cluster: cluster.rewards(torch.zeros(1), ["a cat"]),
     "decode": lambda cluster: cluster.decode(torch.zeros(1)),
-    "call": lambda cluster: cluster.call_all("learner", "step", 0, ["a cat"]),
+    "call": lambda cluster: cluster.call_all("learner", LearnerRole.step, 0, ["a cat"]),
 }
 
 

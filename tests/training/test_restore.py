@@ -16,10 +16,11 @@ import pytest
 import ray
 import torch
 
-from rlhf_t2i.cluster import start as starting
+from rlhf_t2i.cluster import base as starting
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
@@ -222,7 +223,7 @@ def test_a_stuck_process_is_named(ray_instance: None, make_recipe: MakeRecipe, t
     cluster = RayCluster(recipe)
     try:
         with pytest.raises(RunError, match=r"learner did not answer within 15 s") as error:
-            cluster.call_all("learner", "step", 0, ["a", "b", "c", "d"])
+            cluster.call_all("learner", LearnerRole.step, 0, ["a", "b", "c", "d"])
     finally:
         cluster.close()
     assert "train/0: learner.step for" in str(error.value)

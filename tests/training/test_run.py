@@ -21,6 +21,7 @@ from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.training import checkpoints, provenance, run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
@@ -194,7 +195,7 @@ def test_a_full_disk_keeps_the_exported_model(make_recipe: MakeRecipe, tmp_path:
     out, recipe = tmp_path / "out", make_recipe(steps=1)
     run.run(recipe, out)
     before = model_bytes(out)
-    weights = LocalCluster(recipe).call_all("learner", "weights", "raw")[0]
+    weights = LocalCluster(recipe).call_all("learner", LearnerRole.weights, "raw")[0]
     with no_file_over(100_000), pytest.raises(RunError, match=r"out/model could not be written: .* intact"):
         export.write_model(ModelStore(recipe.models, recipe.student, torch.device("cpu")), weights, out / "model")
     assert model_bytes(out) == before
@@ -319,10 +320,10 @@ def test_everything_that_the_result_depends_on_is_compared(
 
 def test_generator_step_leaves_no_gradient_outside_theta(make_recipe: MakeRecipe) -> None:
     cluster = LocalCluster(make_recipe())
-    cluster.call_all("learner", "step", 0, ["a red cat"] * 4)
+    cluster.call_all("learner", LearnerRole.step, 0, ["a red cat"] * 4)
     roles = cluster._worker.roles
     networks = [
-        roles["assistant"]._engine.module,
+        roles["assistant"].engine.module,
         roles["reference"]._network,
         *roles["reward"].rewards.values(),
         cluster._worker._context.store.decoder,
@@ -346,7 +347,7 @@ def test_kl_computes_no_vector_jacobian_product(make_recipe: MakeRecipe, monkeyp
     for name, expected in (("kl", 0), ("pseudo_huber", 2)):
         calls.clear()
         cluster = LocalCluster(make_recipe(algorithm__divergence__name=name))
-        cluster.call_all("learner", "step", 0, ["a red cat"] * 4)
+        cluster.call_all("learner", LearnerRole.step, 0, ["a red cat"] * 4)
         assert len(calls) == expected, name
 
 
@@ -359,7 +360,7 @@ def test_inner_guidance_of_kl_equals_outer(make_recipe: MakeRecipe) -> None:
         cluster = LocalCluster(
             make_recipe(algorithm__cfg=cfg, algorithm__divergence__name="kl", algorithm__rewards="[]")
         )
-        found.append(cluster.call_all("learner", "gradient_at_x0", "t", x0, ["a red cat"] * 4, keys, {})[0])
+        found.append(cluster.call_all("learner", LearnerRole.gradient_at_x0, "t", x0, ["a red cat"] * 4, keys, {})[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
@@ -379,8 +380,8 @@ def test_micro_batches_do_not_change_the_step(make_recipe: MakeRecipe) -> None:
     found = []
     for micro in (4, 2, 1):
         cluster = LocalCluster(make_recipe(optimization__micro_batch=micro))
-        cluster.call_all("learner", "step", 0, ["a red cat", "a blue dog"] * 2)
-        weights = cluster.call_all("learner", "weights", "raw")[0]
+        cluster.call_all("learner", LearnerRole.step, 0, ["a red cat", "a blue dog"] * 2)
+        weights = cluster.call_all("learner", LearnerRole.weights, "raw")[0]
         found.append(torch.cat([w.flatten() for w in weights.values()]))
     for other in found[1:]:
         assert float((other - found[0]).norm() / found[0].norm()) < 1e-5

@@ -18,6 +18,8 @@ from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 from tests import tiny, tiny_families
 from tests.training.ranks import run_ranks
@@ -44,7 +46,7 @@ def networks(cluster: LocalCluster) -> dict[str, nn.Module]:
     roles = cluster._worker.roles
     return {
         "learner": roles["learner"].engine.module,
-        "assistant": roles["assistant"]._engine.module,
+        "assistant": roles["assistant"].engine.module,
         "reference": roles["reference"]._network,
     }
 
@@ -57,9 +59,9 @@ def held(modules: dict[str, nn.Module], *, trained: bool) -> int:
 
 def run(cluster: LocalCluster, prompts: Path) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
     texts = prompts.read_text().splitlines()
-    assistant = cluster.call_all("assistant", "train", 0, texts[:2])
-    learner = cluster.call_all("learner", "step", 0, texts[:2])
-    return assistant, learner, cluster.call_all("learner", "weights", "raw")[0]
+    assistant = cluster.call_all("assistant", AssistantRole.train, 0, texts[:2])
+    learner = cluster.call_all("learner", LearnerRole.step, 0, texts[:2])
+    return assistant, learner, cluster.call_all("learner", LearnerRole.weights, "raw")[0]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -101,7 +103,7 @@ def deepspeed_roles(recipe: Recipe) -> tuple[dict[str, nn.Module], dict[str, Ten
     learner.engine.step(1e-2)
     modules = {
         "learner": learner.engine.module,
-        "assistant": worker.roles["assistant"]._engine.module,
+        "assistant": worker.roles["assistant"].engine.module,
         "reference": worker.roles["reference"]._network,
     }
     return modules, learner.weights("raw")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import ray
@@ -104,13 +104,16 @@ def test_a_plugin_cannot_end_a_run_as_if_it_had_succeeded(
 def test_a_plugin_cannot_end_a_process_of_ray(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Ray takes SystemExit in an actor for a wish of its own, and the run would start again three times."""
     from rlhf_t2i.cluster.actor import WorkerActor
+    from rlhf_t2i.roles.learner import LearnerRole
 
     class Exits:
+        roles: ClassVar = {"learner": LearnerRole.__new__(LearnerRole)}
+
         def call(self, role: str, method: str, *args: Any) -> Any:
             sys.exit(0)
 
     actor = WorkerActor.__new__(WorkerActor)
-    actor._worker = Exits()
+    actor._built = Exits()
     with pytest.raises(RunError, match=r"called sys\.exit\(0\) during the run"):
         actor.call("learner", "step")
 

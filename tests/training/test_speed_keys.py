@@ -16,6 +16,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import compiling
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Optimization, Recipe, StudentSettings
+from rlhf_t2i.roles.learner import LearnerRole
 from tests.families.test_sampling import store
 from tests.training.test_distributed import flat, relative, train
 
@@ -24,7 +25,7 @@ LORA = {"optimization__assistant__lora": "{rank: 2, targets: [to_q]}"}
 
 
 def weights(cluster: LocalCluster) -> torch.Tensor:
-    return flat(cluster.call_all("learner", "weights", "raw")[0])
+    return flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0])
 
 
 def test_compiled_blocks_train_as_eager_ones(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def recomputing(cluster: LocalCluster) -> set[str]:
     roles = cluster._worker.roles
     unets: dict[str, Any] = {
         "learner": roles["learner"].engine.module,
-        "assistant": roles["assistant"]._engine.module,
+        "assistant": roles["assistant"].engine.module,
         "reference": roles["reference"]._network,
     }
     found = {role for role, unet in unets.items() if unet.is_gradient_checkpointing}

@@ -24,6 +24,8 @@ from rlhf_t2i.evaluation import models
 from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, Recipe, StudentSettings
+from rlhf_t2i.roles.assistant import AssistantRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
 from tests import tiny
@@ -95,7 +97,7 @@ def test_the_gradient_reaches_the_last_step_alone(build: Callable[..., FewSteps]
     networks = build(student__transition=transition)
     expected = gradient(networks.generator_loss(MIXED, "pseudo_huber", "inner"), networks.theta)
     before = flat(networks.theta.parameters())
-    networks.cluster.call_all("learner", "step", MIXED, FOUR)
+    networks.cluster.call_all("learner", LearnerRole.step, MIXED, FOUR)
     assert_close(before - flat(networks.theta.parameters()), expected)
 
 
@@ -123,11 +125,11 @@ def test_rewards_of_the_last_step_alone(build: Callable[..., FewSteps], monkeypa
     monkeypatch.undo()
     networks = build(algorithm__reward_steps="last", algorithm__divergence__name="l2")
     before = flat(networks.theta.parameters())
-    (report,) = networks.cluster.call_all("learner", "step", MIXED, FOUR)
+    (report,) = networks.cluster.call_all("learner", LearnerRole.step, MIXED, FOUR)
     assert_close(before - flat(networks.theta.parameters()), expected)
-    norms = torch.tensor(report["samples"]["grad_norm/reward/pickscore"])
+    norms = torch.tensor(report.samples["grad_norm/reward/pickscore"])
     assert torch.equal(norms > 0, last)
-    assert all(report["samples"]["reward/pickscore"])
+    assert all(report.samples["reward/pickscore"])
 
 
 def test_the_assistant_learns_from_the_same_law_of_samples(build: Callable[..., FewSteps]) -> None:
@@ -137,9 +139,9 @@ def test_the_assistant_learns_from_the_same_law_of_samples(build: Callable[..., 
     loss = networks.assistant_loss(5)
     expected = gradient(loss, networks.psi)
     before = flat(networks.psi.parameters())
-    (report,) = networks.cluster.call_all("assistant", "train", 5, FOUR)
+    (report,) = networks.cluster.call_all("assistant", AssistantRole.train, 5, FOUR)
     assert_close(before - flat(networks.psi.parameters()), expected)
-    assert report["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert report.loss == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_the_trained_step_is_uniform_and_a_function_of_the_samples_key() -> None:

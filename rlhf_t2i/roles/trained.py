@@ -1,0 +1,46 @@
+"""What the roles with a trained network share: its state, and the report of an update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf_t2i.engines.base import Engine
+
+Samples = dict[str, list[float]]
+"""Per-sample measurements of a step; the controller averages them over all ranks."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One rank's report of an update.
+
+    Attributes:
+        grad_norm: The gradient norm over all ranks before clipping; infinite if the update was skipped.
+        loss: The assistant's mean loss on this rank.
+        samples: The learner's measurements of this rank's samples.
+        bad: This rank's prompts whose gradient at x_0 was not finite.
+    """
+
+    grad_norm: float
+    loss: float = 0.0
+    samples: Samples = field(default_factory=dict)
+    bad: tuple[str, ...] = ()
+
+
+class TrainedRole:
+    """A role with an engine; every rank must make each of these calls."""
+
+    engine: Engine
+
+    def bf16_drift(self) -> dict[str, float]:
+        """What bf16 loses against the masters; see :meth:`Engine.bf16_drift`."""
+        return self.engine.bf16_drift()
+
+    def save(self, folder: str) -> None:
+        """Write this rank's training state into an existing folder."""
+        self.engine.save(Path(folder))
+
+    def load(self, folder: str) -> str | None:
+        """Restore it; returns None if bit for bit, otherwise a message that says why not."""
+        return self.engine.load(Path(folder))
