@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.errors import UsageError
@@ -99,7 +98,7 @@ def _json(path: Path, text: str, column: str, place: str) -> Iterator[str]:
         yield item if isinstance(item, str) else _value(item, column, f"{place}{path}, entry {number}")
 
 
-def _value(item: Any, column: str, place: str) -> str:
+def _value(item: object, column: str, place: str) -> str:
     if not isinstance(item, dict) or column not in item:
         raise UsageError(f"{place}: not a JSON object with the key {column!r}")
     if not isinstance(item[column], str):
@@ -134,7 +133,7 @@ def rows(path: Path, text: str, column: str, place: str = "data: ") -> list[dict
     return [{name: _unquoted(value) for name, value in row.items()} for row in table] if tabs else table
 
 
-def _unquoted(field: Any) -> Any:
+def _unquoted(field: str) -> str:
     if isinstance(field, str) and '""' in field[1:-1] and re.fullmatch('"(?:[^"]|"")*"', field):
         return field[1:-1].replace('""', '"')
     return field

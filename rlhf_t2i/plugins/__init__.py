@@ -5,7 +5,7 @@ The shipped plugins are in the repository's top-level ``plugins/``. Importing th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_t2i.plugins.base import (
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Divergence", "Footprint", "LatentContext", "LatentReward", "Options", "Reward", "shared", "sharing"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in __all__:
         from rlhf_t2i.plugins import base
 

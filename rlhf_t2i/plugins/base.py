@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Options(BaseModel):
@@ -194,7 +197,7 @@ class Divergence:
         raise NotImplementedError(f"{type(self).__name__} must define derivative(delta)")
 
 
-_loaded: ContextVar[dict[Any, Any] | None] = ContextVar("models that the rewards built now share", default=None)
+_loaded: ContextVar[dict[object, Any] | None] = ContextVar("models that the rewards built now share", default=None)
 
 
 @contextmanager
@@ -210,12 +213,12 @@ def sharing() -> Iterator[None]:
         _loaded.reset(token)
 
 
-def shared(loader: Callable[..., Any], *args: Any) -> Any:
+def shared(loader: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Load a model once per role: rewards that call ``shared(load, path)`` in ``__init__`` get the same object."""
     loaded = _loaded.get()
     if loaded is None:
-        return loader(*args)
-    key = (loader, args)
+        return loader(*args, **kwargs)
+    key = (loader, args, tuple(kwargs.items()))
     if key not in loaded:
-        loaded[key] = loader(*args)
+        loaded[key] = loader(*args, **kwargs)
     return loaded[key]

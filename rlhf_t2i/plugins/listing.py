@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_t2i.errors import UsageError, printable
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Divergence, LatentReward, Reward
 from rlhf_t2i.utils.terminal import PlainConsole
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class PluginRow:
 
     name: str
     package: str
-    cls: Any
+    cls: type[Reward] | type[Divergence] | None
     problem: str = ""
 
 
@@ -83,33 +87,30 @@ def print_rewards() -> None:
     table = _table("name", "package", "gradient", "unit", "runs here")
     needed = _table("name", "needs")
     for row in rows(registry.REWARDS):
-        if row.cls is None:
+        if row.cls is None or not issubclass(row.cls, Reward):
             table.add_row(row.name, row.package, "?", "?", _no(row.problem))
             continue
-        cls = row.cls
-        table.add_row(row.name, row.package, gradient(cls), cls.unit or "-", runs_here(cls))
-        if needs(cls):
-            needed.add_row(row.name, needs(cls))
-    _print(table)
+        table.add_row(row.name, row.package, gradient(row.cls), row.cls.unit or "-", runs_here(row.cls))
+        if needs(row.cls):
+            needed.add_row(row.name, needs(row.cls))
+    PlainConsole().print(table)
     if needed.row_count:
-        _print("")
-        _print(needed)
+        PlainConsole().print("", needed, sep="\n")
 
 
 def print_divergences() -> None:
     """Print the table of divergences."""
     table = _table("name", "package", "needs VJPs", "options", "runs here")
     for row in rows(registry.DIVERGENCES):
-        if row.cls is None:
+        if row.cls is None or not issubclass(row.cls, Divergence):
             table.add_row(row.name, row.package, "?", "?", _no(row.problem))
-        else:
-            cls: type[Divergence] = row.cls
-            options = ", ".join(cls.Options.model_fields) or "-"
-            table.add_row(row.name, row.package, "yes" if cls.needs_vjp else "no", options, "yes")
-    _print(table)
+            continue
+        options = ", ".join(row.cls.Options.model_fields) or "-"
+        table.add_row(row.name, row.package, "yes" if row.cls.needs_vjp else "no", options, "yes")
+    PlainConsole().print(table)
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -119,11 +120,7 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _no(problem: str) -> Any:
+def _no(problem: str) -> Text:
     from rich.text import Text
 
     return Text.assemble(("no: ", "red"), printable(problem))
-
-
-def _print(table: Any) -> None:
-    PlainConsole().print(table)

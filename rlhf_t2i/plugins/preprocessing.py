@@ -6,9 +6,9 @@ within their rounding, and with the same filter without rounding within 1e-3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -46,31 +46,33 @@ class Preprocess:
     crop_rounding: Literal["floor", "nearest"] = "floor"
 
     @classmethod
-    def square(cls, size: int, **changes: Any) -> Preprocess:
+    def square(
+        cls, size: int, *, pad: bool = False, clamp: bool = True, crop_rounding: Literal["floor", "nearest"] = "floor"
+    ) -> Preprocess:
         """The usual preprocessing for a square model input of ``size`` pixels."""
-        return cls(resize=size, crop=(size, size), **changes)
+        return cls(resize=size, crop=(size, size), pad=pad, clamp=clamp, crop_rounding=crop_rounding)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Preprocess:
+    def from_config(cls, config: Mapping[str, object]) -> Preprocess:
         """Read a transformers ``preprocessor_config.json`` (or ``processor_config.json``).
 
         Raises:
             ValueError: The configuration asks for a step, a filter or a size that this class does not know.
         """
-        config = config.get("image_processor", config)
-        if not isinstance(config, dict):
+        own = config.get("image_processor", config)
+        if not isinstance(own, dict):
             raise ValueError("the image processor's configuration is not a mapping")
-        config = _with_defaults(config)
-        unknown = next((key for key in _UNSUPPORTED if config.get(key)), None)
+        settings = _with_defaults(own)
+        unknown = next((key for key in _UNSUPPORTED if own.get(key)), None)
         if unknown:
             raise ValueError(f"the image processor's {unknown} is not supported: only resize, crop and normalize are")
-        resample = config["resample"]
-        if config["do_resize"] and resample not in _FILTERS:
+        resample = settings["resample"]
+        if settings["do_resize"] and resample not in _FILTERS:
             raise ValueError(f"the image processor's resample {resample!r} is not supported: use 2 or 3")
-        mean, std = _statistics(config)
+        mean, std = _statistics(settings)
         return cls(
-            resize=_resize_size(config["size"]) if config["do_resize"] else None,
-            crop=_height_width(config["crop_size"], "crop_size") if config["do_center_crop"] else None,
+            resize=_resize_size(settings["size"]) if settings["do_resize"] else None,
+            crop=_height_width(settings["crop_size"], "crop_size") if settings["do_center_crop"] else None,
             mean=mean,
             std=std,
             filter=_FILTERS.get(resample, "bicubic"),
@@ -102,7 +104,22 @@ class Preprocess:
         return resize(images, target, self.filter, self.clamp)
 
 
-_CLIP: dict[str, Any] = {
+class _Processor(TypedDict):
+    """What is read of an image processor's configuration."""
+
+    do_resize: bool
+    size: object
+    resample: int
+    do_center_crop: bool
+    crop_size: object
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+
+_CLIP: _Processor = {
     "do_resize": True,
     "size": {"shortest_edge": 224},
     "resample": 3,
@@ -116,33 +133,34 @@ _CLIP: dict[str, Any] = {
 }
 """Defaults of CLIP's processor in transformers."""
 
-_VIT = _CLIP | {
+_VIT: _Processor = {
+    **_CLIP,
     "size": {"height": 224, "width": 224},
     "resample": 2,
     "do_center_crop": False,
     "image_mean": (0.5,) * 3,
     "image_std": (0.5,) * 3,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, _Processor] = {
     "CLIP": _CLIP,
     "ViT": _VIT,
-    "Siglip": _VIT | {"resample": 3},
-    "Blip": _CLIP | {"size": {"height": 384, "width": 384}, "do_center_crop": False},
+    "Siglip": {**_VIT, "resample": 3},
+    "Blip": {**_CLIP, "size": {"height": 384, "width": 384}, "do_center_crop": False},
 }
 """Defaults by the beginning of ``image_processor_type``: what a configuration leaves out is its class's."""
 
 _UNSUPPORTED = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_image_splitting", "do_flip")
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(config: Mapping[str, object]) -> _Processor:
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
     defaults = next((known for name, known in _DEFAULTS.items() if str(kind).startswith(name)), None)
     if defaults is None:
         raise ValueError(f"the image processor {kind!r} is not supported: use one of {', '.join(_DEFAULTS)}")
-    return defaults | {key: value for key, value in config.items() if value is not None}
+    return cast(_Processor, {**defaults, **{key: value for key, value in config.items() if value is not None}})
 
 
-def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(config: _Processor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation for images in [0, 1], whatever the processor multiplies its bytes by."""
     factor = 255 * (float(config["rescale_factor"]) if config["do_rescale"] else 1.0)
     if factor <= 0:
@@ -154,7 +172,7 @@ def _statistics(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float,
     return tuple(float(value) / factor for value in mean), tuple(float(value) / factor for value in std)
 
 
-def _resize_size(size: Any) -> int | tuple[int, int]:
+def _resize_size(size: object) -> int | tuple[int, int]:
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         size = size["shortest_edge"]
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
@@ -162,7 +180,7 @@ def _resize_size(size: Any) -> int | tuple[int, int]:
     return _height_width(size, "size")
 
 
-def _height_width(size: Any, name: str) -> tuple[int, int]:
+def _height_width(size: object, name: str) -> tuple[int, int]:
     if isinstance(size, int) and not isinstance(size, bool):
         size = {"height": size, "width": size}
     if isinstance(size, dict) and set(size) == {"height", "width"}:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Final, Literal, overload
+from typing import TYPE_CHECKING, Final, Literal, overload
 
 from pydantic import ValidationError
 
@@ -70,14 +70,14 @@ def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
     from rlhf_t2i.plugins.base import Divergence, Reward
 
     kind = _KINDS[group]
-    cls: Any = _from_file(name, kind) if ".py:" in name else _from_entry_point(group, name, kind)
+    cls = _from_file(name, kind) if ".py:" in name else _from_entry_point(group, name, kind)
     base = Reward if group == REWARDS else Divergence
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UsageError(f"{kind} {name!r} is not a subclass of rlhf_t2i.plugins.{base.__name__}")
     return cls
 
 
-def _from_entry_point(group: str, name: str, kind: str) -> Any:
+def _from_entry_point(group: str, name: str, kind: str) -> object:
     known = registered(group)
     if name not in known:
         raise UsageError(f"unknown {kind} {mistakes.shown(name)!r}; {mistakes.hint(name, known)}")
@@ -89,7 +89,7 @@ def _from_entry_point(group: str, name: str, kind: str) -> Any:
         return plugin.entry_point.load()
 
 
-def _from_file(name: str, kind: str) -> Any:
+def _from_file(name: str, kind: str) -> object:
     file, _, attribute = name.rpartition(":")
     path = files.absolute(file)
     if not os.path.isfile(path):  # noqa: PTH113 - no error for names too long, or loops of links

@@ -36,29 +36,32 @@ class RewardTraits:
         key: Its label in metrics.
         name: As in the recipe.
         trains: Whether it is among ``algorithm.rewards``.
-        differentiable: Whether it has a gradient.
-        on_latents: Whether it scores latents, beside the learner, instead of decoded images.
-        reference_calls: Calls of the reference per score, two predictions each; 0 for a reward on images.
-        higher_is_better: Whether a larger value is better.
-        uses_prompt: Whether the prompt makes a difference.
         unit: Of its value.
-        packages: Of its environment of its own; none if it runs in the core's.
         options: Validated.
-        plugin: Its class.
+        plugin: Its class, whose attributes are its other traits.
     """
 
     key: str
     name: str
     trains: bool
-    differentiable: bool
-    on_latents: bool
-    reference_calls: int
-    higher_is_better: bool
-    uses_prompt: bool
     unit: str
-    packages: tuple[str, ...]
     options: Options
     plugin: type[Reward]
+
+    @property
+    def on_latents(self) -> bool:
+        """Whether it scores latents, beside the learner, instead of decoded images."""
+        return issubclass(self.plugin, LatentReward)
+
+    @property
+    def reference_calls(self) -> int:
+        """Calls of the reference per score, two predictions each; 0 for a reward on images."""
+        return self.plugin.reference_calls if issubclass(self.plugin, LatentReward) else 0
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value is better."""
+        return self.plugin.higher_is_better
 
     @cached_property
     def footprint(self) -> Footprint | None:
@@ -146,29 +149,15 @@ def _resolve(algorithm: Algorithm) -> Traits:
 def _reward(choice: RewardChoice, key: str, trains: bool) -> RewardTraits:
     cls = registry.load_class(registry.REWARDS, choice.name)
     options = registry.parse_options(cls, f"{key}: reward {choice.name!r}", choice.options)
-    on_latents = issubclass(cls, LatentReward)
     if trains and not cls.differentiable:
         raise UsageError(
             f"algorithm.rewards: {choice.name!r} has no gradient, so it cannot train: move it to eval_rewards"
         )
-    if on_latents and not trains:
+    if issubclass(cls, LatentReward) and not trains:
         raise UsageError(
             f"algorithm.eval_rewards: {choice.name!r} is computed on latents beside the learner: "
             "it can train, but not be measured here"
         )
     with guard.building(f"{key}: reward {choice.name!r}: its unit cannot be told", cls):
         unit = cls.unit_of(options)
-    return RewardTraits(
-        key=choice.key,
-        name=choice.name,
-        trains=trains,
-        differentiable=cls.differentiable,
-        on_latents=on_latents,
-        reference_calls=cls.reference_calls if issubclass(cls, LatentReward) else 0,
-        higher_is_better=cls.higher_is_better,
-        uses_prompt=cls.uses_prompt,
-        unit=unit,
-        packages=cls.pip,
-        options=options,
-        plugin=cls,
-    )
+    return RewardTraits(choice.key, choice.name, trains, unit, options, cls)

@@ -74,7 +74,7 @@ def test_traits_of_a_recipe(tiny_sdxl: Path) -> None:
     }
     found = traits.resolve(build(tiny_sdxl, **algorithm))
     assert found.divergence == traits.DivergenceTraits("kl", needs_vjp=False, order=1)
-    assert [(r.key, r.unit, r.trains, r.on_latents, r.differentiable) for r in found.rewards] == [
+    assert [(r.key, r.unit, r.trains, r.on_latents, r.plugin.differentiable) for r in found.rewards] == [
         ("pickscore", "logit", True, False, True),
         ("cfg_implicit", "x0 units^2", True, True, True),
         ("http", "stars", False, False, False),
