@@ -187,8 +187,12 @@ class ModelStore:
         return decoder.to(self.device, DTYPES[self.models.vae_precision], memory_format=torch.channels_last)
 
     def reference_network(self) -> nn.Module:
-        """A frozen copy of the reference's network, in the compute dtype."""
+        """The reference's frozen network in the compute dtype, on weights that trained ones left as they are.
+
+        A process builds it last: afterwards it keeps convolutions in an order of its own, and no base for others.
+        """
         network = self._network(self.family, self.family.reference, self.dtype, shared=True)
+        self._bases.clear()
         return freeze_convs(network.to(dtype=self.dtype, memory_format=torch.channels_last))
 
     def assistant_network(self, base: torch.dtype | None = None) -> nn.Module:
@@ -224,10 +228,6 @@ class ModelStore:
         for parameter in network.parameters():  # buffers stay float32, as DeepSpeed leaves them
             parameter.data = parameter.data.to(dtype)
         return network.to(self.device)
-
-    def forget_bases(self) -> None:
-        """All roles of the process have their networks: what none of them holds is freed."""
-        self._bases.clear()
 
     def sequential_noise(self, generators: Sequence[torch.Generator]) -> Noise:
         """The noises that the exported pipeline draws from one ``torch.Generator`` per image."""

@@ -77,7 +77,6 @@ class Worker:
             self._load_text_encoders()
         for role in networks:
             self.roles[role] = self._build(role)
-        self._context.store.forget_bases()
         choices = hosted_rewards(spec.recipe, spec.roles)
         if choices or "reward" in spec.roles:  # without rewards it still decodes previews
             self.roles["reward"] = self._build_rewards(choices)
