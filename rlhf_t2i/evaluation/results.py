@@ -203,5 +203,6 @@ def _markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as a Markdown table."""
-    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
+    """Lines of cells as a Markdown table; bars and line breaks in a cell would end it."""
+    rows = ([" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines)
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)

@@ -125,9 +125,11 @@ def check(root: Path) -> None:
     """Refuse a place where no folder can be.
 
     Raises:
-        UsageError: It is a file, or below one.
+        UsageError: It is a file, or below one, or behind a link to nothing.
     """
     for path in (root, *root.parents):
+        if path.is_symlink() and not path.exists():
+            raise UsageError(f"models.embeddings: {path} is a link to {path.readlink()}, which does not exist")
         if path.exists():
             if not path.is_dir():
                 raise UsageError(f"models.embeddings: {path} is a file: name a folder")

@@ -115,14 +115,15 @@ class PipelineFamily(PromptFamily):
         return getattr(diffusers, self.decoder_config(source).get("_class_name", self.decoder_classes[0]))
 
     def scheduler_number(self, key: str, default: float | None = None) -> float:
-        """A number of the scheduler's configuration.
+        """A positive number of the scheduler's configuration.
 
         Raises:
-            UsageError: It is missing or no number: the file is damaged.
+            UsageError: It is missing or no such number: the file is damaged.
         """
         value = self.scheduler_config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"{self.reference.location}/scheduler/scheduler_config.json has no number {key}: damaged")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            place = f"{self.reference.location}/scheduler/scheduler_config.json"
+            raise UsageError(f"{place} has no positive number {key}: damaged")
         return float(value)
 
     def check_structure(self, source: ModelRef, what: str) -> None:

@@ -63,7 +63,7 @@ class SanaFamily(FlowFamily):
                 f"{sources.printable(kind)}, but SANA is trained by flow matching (flow_prediction)"
             )
         scale = self.network_config.get("timestep_scale", 1.0)
-        if scale not in _TIMES:
+        if not isinstance(scale, int | float) or scale not in _TIMES:
             raise UsageError(f"{self._network_place}: timestep_scale is {sources.printable(scale)}, not 1 or 0.001")
         return FlowSchedule(shift=self.scheduler_number("flow_shift" if solver else "shift", 1.0), time=_TIMES[scale])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_t2i.algorithm.schedules import FlowSchedule
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Config, Family
 from rlhf_t2i.families.pipeline import ExportScheduler
 from rlhf_t2i.families.sana import SanaFamily
@@ -58,6 +59,11 @@ class SanaSprintFamily(SanaFamily):
         own = self._other_config(self._generator, "models.generator")
         return {**super().network_config, **{key: own[key] for key in _OWN_KEYS if key in own}}
 
+    def check(self) -> None:
+        """See :meth:`Family.check`."""
+        super().check()
+        self._guidance_scale()
+
     def for_generator(self, source: ModelRef) -> Family:
         """See :meth:`Family.for_generator`."""
         return self
@@ -69,7 +75,14 @@ class SanaSprintFamily(SanaFamily):
     def inputs(self, x_t: Tensor) -> dict[str, Tensor]:
         """See :meth:`SanaFamily.inputs`."""
         guidance = torch.full((len(x_t),), _GUIDANCE, device=x_t.device, dtype=x_t.dtype)
-        return {"guidance": guidance * self.network_config.get("guidance_embeds_scale", 0.1)}
+        return {"guidance": guidance * self._guidance_scale()}
+
+    def _guidance_scale(self) -> float:
+        scale = self.network_config.get("guidance_embeds_scale", 0.1)
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            place = self._network_place if self._generator is None else self._generator.location
+            raise UsageError(f"{place}: guidance_embeds_scale is {sources.printable(scale)}, no number")
+        return scale
 
     def default_timesteps(self, steps: int) -> tuple[float, ...]:
         """See :meth:`Family.default_timesteps`: 1000 and 782.7 for two, even angles for any other number."""

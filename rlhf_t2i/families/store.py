@@ -59,6 +59,7 @@ class ModelStore:
         """
         vae = self.vae
         self.family.check()
+        self.generator_family.check()
         self.family.check_decoder(vae)
         _ = self.latent_shape, self.schedule
         self.generator_family.check_structure(sources.parse(self.models.generator), "models.generator")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from rlhf_t2i.errors import UsageError, printable
 
 KeyPath = tuple[str | int, ...]
+_SELF_EXPLAINING = ("value_error", "assertion_error", "too_short")
 
 
 def explain(
@@ -41,7 +42,9 @@ def explain(
         return UsageError(f"{at(key[:-1])}: the {noun} {name!r} is missing")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[:1].lower() + message[1:]
-    given = "" if first["type"] in ("value_error", "assertion_error") else f", not {kind(first['input'])}"
+    if first["type"] == "too_short":
+        message = f"needs at least {first['ctx']['min_length']}, but has {first['ctx']['actual_length']}"
+    given = "" if first["type"] in _SELF_EXPLAINING else f", not {kind(first['input'])}"
     return UsageError(f"{at(key)}: {f'{name}: ' if name else ''}{message}{given}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,15 +16,18 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.results import Results, dumps, markdown_table
 from rlhf_t2i.evaluation.settings import Settings
+from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.schema import Section, StudentSettings
 from rlhf_t2i.tools.ablation.schema import absolute
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
+from rlhf_t2i.utils.quiet import quietly
 
 _TEN = 10  # published times are per ten images
 _DECIDED_BY_ROWS = ("model", "base", "vae", "steps", "guidance", "student", "height", "width")
+_FILES = ("table.md", "table.json")
 Progress = Callable[[str, int, int], None]
 
 
@@ -65,6 +68,9 @@ class ModelTable(Section):
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated:
             raise ValueError(f"two rows are called {repeated!r}")
+        written = next((name for name in names if name in _FILES), None)
+        if written:
+            raise ValueError(f"no row can be called {written!r}: a file of the table is")
         taken = next((key for key in _DECIDED_BY_ROWS if key in self.evaluation), None)
         if taken:
             raise ValueError(f"evaluation: {taken!r} comes from the rows; remove it")
@@ -109,7 +115,19 @@ def load(path: str | Path, limit: int | None = None) -> tuple[ModelTable, dict[s
             built[row.name] = evaluation_settings.build(shared | drawn)
         except UsageError as error:
             raise UsageError(f"{source.path}: row {row.name!r}: {error}") from None
+    _check_metrics(table, built[table.rows[0].name].named, source.path)
     return table, built
+
+
+def _check_metrics(table: ModelTable, measured: Iterable[str], file: Path) -> None:
+    """Refuse figures of metrics that do not exist: they would silently be in no column."""
+    known = [*registry.registered(registry.REWARDS), *evaluation_settings.SPECIAL, *measured]
+    papers = {f"row {row.name!r}: paper": row.paper for row in table.rows}
+    places: dict[str, Iterable[str]] = {"labels": table.labels, "factors": table.factors, **papers}
+    for place, keys in places.items():
+        stray = next((key for key in keys if key not in known), None)
+        if stray is not None:
+            raise UsageError(f"{file}: {place}: unknown metric {stray!r}; {mistakes.hint(stray, known)}")
 
 
 def run(table: ModelTable, settings: Mapping[str, Settings], out: Path, progress: Progress) -> str:
@@ -163,7 +181,8 @@ def _timed(settings: Settings, count: int, file: Path, progress: Progress) -> Ti
     found = read_json(file)
     if isinstance(found, dict) and found.get("settings") == key:
         return Timing(**found["timing"])
-    timing = measure(settings, count, progress)
+    with quietly():
+        timing = measure(settings, count, progress)
     with files.disk_errors(file):
         files.write_json(file, {"settings": key, "timing": asdict(timing)})
     return timing

@@ -11,6 +11,7 @@ from rlhf_t2i.families.embeddings import Progress
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.quiet import quietly
 
 
 def encode_prompts(recipe: Recipe, progress: Progress) -> tuple[int, Path]:
@@ -38,5 +39,6 @@ def encode_prompts(recipe: Recipe, progress: Progress) -> tuple[int, Path]:
         wanted += prompts.read(recipe.data.held_out, recipe.data.column)
     missing = folder.missing(wanted)
     if missing:
-        store.encode_missing(missing, progress)
+        with quietly():
+            store.encode_missing(missing, progress)
     return len(missing), folder.folder

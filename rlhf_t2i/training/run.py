@@ -75,6 +75,8 @@ def run(
         with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
             callback.on_phase("checking the inputs")
             recipe = _checked(recipe, folder.revisions() if resume else None, callback)
+            if resume:
+                folder.compare_recipe(recipe, allow_recipe_change)  # before prompts are encoded
             _encode(recipe, callback)
             with files.exclusive(folder.path, "run"):
                 state = _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)

@@ -94,10 +94,13 @@ def test_a_network_is_drawn_in_many_steps_by_its_bases_pipeline(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"rows": []}, "rows"),
+        ({"rows": []}, "rows: needs at least 1, but has 0"),
         ({"evaluation": {"prompts": "x", "model": "y"}}, "'model' comes from the rows"),
         ({"rows": [{"name": "a", "label": "A", "model": "/nowhere"}]}, "row 'a': no such model: /nowhere"),
         ({"rows": [{"name": "a", "label": "A", "model": "x/y"}] * 2}, "two rows are called 'a'"),
+        ({"rows": [{"name": "table.md", "label": "A", "model": "x/y"}]}, "no row can be called 'table.md'"),
+        ({"rows": [{"name": "a", "label": "A", "model": "x/y", "paper": {"clp": 1}}]}, "did you mean 'clip'?"),
+        ({"labels": {"pikscore": "PickScore"}}, "labels: unknown metric 'pikscore'; did you mean 'pickscore'?"),
         ({"unknown": 1}, "unknown"),
     ],
 )
@@ -116,6 +119,19 @@ def test_options_of_one_model_are_refused(table: Path) -> None:
     result = CliRunner().invoke(app, ["eval", str(table), "--steps", "3"])
     assert "--steps is for one model" in str(result.exception)
     assert "--prompts is missing" in str(CliRunner().invoke(app, ["eval", "zoo/emoji64/generator"]).exception)
+
+
+def test_a_labeled_reward_file_is_beside_the_table(table: Path, tmp_path: Path) -> None:
+    keys = yaml.safe_load(table.read_text())
+    keys["evaluation"] |= {"metrics": ["colored=./color.py:Color", "~/other.py:Other", "clip"], "options": {}}
+    file = tmp_path / "table.yaml"
+    file.write_text(yaml.safe_dump(keys))
+    chosen = model_table.load(file)[1]["sdxl"]
+    assert chosen.named == {
+        "colored": f"{tmp_path}/color.py:Color",
+        "Other": f"{Path.home()}/other.py:Other",
+        "clip": "clip",
+    }
 
 
 def test_the_shipped_table_is_sound() -> None:

@@ -114,6 +114,9 @@ def test_a_file_is_refused_as_a_folder(tmp_path: Path, tiny_sdxl: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(UsageError, match=r"models\.embeddings: .*/file is a file: name a folder"):
             store(tiny_sdxl, embeddings=str(place)).check()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"models\.embeddings: .*/link is a link to .*/gone, which does not exist"):
+        store(tiny_sdxl, embeddings=str(tmp_path / "link/below")).check()
 
 
 def recipe(tmp_path: Path, tiny_sdxl: Path, tiny_prompts: Path, **models: Any) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def test_a_run_with_embeddings_is_the_same_and_loads_no_encoder(
     assert first.exit_code == again.exit_code == 0, first.output
     assert "encoded 25 prompts, wrote" in first.output  # and the unconditional branch
     assert "nothing to do" in again.output
+    assert "Loading weights" not in first.output  # bars of transformers beside our own
 
     def refuse(*_: object) -> None:
         raise AssertionError("a text encoder is loaded")
@@ -164,6 +168,12 @@ def test_a_run_encodes_what_is_missing_before_its_roles_start(
     assert said[:4] == [
         "checking the inputs", "encoding prompts, 0 of 25", "encoding prompts, 25 of 25", "starting the roles"
     ]  # fmt: skip
+
+    said.clear()
+    keys["data"] = {"prompts": str(tiny.make_prompts(tmp_path, "others.txt", start=3))}
+    with pytest.raises(UsageError, match="--resume: the recipe has changed"):
+        rlhf_t2i.train(keys, tmp_path / "out", resume=True, callback=Phases())
+    assert said == ["checking the inputs"]
 
 
 def test_encode_without_a_folder_is_a_sentence(tmp_path: Path, tiny_sdxl: Path, tiny_prompts: Path) -> None:

@@ -54,6 +54,8 @@ def check(family: Family) -> None:
     ("part", "changes", "message"),
     [
         ("transformer", {"timestep_scale": 0.5}, "timestep_scale is 0.5, not 1 or 0.001"),
+        ("transformer", {"timestep_scale": [1]}, "timestep_scale is .*, not 1 or 0.001"),
+        ("scheduler", {"flow_shift": -3}, "scheduler_config.json has no positive number flow_shift"),
         ("transformer", {"guidance_embeds": True}, "guidance_embeds is True"),
         ("transformer", {"patch_size": 2}, "patch_size is 2"),
         ("scheduler", {"prediction_type": "epsilon"}, "prediction_type is .*epsilon.*trained by flow matching"),
@@ -112,6 +114,15 @@ def test_what_sprint_cannot_do_is_refused(changes: dict[str, Any], message: str,
     found = store(models, **{key: str(models["sprint"]) if key == "assistant" else changes[key] for key in changes})
     with pytest.raises(UsageError, match=message):
         found.check()
+
+
+def test_a_sprint_whose_guidance_has_no_scale_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["sprint"], tmp_path / "sprint")
+    file = tmp_path / "sprint/transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"guidance_embeds_scale": "x"}), "utf-8")
+    for place in ("reference", "generator"):
+        with pytest.raises(UsageError, match="guidance_embeds_scale is 'x', no number"):
+            store(models, **{place: str(tmp_path / "sprint")}).check()
 
 
 def test_a_sprint_of_another_size_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

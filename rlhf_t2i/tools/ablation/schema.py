@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -168,15 +169,16 @@ def evaluation(ablation: Ablation, variant: Variant, recipe: Recipe, run: Path) 
 
 
 def absolute(value: Any, folder: Path) -> Any:
-    """The value with its paths absolute: strings that start with ./, ../ or ~/, also behind a benchmark's name."""
+    """The value with its paths absolute: strings that start with ./, ../ or ~/, also behind a label or benchmark."""
     if isinstance(value, dict):
         return {key: absolute(child, folder) for key, child in value.items()}
     if isinstance(value, list):
         return [absolute(child, folder) for child in value]
     if not isinstance(value, str):
         return value
-    head, colon, tail = value.partition(":")
-    path, prefix = (tail, head + colon) if tail.startswith(("./", "../", "~/")) else (value, "")
-    if not path.startswith(("./", "../", "~/")):
+    # parti:./prompts.tsv, colored=./color.py:Color, or a path alone
+    match = re.match(r"([\w-]+[:=])?(\.\.?/|~/)", value)
+    if match is None:
         return value
-    return f"{prefix}{files.absolute(path, folder)}"
+    prefix = match[1] or ""
+    return f"{prefix}{files.absolute(value.removeprefix(prefix), folder)}"
