@@ -40,7 +40,8 @@ def plan_command(
 ) -> None:
     """Show hours, disk, memory and traffic of a run. Needs no GPU and starts no Ray.
 
-    Exit code 1 means that it does not fit the device, 2 that it cannot start.
+    A prompt file that is missing is a warning: a plan needs none. Exit code 1 means that it does not fit the device, 2
+    that it cannot start.
     """
     from rlhf_t2i.recipe import placement, reading
     from rlhf_t2i.tools.planning import devices
@@ -122,13 +123,13 @@ def _rates(recipe: Recipe, plan: Plan, name: str | None, profile: Device | None)
 
 
 def _check(report: Report) -> None:
-    """End with an exit code where the run cannot start, or does not fit."""
+    """Warn of missing prompt files, and end with an exit code where the run cannot start, or does not fit."""
     from rlhf_t2i.utils import files
 
     plan, cluster = report.plan, report.cluster
     for key, file in (("prompts", report.recipe.data.prompts), ("held_out", report.recipe.data.held_out)):
         if file is not None and not files.expanded(file).is_file():
-            raise UsageError(f"data.{key}: no such prompt file: {file}")
+            typer.echo(f"warning: data.{key}: no such prompt file: {file}; `rlhf-t2i run` will refuse this", err=True)
     if cluster is not None:
         kind = "GPU" if cluster["GPU"] else "CPU"
         needed = 1 if plan.share_devices and kind == "GPU" else plan.devices
