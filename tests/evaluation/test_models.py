@@ -200,3 +200,16 @@ def test_sample_on_a_full_disk_leaves_nothing(tiny_sdxl: Path, tmp_path: Path) -
 def test_prompts_that_are_no_strings_are_refused_before_anything_loads(prompts: Any, tiny_sdxl: Path) -> None:
     with pytest.raises(UsageError, match="prompts are a string, or a list of strings"):
         Drawing(str(tiny_sdxl), student=StudentSettings()).load().sample(prompts)
+
+
+@pytest.mark.parametrize("key", ["reference", "generator", "vae"])
+def test_a_run_s_folder_as_a_recipe_s_model_is_told_apart(key: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Commands that draw take a run's folder; a recipe names the model in it."""
+    finished, begun = exported(tiny_sdxl, tmp_path / "finished"), tmp_path / "begun"
+    begun.mkdir()
+    for folder in (finished, begun):
+        (folder / "recipe.yaml").write_text("steps: 1\n")
+    for folder, words in ((finished, f"it is a run's folder: give {finished}/model"), (begun, "has not finished")):
+        models = Models.model_validate({"reference": str(tiny_sdxl), "generator": str(tiny_sdxl), key: str(folder)})
+        with pytest.raises(UsageError, match=words):
+            ModelStore(models, StudentSettings(), torch.device("cpu")).check()
