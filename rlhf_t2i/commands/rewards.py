@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rlhf_t2i.commands import output
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.utils.inputs import JsonObject
 
 rewards_app = typer.Typer(help="List, check and write reward plugins.", no_args_is_help=True)
 divergences_app = typer.Typer(help="List divergence plugins.", no_args_is_help=True)
@@ -74,7 +75,7 @@ def new(
     typer.echo(f"  python -m pytest {folder}")
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str]) -> JsonObject:
     """``["a=1", "b=x"]`` to ``{"a": 1, "b": "x"}``; values are YAML scalars.
 
     Raises:
@@ -82,7 +83,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
     """
     from rlhf_t2i.recipe import mistakes, reading
 
-    parsed = {}
+    parsed: JsonObject = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():

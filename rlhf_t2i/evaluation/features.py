@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
@@ -86,6 +87,17 @@ class ClipFeatures:
         return Probe(labels, weight, np.zeros(len(labels)))
 
 
+class _ProbeFile(BaseModel):
+    """What a probe's file holds; keys besides are notes."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    labels: list[str]
+    weight: list[list[float]]
+    bias: list[float]
+    hard: bool = False
+
+
 @dataclass(frozen=True)
 class Probe:
     """A linear classifier on features of length 1.
@@ -119,15 +131,15 @@ class Probe:
         Raises:
             UsageError: Missing or damaged.
         """
+        data = inputs.read_json(path, "probe", place="--classes: ")
         try:
-            data = inputs.read_json(path, "probe", place="--classes: ")
-            labels = [str(label) for label in data["labels"]]
-            weight, bias = np.array(data["weight"], dtype=np.float64), np.array(data["bias"], dtype=np.float64)
-        except (ValueError, KeyError, TypeError):
+            probe = _ProbeFile.model_validate(data)
+            weight, bias = np.array(probe.weight), np.array(probe.bias)
+        except ValueError:  # pydantic's is one; another one for rows of several lengths
             raise UsageError(f"--classes: {path} is no probe: a JSON object with labels, weight and bias") from None
-        if weight.ndim != 2 or not len(labels) == len(weight) == len(bias) >= 2:
+        if weight.ndim != 2 or not len(probe.labels) == len(weight) == len(bias) >= 2:
             raise UsageError(f"--classes: {path}: labels, weight and bias do not fit together")
-        return cls(labels, weight, bias, bool(data.get("hard", False)))
+        return cls(probe.labels, weight, bias, probe.hard)
 
 
 def clip_extractor(clip: ClipFeatures) -> Extractor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,16 +88,21 @@ def check(settings: Settings) -> None:
         raise UsageError("--steps is for a many-step model, --timesteps for a few-step generator: not both")
 
 
-def build(values: dict[str, Any]) -> Settings:
+def build(values: Mapping[str, object], place: str = "evaluation", noun: str = "key") -> Settings:
     """Validate values into settings.
 
+    Args:
+        values: By field.
+        place: Where they were given, for error messages.
+        noun: What a field is called there.
+
     Raises:
-        UsageError: One sentence naming the option.
+        UsageError: One sentence naming the field.
     """
     try:
-        settings = Settings(**values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise mistakes.explain(error, Settings, "evaluation") from None
+        raise mistakes.explain(error, Settings, place, noun) from None
     check(settings)
     return settings
 

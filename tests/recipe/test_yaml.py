@@ -37,7 +37,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
 @pytest.mark.parametrize("text", ["010", "1:30", "4_0"])
 def test_numbers_of_yaml_1_1_are_refused(text: str, recipe: Path) -> None:
     recipe.write_text(BASE.replace("steps: 10", f"steps: {text}"), "utf-8")
-    with pytest.raises(UsageError, match=f"line 2: steps: input should be a valid integer, not '{text}'"):
+    with pytest.raises(UsageError, match=f"line 2: steps: must be a whole number, not '{text}'"):
         reading.load(recipe)
 
 
