@@ -113,13 +113,13 @@ def metric_options(texts: list[str]) -> dict[str, JsonObject]:
     Raises:
         UsageError: Not of that form.
     """
-    from rlhf_t2i.recipe import mistakes, reading
+    from rlhf_t2i.recipe.reading import Override
 
     options: dict[str, JsonObject] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        metric, dot, option = name.rpartition(".")
-        if not equals or not dot or not metric or not option:
-            raise UsageError(f"--set {mistakes.shown(text)}: write it as metric.option=value")
-        options.setdefault(metric, {})[option] = reading.parse_value(value, f"--set {mistakes.shown(text)}")
+        given = Override.parse(text, form=(form := "metric.option=value"))
+        metric, _, option = given.key.rpartition(".")
+        if not metric:
+            raise UsageError(f"{given.place}: write it as {form}")
+        options.setdefault(metric, {})[option] = given.value
     return options

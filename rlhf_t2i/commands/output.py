@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import typer
+
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def print_findings(title: str, findings: Sequence[Finding]) -> None:
-    """Print the rows of a check as a table, and how many passed."""
+    """Print the rows of a check as a table, and how many passed; exit code 1 if one failed."""
     from rich.table import Table
     from rich.text import Text
 
@@ -49,3 +51,5 @@ def print_findings(title: str, findings: Sequence[Finding]) -> None:
     console.print(table)
     counts = {outcome: sum(finding.outcome == outcome for finding in findings) for outcome in _COLORS}
     console.print(f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
+    if counts["fail"]:
+        raise typer.Exit(1)

@@ -49,11 +49,7 @@ def check(
 
     where = output.torch_device(device)
     built = registry.reward(reward, **parsed)
-    findings = check_reward(built, where, size)
-    output.print_findings(f"rewards check {reward}", findings)
-    failed = sum(finding.outcome == "fail" for finding in findings)
-    if failed:
-        raise typer.Exit(1)
+    output.print_findings(f"rewards check {reward}", check_reward(built, where, size))
 
 
 @rewards_app.command("new")
@@ -81,12 +77,6 @@ def parse_options(pairs: list[str]) -> JsonObject:
     Raises:
         UsageError: A pair without ``=``, or a value that is not YAML.
     """
-    from rlhf_t2i.recipe import mistakes, reading
+    from rlhf_t2i.recipe.reading import Override
 
-    parsed: JsonObject = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--options {mistakes.shown(pair)!r} is not KEY=VALUE")
-        parsed[key.strip()] = reading.parse_value(value, f"--options {mistakes.shown(pair)}")
-    return parsed
+    return {given.key: given.value for given in (Override.parse(pair, "--options", "KEY=VALUE") for pair in pairs)}

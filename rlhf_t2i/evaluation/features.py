@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +56,11 @@ class ClipFeatures:
         self.location, self.device = location, device
         try:
             self.model = CLIPModel.from_pretrained(source.location, **source.kwargs).eval().to(device)
-            self.preprocess = Preprocess.from_config(_preprocessor(source))
+            try:
+                config = sources.read_json(source, "preprocessor_config.json")
+            except UsageError:
+                config = sources.read_json(source, "processor_config.json")
+            self.preprocess = Preprocess.from_config(config)
         except UsageError:
             raise
         except Exception as error:
@@ -203,8 +206,7 @@ def class_entropy(probe: Probe, features: np.ndarray, units: Sequence[Hashable],
     overall = probabilities.mean(0)
     shares = dict(zip(probe.labels, overall.tolist(), strict=True))
     return [
-        Metric.of_prompts("class_entropy", values, kind="diversity", unit=unit.format("within a prompt"),
-                          extra={"shares": shares}),
+        Metric.of_prompts("class_entropy", values, unit.format("within a prompt"), shares),
         Metric("class_entropy_overall", "set", unit.format("over all images"), value=stats.entropy(overall)),
     ]  # fmt: skip
 
@@ -212,10 +214,3 @@ def class_entropy(probe: Probe, features: np.ndarray, units: Sequence[Hashable],
 def _identity(model: str) -> str:
     """A digest of a model's content, fit for the name of a folder."""
     return fingerprints.of_text(identity.of_model(model))
-
-
-def _preprocessor(source: sources.ModelRef) -> dict[str, Any]:
-    try:
-        return sources.read_json(source, "preprocessor_config.json")
-    except UsageError:
-        return sources.read_json(source, "processor_config.json")

@@ -142,7 +142,7 @@ def parse_options(
         if not isinstance(error.__cause__, ValidationError):
             raise
         explained = place if where is None else lambda key: f"{where(key)}: {place}"
-        raise mistakes.explain(error.__cause__, cls.Options, explained, "option") from None
+        raise mistakes.explain(error.__cause__, cls.Options, options, explained, "option") from None
 
 
 def divergence(name: str, /, **options: object) -> Divergence:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import UnionType
-from typing import Annotated, TypeGuard, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rlhf_t2i.errors import UsageError, printable
@@ -40,7 +38,11 @@ _WRONG_VALUES = {
 
 
 def explain(
-    error: ValidationError, schema: type[BaseModel], place: str | Callable[[KeyPath], str], noun: str = "key"
+    error: ValidationError,
+    schema: type[BaseModel],
+    data: object,
+    place: str | Callable[[KeyPath], str],
+    noun: str = "key",
 ) -> UsageError:
     """The first problem of a validation error, as a sentence.
 
@@ -49,18 +51,24 @@ def explain(
     Args:
         error: What pydantic raised.
         schema: The model that was validated.
+        data: The values that it was given.
         place: Where the values come from, or a function that tells it for a key (a file and its line).
         noun: What a key is called here (``option`` of a plugin).
     """
-    key, problems = _worst(schema, error.errors())
+    found = [(_key(problem["loc"], problem["type"], data), problem) for problem in error.errors()]
+    key, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
     name = shown(".".join(map(str, key)))
     where = place if isinstance(place, str) else place(key)
-    if problems[0]["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden":
         valid = valid_keys(schema, key[:-1])
         return UsageError(f"{where}: unknown {noun} {name!r}; {hint(str(key[-1]), valid, f'valid {noun}s here')}")
-    if problems[0]["type"] == "missing":
+    if first["type"] == "missing":
         return UsageError(f"{where}: the {noun} {name!r} is missing")
-    return UsageError(f"{where}: {f'{name}: ' if name else ''}{_message(problems)}")
+    # Where a value may have several types, pydantic tried each: what is wrong further inside says most.
+    key = max((other for other, _ in found if other[: len(key)] == key), key=len)
+    name = shown(".".join(map(str, key)))
+    message = _message([problem for other, problem in found if other == key])
+    return UsageError(f"{where}: {f'{name}: ' if name else ''}{message}")
 
 
 def hint(name: str, valid: Iterable[str], otherwise: str = "known") -> str:
@@ -72,24 +80,39 @@ def hint(name: str, valid: Iterable[str], otherwise: str = "known") -> str:
 
 def valid_keys(schema: type[BaseModel], key: KeyPath) -> list[str]:
     """The keys of the section at ``key``."""
-    sections = [section for section in _types_at(schema, key) if _is_model(section)]
-    return [name for section in sections for name in section.model_fields]
+    section = schema
+    for part in key:
+        field = section.model_fields.get(str(part))
+        if field is not None:
+            section = next(_sections(field.annotation), section)
+    return list(section.model_fields)
 
 
 def default(schema: type[BaseModel], key: KeyPath) -> object:
     """The default value of a key; None if it has none."""
-    fields = [field for section in _types_at(schema, key[:-1]) if (field := _field(section, key[-1]))]
-    return next((field.get_default(call_default_factory=True) for field in fields if not field.is_required()), None)
+    for part in key[:-1]:
+        field = schema.model_fields.get(str(part))
+        schema = next(_sections(field.annotation), schema) if field is not None else schema
+    field = schema.model_fields.get(str(key[-1]))
+    return None if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 
-def key_of(schema: type[BaseModel], location: KeyPath) -> KeyPath:
-    """The key of pydantic's location, which also names the members of unions that it tried."""
+def _sections(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _key(location: KeyPath, problem: str, data: object) -> KeyPath:
+    """The key of pydantic's location, which also names the types that it tried and sections it made of a word."""
     key: KeyPath = ()
-    for part in location:
-        types = list(_types_at(schema, key))
-        tried = len(types) > 1 and not any(_children(found, part) for found in types)
-        if not tried and part != "[key]":
-            key = (*key, part)
+    for index, part in enumerate(location):
+        absent = index == len(location) - 1 and problem == "missing"
+        if isinstance(data, Mapping) and (part in data or absent):
+            key, data = (*key, part), data.get(part)
+        elif isinstance(data, list | tuple) and isinstance(part, int):
+            key, data = (*key, part), data[part]
     return key
 
 
@@ -112,20 +135,9 @@ def kind(value: object) -> str:
     return shown(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _worst(schema: type[BaseModel], problems: Sequence[ErrorDetails]) -> tuple[KeyPath, list[ErrorDetails]]:
-    """The key to speak of and its problem; several where each member of a union wanted another type."""
-    found = [(key_of(schema, problem["loc"]), problem) for problem in problems]
-    key, first = next((pair for pair in found if pair[1]["type"] == "extra_forbidden"), found[0])
-    if first["type"] == "extra_forbidden" or len(list(_types_at(schema, key))) < 2:
-        return key, [first]
-    deepest = max((other for other, _ in found if other[: len(key)] == key), key=len)
-    same = [problem for other, problem in found if other == deepest]
-    return deepest, [problem for problem in same if problem["type"] not in _WRONG_TYPES][:1] or same
-
-
 def _message(problems: Sequence[ErrorDetails]) -> str:
-    """What is wrong with a value, and what was given."""
-    problem = problems[0]
+    """What is wrong with a value, and what was given; several problems where each of its types has one."""
+    problem = next((one for one in problems if one["type"] not in _WRONG_TYPES), problems[0])
     name, context, given = problem["type"], problem.get("ctx", {}), kind(problem["input"])
     if name in _WRONG_TYPES:
         types = dict.fromkeys(_WRONG_TYPES[one["type"]].format_map(one.get("ctx", {})) for one in problems)
@@ -139,43 +151,3 @@ def _message(problems: Sequence[ErrorDetails]) -> str:
         message = problem["msg"].partition(", ")[2]
         return message[:1].lower() + message[1:]
     return f"{problem['msg'].replace('Input should', 'must', 1)}, not {given}"
-
-
-def _types_at(schema: object, key: KeyPath) -> Iterator[type]:
-    """The types that the value of a key may have, None left out."""
-    if key:
-        for found in _members(schema):
-            for child in _children(found, key[0]):
-                yield from _types_at(child, key[1:])
-    else:
-        yield from _members(schema)
-
-
-def _members(annotation: object) -> Iterator[type]:
-    """The members of a union, or the one type of another annotation."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _members(member)
-    elif annotation is not type(None):
-        yield annotation  # type: ignore[misc]  # also list[int] and Literal["a"]
-
-
-def _children(annotation: type, part: str | int) -> list[object]:
-    """The annotation of an entry or a key; [] where there is no such one."""
-    if (field := _field(annotation, part)) is not None:
-        return [field.annotation]
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is dict and isinstance(part, str):
-        return [arguments[1]]
-    return [arguments[0]] if origin in (list, tuple) and isinstance(part, int) else []
-
-
-def _field(section: type, name: str | int) -> FieldInfo | None:
-    return section.model_fields.get(name) if _is_model(section) and isinstance(name, str) else None
-
-
-def _is_model(annotation: object) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -19,6 +19,7 @@ from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import Json, JsonObject
 
 _MAX_VALUES = 100_000
+_RELATIVE = ("./", "../", "~/")
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -73,17 +74,19 @@ class Override:
     place: str
 
     @classmethod
-    def parse(cls, text: str) -> Override:
-        """Read the argument of ``--set``.
+    def parse(
+        cls, text: str, option: str = "--set", form: str = "key.subkey=value, or key+=value to add to a list"
+    ) -> Override:
+        """Read an option's argument ``key=value``, the value in YAML.
 
         Raises:
-            UsageError: It is not ``key=value`` with a value in YAML.
+            UsageError: It is not of that form.
         """
         key, equals, value = text.partition("=")
-        place = f"--set {mistakes.shown(text)}"
-        if not equals or not key.removesuffix("+") or any(not part for part in key.removesuffix("+").split(".")):
-            raise UsageError(f"{place}: write it as key.subkey=value, or key+=value to add to a list")
-        return cls(key, parse_value(value, place), place)
+        place = f"{option} {mistakes.shown(text)}"
+        if not equals or not all(key.strip().removesuffix("+").split(".")):
+            raise UsageError(f"{place}: write it as {form}")
+        return cls(key.strip(), parse_value(value, place), place)
 
     @property
     def path(self) -> KeyPath:
@@ -159,13 +162,13 @@ def build(
     """
     source = source or RecipeFile(Path("recipe"))
     folder = source.path.resolve().parent
-    keys = {name: _resolve_paths(value, folder, (name,)) for name, value in data.items()}
+    keys = {name: resolve_paths(value, folder, (name,)) for name, value in data.items()}
     for override in overrides:
         _apply(keys, Override.parse(override) if isinstance(override, str) else override, source)
     try:
         recipe = Recipe.model_validate(keys)
     except ValidationError as error:
-        raise mistakes.explain(error, Recipe, source.where) from None
+        raise mistakes.explain(error, Recipe, keys, source.where) from None
     recipe._where = source.where
     return recipe
 
@@ -266,7 +269,7 @@ def _check_tag(node: yaml.Node, key: KeyPath, source: RecipeFile) -> None:
 def _apply(data: JsonObject, override: Override, source: RecipeFile) -> None:
     """Put an override's value into the data."""
     path, place = override.path, override.place
-    value = _resolve_paths(override.value, Path.cwd(), path)
+    value = resolve_paths(override.value, Path.cwd(), path)
     target: Json = data
     for depth, part in enumerate(path[:-1]):
         target = _inside(target, part, path[:depth], place)
@@ -317,19 +320,23 @@ def _changed(before: Json, value: Json, override: Override, source: RecipeFile) 
     return [*here, *added]
 
 
-def _resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
+def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
     """The value with its paths absolute.
 
-    A path is a string that starts with ./, ../ or ~/; ``models.embeddings`` and the files under ``data``; and a model
-    that exists relative to the folder (otherwise it is a hub id).
+    A path is a string that starts with ./, ../ or ~/, also behind a benchmark's name (``parti:./prompts.tsv``);
+    ``models.embeddings`` and the files under ``data``; and a model that exists relative to the folder (otherwise it is
+    a hub id).
     """
     if isinstance(value, dict):
-        return {name: _resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
+        return {name: resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
     if isinstance(value, list):
-        return [_resolve_paths(child, folder, (*key, index)) for index, child in enumerate(value)]
+        return [resolve_paths(child, folder, (*key, index)) for index, child in enumerate(value)]
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
         return value
-    explicit = value.startswith(("./", "../", "~/"))
+    name, colon, path = value.partition(":")
+    if path.startswith(_RELATIVE):
+        return f"{name}{colon}{files.absolute(path, folder)}"
+    explicit = value.startswith(_RELATIVE)
     file = key in (("data", "prompts"), ("data", "held_out"), ("models", "embeddings"))
     model = key[:1] == ("models",) or key[-1:] == ("model",)
     if explicit or file or (model and (value.startswith("~") or os.path.exists(folder / value))):  # noqa: PTH110

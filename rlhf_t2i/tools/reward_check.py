@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -266,7 +265,7 @@ class _Checker:
         weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
         return f"{used / len(PROMPTS) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
 
-    def _call(self) -> Callable[[], Any]:
+    def _call(self) -> Callable[[], object]:
         role = self._role()
         method = role.value_and_grad if self.reward.differentiable else role.score
         return lambda: method(self.inputs, PROMPTS, context=self.context)
@@ -275,7 +274,7 @@ class _Checker:
         return "value and gradient" if self.reward.differentiable else "value"
 
 
-def _saved_bytes(call: Callable[[], Any]) -> int:
+def _saved_bytes(call: Callable[[], object]) -> int:
     """Bytes of distinct tensors that autograd saves during a call."""
     saved: dict[int, int] = {}
 

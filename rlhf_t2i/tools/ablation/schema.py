@@ -111,9 +111,9 @@ def load(path: str | Path) -> Ablation:
     data, source = reading.read(path)
     folder = source.path.resolve().parent
     try:
-        ablation = Ablation.model_validate(absolute(data, folder))
+        ablation = Ablation.model_validate(reading.resolve_paths(data, folder))
     except ValidationError as error:
-        raise mistakes.explain(error, Ablation, source.where) from None
+        raise mistakes.explain(error, Ablation, data, source.where) from None
     base = files.absolute(ablation.base, folder)
     return ablation.model_copy(update={"base": str(base)})
 
@@ -165,18 +165,3 @@ def evaluation(ablation: Ablation, variant: Variant, recipe: Recipe, run: Path) 
     models, student = recipe.models, recipe.student.model_dump(exclude_unset=True)
     drawn = {"model": models.generator, "base": models.reference, "vae": models.vae, "student": student}
     return evaluation_settings.build(values | drawn | {"height": models.height, "width": models.width})
-
-
-def absolute(value: Any, folder: Path) -> Any:
-    """The value with its paths absolute: strings that start with ./, ../ or ~/, also behind a benchmark's name."""
-    if isinstance(value, dict):
-        return {key: absolute(child, folder) for key, child in value.items()}
-    if isinstance(value, list):
-        return [absolute(child, folder) for child in value]
-    if not isinstance(value, str):
-        return value
-    head, colon, tail = value.partition(":")
-    path, prefix = (tail, head + colon) if tail.startswith(("./", "../", "~/")) else (value, "")
-    if not path.startswith(("./", "../", "~/")):
-        return value
-    return f"{prefix}{files.absolute(path, folder)}"
