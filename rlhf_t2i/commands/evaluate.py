@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.utils.inputs import JsonObject
 
 
@@ -70,7 +71,7 @@ def eval_command(
     }  # fmt: skip
     if features is not None:
         values["features"] = features
-    settings = settings_module.build(values)
+    settings = settings_module.build(values, _option)
     # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
     folder = out or Path("evaluations") / (files.expanded(model).resolve().name or "model")
 
@@ -105,6 +106,11 @@ def _table(file: Path, out: Path | None, limit: int | None, others: list[str]) -
         text = model_table.run(table, settings, folder, progress)
     typer.echo(text)
     typer.echo(f"Images and scores of every row: {folder}")
+
+
+def _option(key: KeyPath) -> str:
+    """The option that sets a field."""
+    return "--timesteps" if key[:1] == ("student",) else f"--{str(key[0]).replace('_', '-')}"
 
 
 def metric_options(texts: list[str]) -> dict[str, JsonObject]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +74,10 @@ def plan_command(
         fit=_fit(loaded, plan, device_memory or (profile.memory if profile else None)),
         cluster=cluster,
     )
-    _print(report, json_)
+    if json_:
+        typer.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        report.show()
     _check(report)
 
 
@@ -86,15 +90,6 @@ def _place(recipe: Recipe, gpus: int, profile: Device, memory: float | None, qui
     if not quiet:
         show_options(found)
     return found[0].recipe
-
-
-def _print(report: Report, json_: bool) -> None:
-    if json_:
-        import json
-
-        typer.echo(json.dumps(report.as_json(), indent=2))
-    else:
-        report.show()
 
 
 def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:

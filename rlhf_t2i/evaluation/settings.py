@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,12 +100,14 @@ def check(settings: Settings) -> None:
         raise UsageError("--steps is for a many-step model, --timesteps for a few-step generator: not both")
 
 
-def build(values: Mapping[str, object], place: str = "evaluation", noun: str = "key") -> Settings:
+def build(
+    values: Mapping[str, object], place: str | Callable[[mistakes.KeyPath], str] = "evaluation", noun: str = "key"
+) -> Settings:
     """Validate values into settings.
 
     Args:
         values: By field.
-        place: Where they were given, for error messages.
+        place: Where they were given, or a function that tells it for a field, for error messages.
         noun: What a field is called there.
 
     Raises:

@@ -108,7 +108,7 @@ class StudentSettings(Section):
         if any(a <= b for a, b in pairwise(taus)):
             raise ValueError(f"timesteps must fall from step to step, not {taus}")
         if self.steps != len(taus):
-            raise ValueError(f"steps is {self.steps} but there are {len(taus)} timesteps: leave steps out")
+            raise ValueError(f"steps is {self.steps} but timesteps has {len(taus)}: leave steps out")
         return self
 
 

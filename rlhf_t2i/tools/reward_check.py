@@ -77,7 +77,12 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[F
         ("memory", checker.memory),
     ]
     needs = {name: _NEEDS.get(name, ("shape",)) for name, _ in checks[1:]}
-    return run_checks(checks, needs, lambda error: _describe(error, type(reward)))
+
+    def describe(error: BaseException) -> str:
+        """The reason alone: the row has the reward's name already, and the prompts are the check's own."""
+        return error.reason if isinstance(error, RewardFailure) else guard.describe(error, type(reward))
+
+    return run_checks(checks, needs, describe)
 
 
 _NEEDS = {
@@ -91,11 +96,6 @@ _NEEDS = {
     "memory": ("shape", "input unchanged"),
 }
 """Checks without which another one says nothing."""
-
-
-def _describe(error: BaseException, plugin: type[Reward]) -> str:
-    """The reason alone: the row has the reward's name already, and the prompts are the check's own."""
-    return error.reason if isinstance(error, RewardFailure) else guard.describe(error, plugin)
 
 
 class _Checker:
@@ -251,7 +251,8 @@ class _Checker:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         milliseconds = (time.perf_counter() - started) * 1000 / len(PROMPTS)
-        return f"{milliseconds:.1f} ms per image, {self._what()}, on {self.device}"
+        what = "value and gradient" if self.reward.differentiable else "value"
+        return f"{milliseconds:.1f} ms per image, {what}, on {self.device}"
 
     def memory(self) -> str:
         call = self._call()
@@ -269,9 +270,6 @@ class _Checker:
         role = self._role()
         method = role.value_and_grad if self.reward.differentiable else role.score
         return lambda: method(self.inputs, PROMPTS, context=self.context)
-
-    def _what(self) -> str:
-        return "value and gradient" if self.reward.differentiable else "value"
 
 
 def _saved_bytes(call: Callable[[], object]) -> int:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import rlhf_t2i
 from rlhf_t2i import api
+from rlhf_t2i.commands.evaluate import eval_command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings
 from rlhf_t2i.plugins import traits
@@ -74,7 +77,7 @@ def test_misspelled_keys_from_the_command_line_and_from_python(recipe: Path) -> 
         (["student.timesteps=[]"], "--set student.timesteps=[]: student.timesteps: must not be empty"),
         (
             ["student.steps=3", "student.timesteps=[999, 499]"],
-            "--set student.timesteps=[999, 499]: student: steps is 3 but there are 2 timesteps: leave steps out",
+            "--set student.timesteps=[999, 499]: student: steps is 3 but timesteps has 2: leave steps out",
         ),
         (
             ["algorithm.timesteps.generator=[20]"],
@@ -205,6 +208,24 @@ def message(call: Callable[[], object]) -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--limit", "0"], "--limit: limit: must be at least 1, not 0"),
+        (["--images-per-prompt", "0"], "--images-per-prompt: images_per_prompt: must be at least 1, not 0"),
+        (["--timesteps", "x"], "--timesteps: student.timesteps.0: must be a number, not 'x'"),
+        (["--timesteps", ""], "--timesteps: student.timesteps: must not be empty"),
+        (["--precision", "fp8"], "--precision: precision: must be 'fp32' or 'bf16', not 'fp8'"),
+        (["--set", "clip=3"], "--set clip=3: write it as metric.option=value"),
+    ],
+)
+def test_options_of_an_evaluation_from_the_command_line(arguments: list[str], words: str) -> None:
+    app = typer.Typer()
+    app.command()(eval_command)
+    ran = CliRunner().invoke(app, ["org/model", "--prompts", "x.txt", *arguments])
+    assert str(ran.exception) == words
 
 
 @pytest.mark.parametrize("bad", ["text", -7, 2.5, True, [], {}, [5], {"a": 1}, float("nan")], ids=repr)
