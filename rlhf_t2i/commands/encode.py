@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import SetOption
+
 
 def encode_command(
     recipe: Annotated[Path, typer.Argument(help="The recipe; models.embeddings names the folder.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Encode the prompts of a recipe that models.embeddings lacks, so that no role loads text encoders."""
     from rlhf_t2i.recipe import reading

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
     from rlhf_t2i.tools.findings import Finding
 
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+PixelsOption = Annotated[int | None, typer.Option(min=8, max=8192, metavar="PIXELS", help="The model's own.")]
 _COLORS = {"pass": "green", "fail": "bold red", "skip": "dim"}
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import RecipePath, SetOption
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
-    ] = None,
+    recipe: RecipePath,
+    set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Compare with what this Ray cluster has.")

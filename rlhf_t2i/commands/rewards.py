@@ -38,7 +38,7 @@ def check(
         list[str] | None,
         typer.Option("--options", "-o", metavar="KEY=VALUE", help="A reward's own option; repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    device: output.DeviceOption = "auto",
     size: Annotated[int, typer.Option(min=8, max=4096, metavar="PIXELS", help="Height of the test images.")] = 64,
 ) -> None:
     """Test a reward: shape, determinism, gradient, cost. Exit code 1 if a check fails."""

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import RecipePath, SetOption
+
 
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
-    ] = None,
+    recipe: RecipePath,
+    set_: SetOption = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/RECIPE].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     allow_recipe_change: Annotated[

@@ -124,7 +124,7 @@ def test_how_a_model_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert (own.student.timesteps, own.height, own.width) == ([749.0, 249.0], 16, 16)
     assert resolved(Drawing(model=str(out), steps=4)).student is None
     chosen = resolved(Drawing(model=str(tiny_sdxl), student=StudentSettings(timesteps=[249])))
-    assert chosen.load().description == "1 step at t = 249, 16 x 16 px"
+    assert load(chosen).description == "1 step at t = 249, 16 x 16 px"
     reference = resolved(Drawing(model=str(tiny_sdxl)))
     assert (reference.student, reference.steps) == (None, 50)
     network = resolved(
