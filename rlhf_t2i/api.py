@@ -176,7 +176,7 @@ def evaluate(
         prompts: A file, a benchmark's name (``parti``, ``hpsv2``, ``coco``) or a list of prompts.
         metrics: Rewards (``NAME`` or ``LABEL=NAME``), ``diversity``, ``fid``, ``frechet_clip``, ``class_entropy``.
         out: The evaluation's folder; ``evaluations/MODEL`` when None.
-        progress: Show a bar in a terminal or a notebook; or a function that is called with the phase, and how many of
+        progress: Print the progress on standard error; or a function that is called with the phase, and how many of
             how many images are done.
         **settings: More fields of :class:`rlhf_t2i.evaluation.settings.Settings`: ``images_per_prompt=4``,
             ``options={"pickscore": {"model": "./dir"}}``, ``seed``, ``batch_size`` ...
@@ -199,7 +199,7 @@ def evaluate(
         built = evaluation_settings.build(values, "evaluate", "argument")
         if not isinstance(progress, bool):
             return evaluation.evaluate(built, folder, progress)
-        with printed.evaluation_progress(shown=progress) as show:
+        with printed.phases(shown=progress) as show:
             return evaluation.evaluate(built, folder, show)
 
 

@@ -61,25 +61,23 @@ def eval_command(
     from rlhf_t2i.recipe import reading
     from rlhf_t2i.utils import files
 
+    fields = settings_module.Settings.model_fields
     values: dict[str, object] = {
-        "model": model, "base": base, "vae": vae, "prompts": prompts, "column": column, "limit": limit, "seed": seed,
-        "images_per_prompt": images_per_prompt, "steps": steps, "guidance": guidance,
-        "student": None if timesteps is None else {"timesteps": reading.parse_value(f"[{timesteps}]", "--timesteps")},
-        "height": height, "width": width, "batch_size": batch_size, "precision": precision,
+        **{name: value for name, value in context.params.items() if name in fields and value is not None},
         "metrics": [name.strip() for name in metrics.split(",") if name.strip()], "options": metric_options(set_ or []),
-        "real": str(real) if real else None, "inception": str(inception) if inception else None, "classes": classes,
+        "real": str(real) if real else None, "inception": str(inception) if inception else None,
     }  # fmt: skip
-    if features is not None:
-        values["features"] = features
+    if timesteps is not None:
+        values["student"] = {"timesteps": reading.parse_value(f"[{timesteps}]", "--timesteps")}
     settings = settings_module.build(values, _option)
     # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
     folder = out or Path("evaluations") / (files.expanded(model).resolve().name or "model")
 
     from rlhf_t2i.evaluation.run import evaluate
-    from rlhf_t2i.tools.progress import evaluation_progress
+    from rlhf_t2i.tools.progress import phases
     from rlhf_t2i.utils.terminal import printable
 
-    with evaluation_progress() as progress:
+    with phases() as progress:
         results = evaluate(settings, folder, progress)
     for note in results.notes:
         typer.echo(f"note: {note}", err=True)
@@ -95,14 +93,14 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def _table(file: Path, out: Path | None, limit: int | None, others: list[str]) -> None:
     """Measure every model of a table."""
     from rlhf_t2i.tools import model_table
-    from rlhf_t2i.tools.progress import evaluation_progress
+    from rlhf_t2i.tools.progress import phases
 
     if others:
         option = others[0].rstrip("_").replace("_", "-")
         raise UsageError(f"--{option} is for one model; of a table, change {file} (--out and --limit are taken)")
     table, settings = model_table.load(file, limit)
     folder = out or Path("evaluations") / file.stem
-    with evaluation_progress() as progress:
+    with phases() as progress:
         text = model_table.run(table, settings, folder, progress)
     typer.echo(text)
     typer.echo(f"Images and scores of every row: {folder}")

@@ -71,25 +71,16 @@ class Metric:
 
     @classmethod
     def of_images(
-        cls,
-        key: str,
-        values: Sequence[float],
-        units: Sequence[Hashable],
-        kind: Kind = "eval",
-        unit: str = "",
+        cls, key: str, values: Sequence[float], units: Sequence[Hashable], kind: Kind = "eval", unit: str = "",
         higher_is_better: bool = True,
-    ) -> Metric:
+    ) -> Metric:  # fmt: skip
         """A score of single images; ``units`` names each image's prompt."""
         by_prompt = stats.by_unit(values, units).tolist()
         return cls(key, kind, unit, higher_is_better, list(values), by_prompt, stats.mean(by_prompt).value)
 
     @classmethod
     def of_prompts(
-        cls,
-        key: str,
-        values: Sequence[float],
-        unit: str = "",
-        shares: dict[str, float] | None = None,
+        cls, key: str, values: Sequence[float], unit: str = "", shares: dict[str, float] | None = None
     ) -> Metric:
         """The diversity of each prompt's images."""
         return cls(key, "diversity", unit, by_prompt=list(values), value=stats.mean(values).value, shares=shares)
@@ -197,8 +188,8 @@ def read(folder: Path) -> Results | None:
     if any(metric.by_image is not None and len(metric.by_image) != len(data.images) for metric in metrics.values()):
         return None
     prompts = [image.prompt for image in data.images]
-    groups, names = ([getattr(image, key) for image in data.images] for key in ("group", "file"))
-    return Results(prompts, metrics, groups * any(groups), names * any(names), data.step, folder=folder)
+    groups, names = [image.group for image in data.images], [image.file for image in data.images]
+    return Results(prompts, metrics, _or_empty(groups), _or_empty(names), data.step, folder=folder)
 
 
 def exist(folder: Path) -> bool:
@@ -209,6 +200,10 @@ def exist(folder: Path) -> bool:
 def dumps(data: object) -> str:
     """JSON that any reader takes: numbers that are not finite become null, and the same data gives the same bytes."""
     return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _or_empty(texts: list[str]) -> list[str]:
+    return texts if any(texts) else []
 
 
 def _row(metric: Metric, units: Sequence[float], group: str) -> Row:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich import progress
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
@@ -16,7 +17,7 @@ from rlhf_t2i.utils.inputs import Json
 from rlhf_t2i.utils.terminal import PlainConsole
 
 if TYPE_CHECKING:
-    from rlhf_t2i.evaluation.run import Progress as EvaluationProgress
+    from rlhf_t2i.evaluation.run import Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,7 +32,7 @@ class TrainProgress(TrainCallback):
     def __init__(self, steps: int) -> None:
         self._console = PlainConsole(stderr=True)
         self._drawn = self._console.is_terminal or self._console.is_jupyter
-        self._bar = Progress(
+        self._bar = progress.Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -82,17 +83,22 @@ class TrainProgress(TrainCallback):
 
 
 @contextmanager
-def evaluation_progress(shown: bool = True) -> Iterator[EvaluationProgress]:
-    """A bar with one line per phase of an evaluation; nothing where there is neither a terminal nor a notebook."""
+def phases(shown: bool = True) -> Iterator[Progress]:
+    """A bar for each phase of a long command; where there is neither a terminal nor a notebook, a line now and then."""
     console = PlainConsole(stderr=True)
+    drawn = console.is_terminal or console.is_jupyter
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    shown = shown and (console.is_terminal or console.is_jupyter)
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    spoke = time.monotonic()
+    with progress.Progress(*columns, console=console, disable=not (shown and drawn)) as bar:
 
         def show(phase: str, done: int, total: int) -> None:
+            nonlocal spoke
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total)
             bar.update(tasks[phase], completed=done)
+            if shown and not drawn and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
+                spoke = time.monotonic()
+                console.print(f"{phase}, {done} of {total}")
 
         yield show

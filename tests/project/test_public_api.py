@@ -140,6 +140,24 @@ def test_the_progress_of_training_is_printed_unless_someone_else_takes_it(
     assert texts == ([] if arguments else lines)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("shown", [True, False])
+def test_phases_are_bars_in_a_terminal_and_lines_elsewhere(
+    shown: bool, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    with progress.phases(shown) as show:
+        show("drawing", 1, 3)
+    printed = capsys.readouterr().err
+    if not shown:
+        assert printed == ""
+    elif terminal:
+        assert "1/3" in printed
+    else:
+        assert printed == "drawing, 1 of 3\n"
+
+
 def test_training_from_python(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     result = rlhf_t2i.train(make_recipe(), tmp_path / "out", steps=1)
     assert [row.kind for row in result.table] == ["train", "diversity"]
