@@ -49,11 +49,12 @@ def test_wrong_values_of_every_key_from_the_command_line(recipe: Path) -> None:
         assert "line" not in str(caught.value).replace("pipeline", "")
 
 
-def test_wrong_values_of_every_key_from_python(recipe: Path) -> None:
+def test_wrong_values_of_every_key_from_python() -> None:
+    data = parsed()
     for at, bad in WRONG:
         key = ".".join(map(str, at))
         with pytest.raises(UsageError) as caught:
-            api.read_recipe(parsed(), {key: bad})
+            api.read_recipe(data, {key: bad})
         assert sentence(caught.value).startswith(f"overrides['{key}']=")
         assert "--" not in str(caught.value)
 

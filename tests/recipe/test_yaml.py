@@ -81,7 +81,7 @@ def test_a_reward_is_added(recipe: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_list_that_the_recipe_leaves_out_starts_from_its_default(recipe: Path) -> None:
-    with pytest.raises(UsageError, match=r"optimization.assistant.betas: list should have at most 2 items"):
+    with pytest.raises(UsageError, match=r"optimization.assistant.betas: must have 2 or fewer entries"):
         reading.load(recipe, ["optimization.assistant.betas+=0.5"])
     loaded = reading.load(recipe, ["optimization.generator.lora={rank: 4}", "optimization.generator.lora.targets+=ff"])
     assert loaded.optimization.generator.lora is not None
