@@ -71,9 +71,7 @@ class Report:
     def show(self) -> None:
         """Print everything: the whole run first."""
         console = PlainConsole(width=80)
-        for line in self._run():
-            console.print(line)
-        for line in self._shape():
+        for line in (*self._run(), *self._shape()):
             console.print(line)
         console.print(self._memory())
         for line in self._traffic():
