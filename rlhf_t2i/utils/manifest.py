@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypedDict
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.inputs import Json, JsonObject
@@ -18,7 +17,7 @@ NAME = "manifest.json"
 _DIGEST = "sha256"
 
 
-class _Entry(TypedDict):
+class _Entry(BaseModel):
     bytes: int
     sha256: str
 
@@ -70,6 +69,6 @@ def damage(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"] or files.sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry.bytes or files.sha256(file) != entry.sha256:
             return f"{name} has changed"
     return None

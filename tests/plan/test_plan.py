@@ -374,14 +374,14 @@ def test_a_cluster_that_is_too_small_is_refused(file: Path, app: typer.Typer, mo
 
 def test_no_ray_and_no_torch_before_they_are_needed(file: Path) -> None:
     code = (
-        "import sys\n"
+        "import pathlib, sys\n"
         "from rlhf_t2i.commands import plan\n"
         "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "try: plan.plan_command(plan.Path(sys.argv[1]), ['optimization.batch_size=9'])\n"
+        "try: plan.plan_command(pathlib.Path(sys.argv[1]), ['optimization.batch_size=9'])\n"
         "except plan.UsageError: assert not heavy & set(sys.modules)\n"
         "else: raise AssertionError\n"
-        "plan.plan_command(plan.Path(sys.argv[1]), json_=True)\n"
+        "plan.plan_command(pathlib.Path(sys.argv[1]), json_=True)\n"
         "assert not {'ray', 'deepspeed'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, stdout=subprocess.DEVNULL)
