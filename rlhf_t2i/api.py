@@ -7,15 +7,17 @@ Torch is imported when a function needs it, so that a wrong recipe is refused at
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_t2i.errors import UsageError
-from rlhf_t2i.recipe import reading
-from rlhf_t2i.recipe.placement import check_placement
+from rlhf_t2i.errors import RunError, Stopped, UsageError
+from rlhf_t2i.recipe import mistakes, reading
+from rlhf_t2i.recipe.reading import Override
 from rlhf_t2i.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from rlhf_t2i.evaluation.compare import Comparison
     from rlhf_t2i.evaluation.models import ImageModel
     from rlhf_t2i.evaluation.results import Results
+    from rlhf_t2i.evaluation.run import Progress
     from rlhf_t2i.evaluation.scorer import Scorer
     from rlhf_t2i.plugins.base import Divergence
     from rlhf_t2i.tools.planning.plan import Plan
@@ -83,12 +86,13 @@ def read_recipe(
         raise UsageError(f"a recipe is a file, a dictionary or a Recipe, not {type(recipe).__name__}")
     if not isinstance(overrides or {}, Mapping):
         raise UsageError(f"overrides are a dictionary by dotted key, not {type(overrides).__name__}")
-    changes = dict(overrides or {}) | {key.replace("__", "."): value for key, value in (keys or {}).items()}
-    texts = [f"{key}={_json(value)}" for key, value in changes.items()]
+    changes = [_override(key, value, f"overrides[{key!r}]={{}}") for key, value in (overrides or {}).items()]
+    changes += [_override(key.replace("__", "."), value, f"{key}={{}}") for key, value in (keys or {}).items()]
     if isinstance(recipe, str | Path):
-        return reading.load(recipe, texts)
-    data = recipe.model_dump() if isinstance(recipe, Recipe) else recipe
-    return reading.build(json.loads(_json(data)), texts)
+        return reading.load(recipe, changes)
+    if isinstance(recipe, Recipe):
+        return reading.build(recipe.model_dump(), changes) if changes else recipe
+    return reading.build(json.loads(_json(recipe)), changes)
 
 
 def train(
@@ -99,7 +103,7 @@ def train(
     allow_recipe_change: bool = False,
     address: str | None = None,
     callback: TrainCallback | None = None,
-    command: str = "",
+    progress: bool = True,
     overrides: Mapping[str, object] | None = None,
     **keys: object,
 ) -> TrainResult:
@@ -111,8 +115,9 @@ def train(
         resume: Continue from the newest whole checkpoint in ``out``.
         allow_recipe_change: Resume although the recipe's meaning has changed.
         address: An existing Ray cluster to join.
-        callback: Receives the progress; nothing is printed without one.
-        command: What started the run, for ``run.json``.
+        callback: Receives the progress, in place of what is printed.
+        progress: Print the progress on standard error: a bar in a terminal or a notebook, every ten seconds a line
+            elsewhere.
         overrides: Values by dotted key.
         **keys: The same with ``__`` for dots, e.g. ``steps=20, algorithm__divergence__name="kl"``.
 
@@ -121,37 +126,23 @@ def train(
         RunError: Something failed while running.
         Stopped: A signal arrived; if the run was training, a checkpoint was written.
     """
-    loaded = read_recipe(recipe, overrides, keys)
-    check_placement(loaded)
-    if out is None and not isinstance(recipe, str | Path):
-        raise UsageError("a recipe that is no file has no name: give the run's folder, out=...")
-    folder = Path(out) if out is not None else Path("runs") / Path(str(recipe)).stem
-    _check_free(folder, resume)
+    with _python_names():
+        loaded = read_recipe(recipe, overrides, keys)
+        if out is None and not isinstance(recipe, str | Path):
+            raise UsageError("a recipe that is no file has no name: give the run's folder, out=...")
+        folder = Path(out) if out is not None else Path("runs") / Path(str(recipe)).stem
+        from rlhf_t2i.tools import progress as printed
+        from rlhf_t2i.tools import train as training
+        from rlhf_t2i.training.callbacks import TrainCallback
+
+        quiet = callback is not None or not progress
+        with nullcontext(callback or TrainCallback()) if quiet else printed.TrainProgress(loaded.steps) as shown:
+            result = training.train(
+                loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address, callback=shown
+            )
     from rlhf_t2i.evaluation import compare
-    from rlhf_t2i.tools import report
-    from rlhf_t2i.training import run as training
-    from rlhf_t2i.training.callbacks import TrainCallback
-    from rlhf_t2i.utils import files
 
-    callback = callback or TrainCallback()
-    result = training.run(
-        loaded, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address, callback=callback,
-        command=command,
-    )  # fmt: skip
-    callback.on_phase("writing the report")
-    with files.disk_errors(result.out):
-        report.write_report(result.out)
     return TrainResult(result.out, compare.of_run(result.out))
-
-
-def _check_free(out: Path, resume: bool) -> None:
-    """Refuse a run's folder that holds another run, before torch is imported."""
-    try:
-        taken = (out / "recipe.yaml").exists()
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be used: {error.strerror}") from None
-    if taken and not resume:
-        raise UsageError(f"{out} already holds a run: continue it with --resume, or choose another --out")
 
 
 def load(model: str | Path) -> ImageModel:
@@ -165,7 +156,8 @@ def load(model: str | Path) -> ImageModel:
     """
     from rlhf_t2i.evaluation import models
 
-    return models.load(str(model))
+    with _python_names():
+        return models.load(str(model))
 
 
 def evaluate(
@@ -174,7 +166,7 @@ def evaluate(
     *,
     metrics: Sequence[str] = ("clip",),
     out: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: bool | Progress = True,
     **settings: object,
 ) -> Results:
     """Draw with fixed seeds, score, and write images and tables. Called again after a kill, it continues.
@@ -184,7 +176,8 @@ def evaluate(
         prompts: A file, a benchmark's name (``parti``, ``hpsv2``, ``coco``) or a list of prompts.
         metrics: Rewards (``NAME`` or ``LABEL=NAME``), ``diversity``, ``fid``, ``frechet_clip``, ``class_entropy``.
         out: The evaluation's folder; ``evaluations/MODEL`` when None.
-        progress: Called with the phase, and how many of how many images are done.
+        progress: Print the progress on standard error; or a function that is called with the phase, and how many of
+            how many images are done.
         **settings: More fields of :class:`rlhf_t2i.evaluation.settings.Settings`: ``images_per_prompt=4``,
             ``options={"pickscore": {"model": "./dir"}}``, ``seed``, ``batch_size`` ...
 
@@ -194,16 +187,20 @@ def evaluate(
     """
     from rlhf_t2i.evaluation import run as evaluation
     from rlhf_t2i.evaluation import settings as evaluation_settings
+    from rlhf_t2i.tools import progress as printed
 
     folder = Path(out) if out is not None else Path("evaluations") / (Path(model).name or "model")
-    with tempfile.TemporaryDirectory() as temporary:
-        if not isinstance(prompts, str | Path):
-            file = Path(temporary) / "prompts.jsonl"
-            file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), "utf-8")
-            prompts, settings = file, {**settings, "column": "prompt"}
-        values = {"model": str(model), "prompts": str(prompts), "metrics": list(metrics), **settings}
-        built = evaluation_settings.build(values)
-        return evaluation.evaluate(built, folder, progress or (lambda phase, done, total: None))
+    with _python_names(), tempfile.TemporaryDirectory() as temporary:
+        values = {"model": str(model), "metrics": [metrics] if isinstance(metrics, str) else metrics, **settings}
+        if isinstance(prompts, str | Path):
+            values["prompts"] = str(prompts)
+        else:
+            values |= {"prompts": str(_prompt_file(prompts, Path(temporary))), "column": "prompt"}
+        built = evaluation_settings.build(values, "evaluate", "argument")
+        if not isinstance(progress, bool):
+            return evaluation.evaluate(built, folder, progress)
+        with printed.phases(shown=progress) as show:
+            return evaluation.evaluate(built, folder, show)
 
 
 def plan(recipe: RecipeSource, overrides: Mapping[str, object] | None = None, **keys: object) -> Plan:
@@ -219,7 +216,8 @@ def plan(recipe: RecipeSource, overrides: Mapping[str, object] | None = None, **
     """
     from rlhf_t2i.tools.planning import plan as planning
 
-    return planning.make(read_recipe(recipe, overrides, keys))
+    with _python_names():
+        return planning.make(read_recipe(recipe, overrides, keys))
 
 
 def reward(name: str, /, *, device: str | torch.device | None = None, **options: object) -> Scorer:
@@ -251,6 +249,40 @@ def divergence(name: str, /, **options: object) -> Divergence:
     from rlhf_t2i.plugins import registry
 
     return registry.divergence(name, **options)
+
+
+_OPTION = re.compile(r"(?<![\w`-])--([a-z]+(?:-[a-z]+)*)")
+_ARGUMENTS = {"resume": "resume=True", "allow-recipe-change": "allow_recipe_change=True", "set": "options",
+              "timesteps": "student={'timesteps': [...]}"}  # fmt: skip
+"""Options of the command line that are called otherwise in Python; the others have underscores for dashes."""
+
+
+@contextmanager
+def _python_names() -> Iterator[None]:
+    """Let errors in the block name arguments of Python's functions, where they name options of the commands."""
+    try:
+        yield
+    except (UsageError, RunError, Stopped) as error:
+        text = _OPTION.sub(lambda option: _ARGUMENTS.get(option[1], option[1].replace("-", "_")), str(error))
+        error.args = (text,)
+        raise
+
+
+def _override(key: str, value: object, place: str) -> Override:
+    if not isinstance(key, str) or not key.removesuffix("+") or not all(key.removesuffix("+").split(".")):
+        raise UsageError(
+            f"{mistakes.shown(str(key))!r} is no key: write it as 'key.subkey', or 'key+' to add to a list"
+        )
+    return Override(key, json.loads(_json(value)), place.format(mistakes.kind(value)))
+
+
+def _prompt_file(prompts: Sequence[str], folder: Path) -> Path:
+    """A prompt file of a list."""
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise UsageError("prompts are a file, the name of a benchmark, or a list of strings that are not empty")
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), "utf-8")
+    return file
 
 
 def _json(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +22,8 @@ def ablate_command(
     """Train and measure a grid of runs, and tabulate them. Run it again to continue after a kill."""
     from rlhf_t2i.tools.ablation import runner
 
-    folder = out or Path("runs") / recipe.stem
+    folder, say = out or Path("runs") / recipe.stem, partial(typer.echo, err=True)
     only = [name.strip() for name in rows.split(",") if name.strip()]
-    markdown = runner.ablate(recipe, folder, more=set_ or [], only=only, seeds=seeds, parallel=parallel, say=_say)
+    markdown = runner.ablate(recipe, folder, more=set_ or [], only=only, seeds=seeds, parallel=parallel, say=say)
     typer.echo(markdown)
     typer.echo(f"Look at {folder / 'report.html'} and {folder / 'table.md'}")
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)

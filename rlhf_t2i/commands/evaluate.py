@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rlhf_t2i.errors import UsageError
-
-if TYPE_CHECKING:
-    from rlhf_t2i.evaluation.run import Progress
+from rlhf_t2i.recipe.mistakes import KeyPath
+from rlhf_t2i.utils.inputs import JsonObject
 
 
 def eval_command(
@@ -64,24 +61,23 @@ def eval_command(
     from rlhf_t2i.recipe import reading
     from rlhf_t2i.utils import files
 
-    values: dict[str, Any] = {
-        "model": model, "base": base, "vae": vae, "prompts": prompts, "column": column, "limit": limit, "seed": seed,
-        "images_per_prompt": images_per_prompt, "steps": steps, "guidance": guidance,
-        "student": None if timesteps is None else {"timesteps": reading.parse_value(f"[{timesteps}]", "--timesteps")},
-        "height": height, "width": width, "batch_size": batch_size, "precision": precision,
+    fields = settings_module.Settings.model_fields
+    values: dict[str, object] = {
+        **{name: value for name, value in context.params.items() if name in fields and value is not None},
         "metrics": [name.strip() for name in metrics.split(",") if name.strip()], "options": metric_options(set_ or []),
-        "real": str(real) if real else None, "inception": str(inception) if inception else None, "classes": classes,
+        "real": str(real) if real else None, "inception": str(inception) if inception else None,
     }  # fmt: skip
-    if features is not None:
-        values["features"] = features
-    settings = settings_module.build(values)
+    if timesteps is not None:
+        values["student"] = {"timesteps": reading.parse_value(f"[{timesteps}]", "--timesteps")}
+    settings = settings_module.build(values, _option)
     # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
     folder = out or Path("evaluations") / (files.expanded(model).resolve().name or "model")
 
     from rlhf_t2i.evaluation.run import evaluate
+    from rlhf_t2i.tools.progress import phases
     from rlhf_t2i.utils.terminal import printable
 
-    with _progress_bar() as progress:
+    with phases() as progress:
         results = evaluate(settings, folder, progress)
     for note in results.notes:
         typer.echo(f"note: {note}", err=True)
@@ -97,51 +93,37 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def _table(file: Path, out: Path | None, limit: int | None, others: list[str]) -> None:
     """Measure every model of a table."""
     from rlhf_t2i.tools import model_table
+    from rlhf_t2i.tools.progress import phases
 
     if others:
         option = others[0].rstrip("_").replace("_", "-")
         raise UsageError(f"--{option} is for one model; of a table, change {file} (--out and --limit are taken)")
     table, settings = model_table.load(file, limit)
     folder = out or Path("evaluations") / file.stem
-    with _progress_bar() as progress:
+    with phases() as progress:
         text = model_table.run(table, settings, folder, progress)
     typer.echo(text)
     typer.echo(f"Images and scores of every row: {folder}")
 
 
-def metric_options(texts: list[str]) -> dict[str, dict[str, Any]]:
+def _option(key: KeyPath) -> str:
+    """The option that sets a field."""
+    return "--timesteps" if key[:1] == ("student",) else f"--{str(key[0]).replace('_', '-')}"
+
+
+def metric_options(texts: list[str]) -> dict[str, JsonObject]:
     """Settings ``metric.option=value``, values in YAML.
 
     Raises:
         UsageError: Not of that form.
     """
-    from rlhf_t2i.recipe import mistakes, reading
+    from rlhf_t2i.recipe.reading import Override
 
-    options: dict[str, dict[str, Any]] = {}
+    options: dict[str, JsonObject] = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        metric, dot, option = name.rpartition(".")
-        if not equals or not dot or not metric or not option:
-            raise UsageError(f"--set {mistakes.shown(text)}: write it as metric.option=value")
-        options.setdefault(metric, {})[option] = reading.parse_value(value, f"--set {mistakes.shown(text)}")
+        given = Override.parse(text, form=(form := "metric.option=value"))
+        metric, _, option = given.key.rpartition(".")
+        if not metric:
+            raise UsageError(f"{given.place}: write it as {form}")
+        options.setdefault(metric, {})[option] = given.value
     return options
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """A progress bar with one line per phase; nothing where standard error is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from rlhf_t2i.utils.terminal import PlainConsole
-
-    console = PlainConsole(stderr=True)
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)
-
-        yield show

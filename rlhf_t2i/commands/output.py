@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from rlhf_t2i.errors import UsageError
 
@@ -12,6 +15,12 @@ if TYPE_CHECKING:
 
     from rlhf_t2i.tools.findings import Finding
 
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+PixelsOption = Annotated[int | None, typer.Option(min=8, max=8192, metavar="PIXELS", help="The model's own.")]
 _COLORS = {"pass": "green", "fail": "bold red", "skip": "dim"}
 
 
@@ -33,7 +42,7 @@ def torch_device(name: str) -> torch.device:
 
 
 def print_findings(title: str, findings: Sequence[Finding]) -> None:
-    """Print the rows of a check as a table, and how many passed."""
+    """Print the rows of a check as a table, and how many passed; exit code 1 if one failed."""
     from rich.table import Table
     from rich.text import Text
 
@@ -49,3 +58,5 @@ def print_findings(title: str, findings: Sequence[Finding]) -> None:
     console.print(table)
     counts = {outcome: sum(finding.outcome == outcome for finding in findings) for outcome in _COLORS}
     console.print(f"{counts['pass']} passed, {counts['fail']} failed, {counts['skip']} skipped")
+    if counts["fail"]:
+        raise typer.Exit(1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import RecipePath, SetOption
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 
 
 def plan_command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
-    ] = None,
+    recipe: RecipePath,
+    set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Compare with what this Ray cluster has.")
@@ -40,7 +39,8 @@ def plan_command(
 ) -> None:
     """Show hours, disk, memory and traffic of a run. Needs no GPU and starts no Ray.
 
-    Exit code 1 means that it does not fit the device, 2 that it cannot start.
+    A prompt file that is missing is a warning: a plan needs none. Exit code 1 means that it does not fit the device, 2
+    that it cannot start.
     """
     from rlhf_t2i.recipe import placement, reading
     from rlhf_t2i.tools.planning import devices
@@ -72,7 +72,10 @@ def plan_command(
         fit=_fit(loaded, plan, device_memory or (profile.memory if profile else None)),
         cluster=cluster,
     )
-    _print(report, json_)
+    if json_:
+        typer.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        report.show()
     _check(report)
 
 
@@ -85,15 +88,6 @@ def _place(recipe: Recipe, gpus: int, profile: Device, memory: float | None, qui
     if not quiet:
         show_options(found)
     return found[0].recipe
-
-
-def _print(report: Report, json_: bool) -> None:
-    if json_:
-        import json
-
-        typer.echo(json.dumps(report.as_json(), indent=2))
-    else:
-        report.show()
 
 
 def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
@@ -122,13 +116,13 @@ def _rates(recipe: Recipe, plan: Plan, name: str | None, profile: Device | None)
 
 
 def _check(report: Report) -> None:
-    """End with an exit code where the run cannot start, or does not fit."""
+    """Warn of missing prompt files, and end with an exit code where the run cannot start, or does not fit."""
     from rlhf_t2i.utils import files
 
     plan, cluster = report.plan, report.cluster
     for key, file in (("prompts", report.recipe.data.prompts), ("held_out", report.recipe.data.held_out)):
         if file is not None and not files.expanded(file).is_file():
-            raise UsageError(f"data.{key}: no such prompt file: {file}")
+            typer.echo(f"warning: data.{key}: no such prompt file: {file}; `rlhf-t2i run` will refuse this", err=True)
     if cluster is not None:
         kind = "GPU" if cluster["GPU"] else "CPU"
         needed = 1 if plan.share_devices and kind == "GPU" else plan.devices

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.table import Table
 
@@ -52,15 +51,14 @@ class Report:
         """Hours of the whole run on the device."""
         return None if self.seconds is None else duration(self.recipe, self.seconds, self.plan.devices)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Plain data; sizes in bytes, rates in FLOP/s, times in seconds and hours."""
         plan, taken = self.plan, self.duration
-        run: dict[str, Any] = {"steps": self.recipe.steps, "disk": {**asdict(plan.disk), "total": plan.disk.total}}
+        run: dict[str, object] = {"steps": self.recipe.steps, "disk": {**asdict(plan.disk), "total": plan.disk.total}}
         if taken is not None:
             run |= {"hours": taken.hours, "gpu_hours": taken.gpu_hours, "parts": asdict(taken)}
-        data = {"run": run, **asdict(plan), "devices": plan.devices}
-        for group, item in zip(data["groups"], plan.groups, strict=True):
-            group["memory"] = {**asdict(item.memory), "device": item.memory.device}
+        groups = [asdict(g) | {"memory": {**asdict(g.memory), "device": g.memory.device}} for g in plan.groups]
+        data: dict[str, object] = {"run": run, **asdict(plan), "groups": groups, "devices": plan.devices}
         if self.seconds is not None and self.rates is not None:
             data["seconds"] = {**asdict(self.seconds), "step": self.seconds.step}
             data["rates"] = asdict(self.rates)
@@ -73,9 +71,7 @@ class Report:
     def show(self) -> None:
         """Print everything: the whole run first."""
         console = PlainConsole(width=80)
-        for line in self._run():
-            console.print(line)
-        for line in self._shape():
+        for line in (*self._run(), *self._shape()):
             console.print(line)
         console.print(self._memory())
         for line in self._traffic():

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rlhf_t2i.algorithm import prompts as prompt_files
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.utils import inputs
 
+T = TypeVar("T")
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 COCO_IMAGES = 30_000
+
+
+class _Caption(BaseModel):
+    id: int
+    image_id: int
+    caption: str
+
+
+class _Captions(BaseModel):
+    annotations: list[_Caption]
 
 
 @dataclass(frozen=True)
@@ -74,9 +87,7 @@ def _hpsv2(path: str) -> PromptList:
     groups: list[str] = []
     for style in HPSV2_STYLES:
         file = Path(path) / f"{style}.json" if path else _hub("zhwang/HPDv2", f"benchmark/{style}.json", "hpsv2")
-        found = _json(file, "hpsv2")
-        if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
-            raise UsageError(f"--prompts hpsv2: {file} is not a JSON list of prompts")
+        found = _parsed(list[str], file, "hpsv2", "is not a JSON list of prompts")
         prompts += found
         groups += [style] * len(found)
     return PromptList(prompts, groups)
@@ -94,22 +105,23 @@ def _coco(path: str) -> PromptList:
         )
     if not path.endswith(".json"):
         return _plain(prompt_files.read(path, place="--prompts coco: "))
-    data = _json(Path(path), "coco")
-    try:
-        captions: dict[int, tuple[int, str]] = {}
-        for row in data["annotations"]:
-            entry = (int(row["id"]), str(row["caption"]).strip())
-            captions[int(row["image_id"])] = min(entry, captions.get(int(row["image_id"]), entry))
-    except (KeyError, TypeError, ValueError):
-        raise UsageError(f"--prompts coco: {path} is no COCO captions file") from None
+    captions: dict[int, tuple[int, str]] = {}
+    for row in _parsed(_Captions, path, "coco", "is no COCO captions file").annotations:
+        entry = (row.id, row.caption.strip())
+        captions[row.image_id] = min(entry, captions.get(row.image_id, entry))
     return _plain([captions[image][1] for image in sorted(captions)][:COCO_IMAGES])
 
 
 _READERS = {"parti": _parti, "hpsv2": _hpsv2, "coco": _coco}
 
 
-def _json(path: str | Path, benchmark: str) -> Any:
-    return inputs.read_json(Path(path), "prompt file", inputs.PROMPTS, f"--prompts {benchmark}: ")
+def _parsed(kind: type[T], path: str | Path, benchmark: str, otherwise: str) -> T:
+    """The value of a JSON file, if it is of a kind."""
+    data = inputs.read_json(Path(path), "prompt file", inputs.PROMPTS, f"--prompts {benchmark}: ")
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError:
+        raise UsageError(f"--prompts {benchmark}: {path} {otherwise}") from None
 
 
 def _hub(repository: str, file: str, benchmark: str) -> str:

@@ -79,8 +79,9 @@ def compare(before: Results, after: Results) -> list[Comparison]:
 def _reward(before: Metric, after: Metric) -> Comparison:
     change = stats.paired(before.by_prompt, after.by_prompt)
     errors = change.t_statistic if after.higher_is_better else -change.t_statistic
+    outcome: Outcome
     if not math.isfinite(change.value):
-        outcome, verdict = _no("not a number: the scores hold NaN or infinity")
+        outcome, verdict = "no", "not a number: the scores hold NaN or infinity"
     elif math.isnan(errors):
         outcome, verdict = "unclear", "one prompt gives no standard error: measure more prompts"
     else:
@@ -95,10 +96,10 @@ def _trained(errors: float) -> tuple[Outcome, str]:
     if errors > ENOUGH:
         return "yes", f"improved by more than {ENOUGH:.0f} standard errors ({_times(errors)})"
     if errors > NOISE:
-        return _no(f"improved, but by {_times(errors)} standard errors, not more than {ENOUGH:.0f}")
+        return "no", f"improved, but by {_times(errors)} standard errors, not more than {ENOUGH:.0f}"
     if errors >= -NOISE:
-        return _no(f"no improvement beyond noise ({_times(errors)} standard errors)")
-    return _no(f"got worse by {_times(-errors)} standard errors")
+        return "no", f"no improvement beyond noise ({_times(errors)} standard errors)"
+    return "no", f"got worse by {_times(-errors)} standard errors"
 
 
 def _unseen(errors: float) -> tuple[Outcome, str]:
@@ -106,7 +107,7 @@ def _unseen(errors: float) -> tuple[Outcome, str]:
         return "yes", f"unseen scorer did not fall ({errors:+.1f} standard errors)"
     if errors >= -NOISE:
         return "unclear", f"unseen scorer fell a little, within noise ({errors:+.1f} standard errors)"
-    return _no(f"unseen scorer fell by {_times(-errors)} standard errors: reward hacking is likely")
+    return "no", f"unseen scorer fell by {_times(-errors)} standard errors: reward hacking is likely"
 
 
 def _diversity(before: Metric, after: Metric) -> Comparison:
@@ -119,15 +120,11 @@ def _diversity(before: Metric, after: Metric) -> Comparison:
     elif kept.value >= KEPT:
         verdict = f"diversity kept {kept.value:.0%}{spread}"
     else:
-        outcome, verdict = _no(f"diversity fell to {kept.value:.0%}{spread} of the start, below {KEPT:.0%}")
+        outcome, verdict = "no", f"diversity fell to {kept.value:.0%}{spread} of the start, below {KEPT:.0%}"
     return Comparison(
         after.key, after.kind, after.unit, before.value, after.value, after.value - before.value, kept.error, above,
         kept.value, kept.prompts, outcome, verdict,
     )  # fmt: skip
-
-
-def _no(verdict: str) -> tuple[Outcome, str]:
-    return "no", verdict
 
 
 def _times(errors: float) -> str:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
@@ -56,7 +56,11 @@ class ClipFeatures:
         self.location, self.device = location, device
         try:
             self.model = CLIPModel.from_pretrained(source.location, **source.kwargs).eval().to(device)
-            self.preprocess = Preprocess.from_config(_preprocessor(source))
+            try:
+                config = sources.read_json(source, "preprocessor_config.json")
+            except UsageError:
+                config = sources.read_json(source, "processor_config.json")
+            self.preprocess = Preprocess.from_config(config)
         except UsageError:
             raise
         except Exception as error:
@@ -84,6 +88,17 @@ class ClipFeatures:
         text = text / text.norm(dim=-1, keepdim=True)
         weight = (text * self.model.logit_scale.exp()).cpu().double().numpy()
         return Probe(labels, weight, np.zeros(len(labels)))
+
+
+class _ProbeFile(BaseModel):
+    """What a probe's file holds; keys besides are notes."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    labels: list[str]
+    weight: list[list[float]]
+    bias: list[float]
+    hard: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,15 +134,15 @@ class Probe:
         Raises:
             UsageError: Missing or damaged.
         """
+        data = inputs.read_json(path, "probe", place="--classes: ")
         try:
-            data = inputs.read_json(path, "probe", place="--classes: ")
-            labels = [str(label) for label in data["labels"]]
-            weight, bias = np.array(data["weight"], dtype=np.float64), np.array(data["bias"], dtype=np.float64)
-        except (ValueError, KeyError, TypeError):
+            probe = _ProbeFile.model_validate(data)
+            weight, bias = np.array(probe.weight), np.array(probe.bias)
+        except ValueError:  # pydantic's is one; another one for rows of several lengths
             raise UsageError(f"--classes: {path} is no probe: a JSON object with labels, weight and bias") from None
-        if weight.ndim != 2 or not len(labels) == len(weight) == len(bias) >= 2:
+        if weight.ndim != 2 or not len(probe.labels) == len(weight) == len(bias) >= 2:
             raise UsageError(f"--classes: {path}: labels, weight and bias do not fit together")
-        return cls(labels, weight, bias, bool(data.get("hard", False)))
+        return cls(probe.labels, weight, bias, probe.hard)
 
 
 def clip_extractor(clip: ClipFeatures) -> Extractor:
@@ -191,8 +206,7 @@ def class_entropy(probe: Probe, features: np.ndarray, units: Sequence[Hashable],
     overall = probabilities.mean(0)
     shares = dict(zip(probe.labels, overall.tolist(), strict=True))
     return [
-        Metric.of_prompts("class_entropy", values, kind="diversity", unit=unit.format("within a prompt"),
-                          extra={"shares": shares}),
+        Metric.of_prompts("class_entropy", values, unit.format("within a prompt"), shares),
         Metric("class_entropy_overall", "set", unit.format("over all images"), value=stats.entropy(overall)),
     ]  # fmt: skip
 
@@ -200,10 +214,3 @@ def class_entropy(probe: Probe, features: np.ndarray, units: Sequence[Hashable],
 def _identity(model: str) -> str:
     """A digest of a model's content, fit for the name of a folder."""
     return fingerprints.of_text(identity.of_model(model))
-
-
-def _preprocessor(source: sources.ModelRef) -> dict[str, Any]:
-    try:
-        return sources.read_json(source, "preprocessor_config.json")
-    except UsageError:
-        return sources.read_json(source, "processor_config.json")

@@ -54,7 +54,7 @@ class Samples:
             if reward.key in self.scores
         ]  # fmt: skip
         distances = diversity.within(self.prompts, self.latents.flatten(1).double().numpy(), diversity.rms_distance)
-        measured.append(Metric.of_prompts("latent_distance", distances, kind="diversity"))
+        measured.append(Metric.of_prompts("latent_distance", distances))
         return {metric.key: metric for metric in measured}
 
 

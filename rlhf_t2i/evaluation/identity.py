@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import benchmarks
@@ -38,7 +37,7 @@ def of_model(text: str) -> str:
     return f"{source.location}/{source.file or ''}@{_commit(source) or source.revision or 'main'}"
 
 
-def of_plugin(group: str, name: str, options: dict[str, Any]) -> str:
+def of_plugin(group: str, name: str, options: Mapping[str, object]) -> str:
     """A digest of a plugin's code, its options (defaults included), and the weights that they name.
 
     The code is the class's file and what it imports of its own package or folder; other packages count by their
@@ -94,7 +93,7 @@ def _commit(source: sources.ModelRef) -> str | None:
     return sources.commit(source)
 
 
-def _of_value(value: Any) -> str:
+def _of_value(value: object) -> str:
     """An option's value, with the content of a file, folder or hub model that it names."""
     if isinstance(value, dict):
         return str({key: _of_value(item) for key, item in sorted(value.items())})

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation.results import dumps
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.inputs import JsonObject
+
+
+class _Batch(BaseModel):
+    """A line of the journal; the first one of a metric has the versions with which it was computed."""
+
+    key: str
+    images: list[int]
+    values: list[float]
+    versions: dict[str, str] = {}
 
 
 class Journal:
-    """One JSON line per finished batch: ``{"key", "images", "values"}``.
+    """One JSON line per finished batch.
 
     Args:
         path: The file; made when absent. A last line cut short by a kill is removed.
@@ -39,11 +50,10 @@ class Journal:
 
     def add(self, key: str, images: Sequence[int], values: Sequence[float], versions: dict[str, str]) -> None:
         """Record a finished batch; it is on the disk when this returns."""
-        row: dict[str, Any] = {"key": key, "images": list(images), "values": list(values)}
-        if key not in self._versions:
-            row["versions"] = versions
-        files.append_line(self._path, row)
-        self._record(row)
+        first = key not in self._versions
+        batch = _Batch(key=key, images=list(images), values=list(values), versions=versions if first else {})
+        files.append_line(self._path, batch.model_dump(exclude_defaults=True))
+        self._record(batch)
 
     def _read(self) -> None:
         data = self._path.read_bytes()
@@ -53,17 +63,18 @@ class Journal:
                 stream.truncate(len(whole))
         try:
             for line in whole.splitlines():
-                self._record(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError):
+                self._record(_Batch.model_validate_json(line))
+        except ValueError:  # pydantic's is one; another one for images and values that differ in number
             raise UsageError(f"{self._path} is damaged: remove it to score again") from None
 
-    def _record(self, row: dict[str, Any]) -> None:
-        pairs = zip(row["images"], row["values"], strict=True)
-        self._values.setdefault(row["key"], {}).update({int(image): float(value) for image, value in pairs})
-        self._versions.setdefault(row["key"], row.get("versions", {}))
+    def _record(self, batch: _Batch) -> None:
+        self._values.setdefault(batch.key, {}).update(zip(batch.images, batch.values, strict=True))
+        self._versions.setdefault(batch.key, batch.versions)
 
 
-def claim(out: Path, name: str, identity: dict[str, Any], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+def claim(
+    out: Path, name: str, identity: Mapping[str, object], facts: Mapping[str, str] | None = None
+) -> Mapping[str, str]:
     """Keep a folder for one piece of work: written on the first visit, compared on every later one.
 
     Args:
@@ -79,19 +90,19 @@ def claim(out: Path, name: str, identity: dict[str, Any], facts: dict[str, Any] 
         UsageError: The folder holds other work; names the first setting that differs.
     """
     path = out / name
-    identity = json.loads(dumps(identity))
+    now: JsonObject = json.loads(dumps(identity))
     if not path.is_file():
-        files.write_atomic(path, dumps({"identity": identity, "facts": facts or {}}))
+        files.write_atomic(path, dumps({"identity": now, "facts": facts or {}}))
         return facts or {}
     try:
         data = json.loads(path.read_text("utf-8"))
         there, recorded = dict(data["identity"]), dict(data["facts"])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged: give another --out") from None
-    for key in identity | there:
-        if there.get(key) != identity.get(key):
+    for key in now | there:
+        if there.get(key) != now.get(key):
             raise UsageError(
-                f"--out {out} holds other work: {key} is {there.get(key)!r} there and {identity.get(key)!r} now; "
+                f"--out {out} holds other work: {key} is {there.get(key)!r} there and {now.get(key)!r} now; "
                 "give another --out"
             )
     return recorded

@@ -8,11 +8,10 @@ Image i depends on its own noise alone, not on its batch. An evaluation draws no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from torch import Tensor
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.student import Noise, keyed_noise
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.evaluation.settings import Drawing
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.export import STUDENT, StudentFile
 from rlhf_t2i.families.sources import ModelRef
@@ -30,7 +30,10 @@ from rlhf_t2i.utils import files, images
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 7.5
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DEFAULT_STEPS = 50
 MAX_SEED = 2**62
 
 
@@ -84,91 +87,60 @@ class ImageModel(ABC):
         return f"{width} x {height} px"
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How a model is drawn.
+def resolved(drawing: Drawing) -> Drawing:
+    """The same with everything decided, from the files beside the model.
 
-    Attributes:
-        model: A run's folder, a diffusers folder, a hub id, or a network alone (with ``base``).
-        base: The pipeline that lends a network everything else.
-        vae: Decodes in place of the model's own.
-        student: Draws a one- or few-step generator with these steps; those that an exported model names when None.
-        steps: Sampling steps of a many-step model; draws an exported model as one.
-        guidance: Guidance scale of a many-step model.
-        height: Pixels; the model's own when None.
-        width: Pixels; the model's own when None.
+    Raises:
+        UsageError: Not a model, or a network without its steps.
     """
-
-    model: str
-    base: str | None = None
-    vae: str | None = None
-    student: StudentSettings | None = None
-    steps: int | None = None
-    guidance: float = DEFAULT_GUIDANCE
-    height: int | None = None
-    width: int | None = None
-
-    def resolved(self) -> Drawing:
-        """The same with everything decided, from the files beside the model.
-
-        Raises:
-            UsageError: Not a model, or a network without its steps.
-        """
-        model = _exported(self.model)
-        source = sources.parse(self.base or model)
-        sources.pipeline_index(source)
-        alone = self.base not in (None, model)
-        if alone and self.student is None and self.steps is None:
-            raise UsageError(
-                "--base is for a network alone: give a generator's --timesteps (399 for DMD2 and DI*), or the "
-                "--steps of a many-step model"
-            )
-        found = replace(self, model=model, base=self.base or model, steps=self.steps or DEFAULT_STEPS)
-        own = None if alone else _student_file(source)
-        if own is None:
-            return found
-        student = self.student
-        if student is None and self.steps is None:
+    model = _exported(drawing.model)
+    source = sources.parse(drawing.base or model)
+    sources.pipeline_index(source)
+    alone, student = drawing.base not in (None, model), drawing.student
+    if alone and student is None and drawing.steps is None:
+        raise UsageError(
+            "--base is for a network alone: give a generator's --timesteps (399 for DMD2 and DI*), or the --steps of a "
+            "many-step model"
+        )
+    found = {"model": model, "base": drawing.base or model, "steps": drawing.steps or DEFAULT_STEPS}
+    own = None if alone else _student_file(source)
+    if own is not None:
+        if student is None and drawing.steps is None:
             steps = {"timesteps": own.timesteps, "transition": own.transition, "input": own.input}
             student = StudentSettings.model_validate(steps)
-        return replace(found, student=student, height=self.height or own.height, width=self.width or own.width)
-
-    def load(self, device: torch.device | None = None, precision: str = "fp32") -> ImageModel:
-        """Load the model; its networks are read when it draws first.
-
-        Raises:
-            UsageError: The model is missing, damaged or of an unknown family.
-        """
-        chosen = self.resolved()
-        base, student = chosen.base or chosen.model, chosen.student
-        models = Models(
-            reference=base, generator=chosen.model, vae=chosen.vae, height=chosen.height, width=chosen.width
-        )
-        store = ModelStore(models, student or StudentSettings(), device or default_device(), precision)
-        store.family.check()
-        store.family.check_decoder(store.vae)
-        _ = store.latent_shape
-        if chosen.model != base:
-            # A many-step model is drawn by the base's own pipeline.
-            family = store.family if student is None else store.generator_family
-            family.check_structure(sources.parse(chosen.model), "the model")
-        if student is None:
-            return PipelineModel(store, chosen.steps or DEFAULT_STEPS, chosen.guidance)
-        _ = store.student
-        return StudentModel(store)
+        found |= {"student": student, "height": drawing.height or own.height, "width": drawing.width or own.width}
+    return drawing.model_copy(update=found)
 
 
 @quietly()
-def load(model: str) -> ImageModel:
+def load(model: str | Drawing, device: torch.device | None = None, precision: str = "fp32") -> ImageModel:
     """Load a model to draw with, e.g. ``load("runs/quickstart").sample(["a red cat"], seed=0)``.
 
+    Its networks are read when it draws first.
+
     Args:
-        model: A run's folder, a diffusers folder or a hub id.
+        model: A run's folder, a diffusers folder or a hub id; or how one is drawn.
+        device: Where it draws; the GPU if there is one.
+        precision: ``fp32`` or ``bf16``.
 
     Raises:
         UsageError: The model is missing, damaged or of an unknown family.
     """
-    return Drawing(model).load()
+    chosen = resolved(Drawing(model=model) if isinstance(model, str) else model)
+    base, student = chosen.base or chosen.model, chosen.student
+    models = Models(reference=base, generator=chosen.model, vae=chosen.vae, height=chosen.height, width=chosen.width)
+    store = ModelStore(models, student or StudentSettings(), device or default_device(), precision)
+    store.family.check()
+    store.family.check_decoder(store.vae)
+    _ = store.latent_shape
+    if chosen.model != base:
+        # A many-step model is drawn by the base's own pipeline.
+        family = store.family if student is None else store.generator_family
+        family.check_structure(sources.parse(chosen.model), "the model")
+    if student is None:
+        return PipelineModel(store, chosen.steps or DEFAULT_STEPS, chosen.guidance)
+    _ = store.student
+    return StudentModel(store)
 
 
 class StudentModel(ImageModel):
@@ -228,7 +200,7 @@ class PipelineModel(ImageModel):
 
     def _draw(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         height, width = self.store.size
-        call: Callable[..., Any] = partial(
+        call = partial(
             self._pipeline, prompt=list(prompts), num_inference_steps=self._steps, height=height, width=width,
             **self.store.family.sampling_call(self._steps, self._guidance, len(prompts)),
         )  # fmt: skip
@@ -241,7 +213,7 @@ class PipelineModel(ImageModel):
         return _finite(call(generator=list(generators), output_type="pt").images)
 
     @cached_property
-    def _pipeline(self) -> Any:
+    def _pipeline(self) -> DiffusionPipeline:
         store, models = self.store, self.store.models
         pipeline = store.family.load_pipeline(store.family.reference, store.dtype)
         if models.generator != models.reference:

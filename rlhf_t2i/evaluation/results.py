@@ -9,11 +9,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, TypedDict
+
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from rlhf_t2i import __version__
 from rlhf_t2i.utils import files, stats
@@ -23,6 +25,23 @@ from rlhf_t2i.utils.numbers import DASH
 NAME = "results.json"
 Kind = Literal["train", "eval", "diversity", "set"]
 """A reward that trains, a score that only measures, diversity within a prompt, a number of the whole set of images."""
+
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that is null in JSON where it is not finite."""
+
+
+class Row(TypedDict):
+    """A row of the table: a metric's mean over all prompts or a group's, and its 95% interval."""
+
+    metric: str
+    group: str
+    mean: float | None
+    low: float | None
+    high: float | None
+    prompts: int
+    unit: str
+    higher_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -38,27 +57,33 @@ class Metric:
         by_prompt: One value per prompt; [] for a number of the whole set.
         value: The mean over prompts, or the number of the whole set (without an interval: a Frechet distance is biased
             under resampling).
-        extra: More numbers for results.json.
+        shares: Of each class over all images, for the entropy of classes.
     """
 
     key: str
     kind: Kind = "eval"
     unit: str = ""
     higher_is_better: bool = True
-    by_image: list[float] | None = None
-    by_prompt: list[float] = field(default_factory=list)
-    value: float = math.nan
-    extra: dict[str, Any] = field(default_factory=dict)
+    by_image: list[Number] | None = None
+    by_prompt: list[Number] = field(default_factory=list)
+    value: Number = math.nan
+    shares: dict[str, float] | None = None
 
     @classmethod
-    def of_images(cls, key: str, values: Sequence[float], units: Sequence[Hashable], **more: Any) -> Metric:
+    def of_images(
+        cls, key: str, values: Sequence[float], units: Sequence[Hashable], kind: Kind = "eval", unit: str = "",
+        higher_is_better: bool = True,
+    ) -> Metric:  # fmt: skip
         """A score of single images; ``units`` names each image's prompt."""
-        return cls.of_prompts(key, stats.by_unit(values, units).tolist(), by_image=list(values), **more)
+        by_prompt = stats.by_unit(values, units).tolist()
+        return cls(key, kind, unit, higher_is_better, list(values), by_prompt, stats.mean(by_prompt).value)
 
     @classmethod
-    def of_prompts(cls, key: str, values: Sequence[float], **more: Any) -> Metric:
-        """A value of each prompt's set of images."""
-        return cls(key, by_prompt=list(values), value=stats.mean(values).value, **more)
+    def of_prompts(
+        cls, key: str, values: Sequence[float], unit: str = "", shares: dict[str, float] | None = None
+    ) -> Metric:
+        """The diversity of each prompt's images."""
+        return cls(key, "diversity", unit, by_prompt=list(values), value=stats.mean(values).value, shares=shares)
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,7 @@ class Results:
     groups: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
     step: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folder: Path = Path()
 
@@ -99,7 +124,7 @@ class Results:
         return members
 
     @cached_property
-    def table(self) -> list[dict[str, Any]]:
+    def table(self) -> list[Row]:
         """One row per metric, then per group and metric, with 95% bootstrap intervals over prompts."""
         rows = [_row(metric, metric.by_prompt, "") for metric in self.metrics.values()]
         of_prompts = [group for group, _ in self.members]
@@ -117,9 +142,7 @@ class Results:
         data = {
             "version": __version__, "step": self.step, **self.facts,
             "table": self.table,
-            "metrics": {m.key: {"kind": m.kind, "unit": m.unit, "higher_is_better": m.higher_is_better,
-                                "value": m.value, "by_prompt": m.by_prompt, "by_image": m.by_image} | m.extra
-                        for m in self.metrics.values()},
+            "metrics": {key: asdict(metric) for key, metric in self.metrics.items()},
             "images": [{"file": file, "prompt": prompt, "group": group} for file, prompt, group in
                        zip(self._per_image(self.images), self.prompts, self._per_image(self.groups), strict=True)],
         }  # fmt: skip
@@ -139,16 +162,34 @@ class Results:
         return texts or [""] * len(self.prompts)
 
 
+class _Image(BaseModel):
+    file: str
+    prompt: str
+    group: str
+
+
+class _File(BaseModel):
+    """What :func:`read` takes from results.json."""
+
+    step: int
+    images: list[_Image]
+    metrics: dict[str, dict[str, object]]
+
+
 def read(folder: Path) -> Results | None:
     """Read ``results.json`` of a folder; None where it is missing or damaged."""
-    data = read_json(folder / NAME)
     try:
-        images = data["images"]
-        prompts, names, groups = ([str(image[key]) for image in images] for key in ("prompt", "file", "group"))
-        metrics = {str(key): _metric(str(key), entry, len(images)) for key, entry in data["metrics"].items()}
-        return Results(prompts, metrics, _or_empty(groups), _or_empty(names), int(data["step"]), folder=folder)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        data = _File.model_validate(read_json(folder / NAME))
+        metrics = {
+            key: TypeAdapter(Metric).validate_python({**entry, "key": key}) for key, entry in data.metrics.items()
+        }
+    except ValidationError:
         return None
+    if any(metric.by_image is not None and len(metric.by_image) != len(data.images) for metric in metrics.values()):
+        return None
+    prompts = [image.prompt for image in data.images]
+    groups, names = [image.group for image in data.images], [image.file for image in data.images]
+    return Results(prompts, metrics, _or_empty(groups), _or_empty(names), data.step, folder=folder)
 
 
 def exist(folder: Path) -> bool:
@@ -156,30 +197,16 @@ def exist(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def dumps(data: Any) -> str:
+def dumps(data: object) -> str:
     """JSON that any reader takes: numbers that are not finite become null, and the same data gives the same bytes."""
     return json.dumps(files.finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _metric(key: str, data: dict[str, Any], images: int) -> Metric:
-    by_image, by_prompt, value = data["by_image"], _numbers(data["by_prompt"]), data["value"]
-    if by_image is not None and len(by_image) != images:
-        raise ValueError(f"{key} has {len(by_image)} values for {images} images")
-    return Metric(
-        key, data["kind"], str(data["unit"]), bool(data["higher_is_better"]),
-        None if by_image is None else _numbers(by_image), by_prompt, math.nan if value is None else float(value),
-    )  # fmt: skip
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else float(value) for value in values]
 
 
 def _or_empty(texts: list[str]) -> list[str]:
     return texts if any(texts) else []
 
 
-def _row(metric: Metric, units: Sequence[float], group: str) -> dict[str, Any]:
+def _row(metric: Metric, units: Sequence[float], group: str) -> Row:
     value = stats.mean(units).value if units else metric.value
     interval = stats.bootstrap_interval(units) if units else (math.nan, math.nan)
     mean, low, high = (float(v) if math.isfinite(v) else None for v in (value, *interval))
@@ -189,7 +216,7 @@ def _row(metric: Metric, units: Sequence[float], group: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _markdown(rows: Sequence[dict[str, Any]]) -> str:
+def _markdown(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table; the group column only where there are groups."""
     grouped = any(row["group"] for row in rows)
     lines = [["metric", *(["group"] if grouped else []), "mean", "95% interval", "prompts", "unit"]]

@@ -6,8 +6,8 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import numpy as np
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation import benchmarks, diversity, features, identity, journal
+from rlhf_t2i.evaluation import benchmarks, diversity, features, identity, journal, models
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
-from rlhf_t2i.evaluation.models import Drawing, ImageModel
 from rlhf_t2i.evaluation.results import Metric, Results, dumps
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
@@ -82,8 +81,8 @@ class Evaluation:
         count = settings.images_per_prompt
         self.prompts = [prompt for prompt in found.prompts for _ in range(count)]
         self.groups = [group for group in found.groups for _ in range(count)]
-        self.drawing = Drawing(**{f.name: getattr(settings, f.name) for f in fields(Drawing)}).resolved()
-        self.model: ImageModel = self.drawing.load(self.device, settings.precision)
+        self.drawing = models.resolved(settings.drawing)
+        self.model = models.load(self.drawing, self.device, settings.precision)
         self.versions = identity.versions()
         self.real = images.find(Path(settings.real)) if settings.real else []
         if settings.real and len(self.real) < 2:
@@ -95,8 +94,7 @@ class Evaluation:
         """Refuse a folder whose images are of other content; say where package versions have changed since."""
         settings = self.settings
         height, width = self.model.store.size
-        self.drawn = asdict(self.drawing) | {
-            "student": None if self.drawing.student is None else self.drawing.student.model_dump(),
+        self.drawn = self.drawing.model_dump() | {
             "height": height, "width": width,
             "model": identity.of_model(self.drawing.model), "base": identity.of_model(str(self.drawing.base)),
             "vae": None if self.drawing.vae is None else identity.of_model(self.drawing.vae),
@@ -216,7 +214,7 @@ class Evaluation:
         unit = f"squared Frechet distance, {extractor.name}; {len(self.prompts)} against {len(paths)} real images"
         return [Metric(key, "set", unit, higher_is_better=False, value=value)]
 
-    def _tell_versions(self, what: str, then: dict[str, str]) -> None:
+    def _tell_versions(self, what: str, then: Mapping[str, str]) -> None:
         changed = [f"{name} {old} (now {self.versions.get(name)})" for name, old in then.items()
                    if old != self.versions.get(name)]  # fmt: skip
         if changed:
@@ -232,17 +230,11 @@ class Evaluation:
 
 def _diversity(work: Evaluation) -> list[Metric]:
     name, count, own = work.extractor.name, work.settings.images_per_prompt, work.own_features(work.extractor)
-    distance, vendi = (
-        diversity.within(work.units, own, measure) for measure in (diversity.cosine_distance, diversity.vendi_score)
-    )
-    return [
-        Metric.of_prompts(
-            "pairwise_distance", distance, kind="diversity", unit=f"mean cosine distance within a prompt, {name}"
-        ),
-        Metric.of_prompts(
-            "vendi", vendi, kind="diversity", unit=f"Vendi score within a prompt, 1 to {count}, {name}"
-        ),
-    ]  # fmt: skip
+    measures = [
+        ("pairwise_distance", diversity.cosine_distance, f"mean cosine distance within a prompt, {name}"),
+        ("vendi", diversity.vendi_score, f"Vendi score within a prompt, 1 to {count}, {name}"),
+    ]
+    return [Metric.of_prompts(key, diversity.within(work.units, own, measure), unit) for key, measure, unit in measures]
 
 
 def _class_entropy(work: Evaluation) -> list[Metric]:

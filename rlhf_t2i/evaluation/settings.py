@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,26 +18,33 @@ SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")
 """Metrics of sets of images; every other name is a reward plugin."""
 
 
-class Settings(BaseModel):
-    """One evaluation."""
+class Drawing(BaseModel):
+    """How a model is drawn."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str
+    model: str = Field(description="a run's folder, a diffusers folder, a hub id, or a network alone (with base)")
     base: str | None = Field(
         None, description="pipeline that lends text encoders and VAE when model is a network alone"
     )
     vae: str | None = Field(None, description="another VAE for decoding")
+    student: StudentSettings | None = Field(
+        None, description="draws a one- or few-step generator with these steps; those of an exported model when absent"
+    )
+    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps of a many-step model; 50 when absent")
+    guidance: float = Field(7.5, ge=0, le=1000, allow_inf_nan=False, description="of a many-step model")
+    height: int | None = Field(None, ge=8, le=8192, description="pixels; the model's own when absent")
+    width: int | None = Field(None, ge=8, le=8192, description="pixels; the model's own when absent")
+
+
+class Settings(Drawing):
+    """One evaluation."""
+
     prompts: str = Field(description="a file, a benchmark (parti, hpsv2, coco) as name or name:path, or a zoo's name")
     column: str = "prompt"
     limit: int | None = Field(None, ge=1, description="only the first prompts")
     images_per_prompt: int = Field(1, ge=1, le=10_000)
     seed: int = Field(0, ge=0, le=2**62)
-    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps of a many-step model; 50 when absent")
-    guidance: float = Field(7.5, ge=0, le=1000, allow_inf_nan=False, description="of a many-step model")
-    student: StudentSettings | None = Field(None, description="draws a one- or few-step generator with these steps")
-    height: int | None = Field(None, ge=8, le=8192, description="pixels; the model's own when absent")
-    width: int | None = Field(None, ge=8, le=8192, description="pixels; the model's own when absent")
     batch_size: int = Field(16, ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = "fp32"
     metrics: list[str] = Field(
@@ -47,6 +55,11 @@ class Settings(BaseModel):
     real: str | None = Field(None, description="folder of real images, for fid and frechet_clip")
     inception: str | None = Field(None, description="Inception weights file, for fid")
     classes: str | None = Field(None, description="labels 'a|b|c' or a probe's JSON, for class_entropy")
+
+    @property
+    def drawing(self) -> Drawing:
+        """How the model is drawn."""
+        return Drawing.model_validate(self.model_dump(include=set(Drawing.model_fields)))
 
     @property
     def named(self) -> dict[str, str]:
@@ -87,16 +100,23 @@ def check(settings: Settings) -> None:
         raise UsageError("--steps is for a many-step model, --timesteps for a few-step generator: not both")
 
 
-def build(values: dict[str, Any]) -> Settings:
+def build(
+    values: Mapping[str, object], place: str | Callable[[mistakes.KeyPath], str] = "evaluation", noun: str = "key"
+) -> Settings:
     """Validate values into settings.
 
+    Args:
+        values: By field.
+        place: Where they were given, or a function that tells it for a field, for error messages.
+        noun: What a field is called there.
+
     Raises:
-        UsageError: One sentence naming the option.
+        UsageError: One sentence naming the field.
     """
     try:
-        settings = Settings(**values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise mistakes.explain(error, Settings, "evaluation") from None
+        raise mistakes.explain(error, Settings, values, place, noun) from None
     check(settings)
     return settings
 

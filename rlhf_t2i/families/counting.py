@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rlhf_t2i.families import layouts
 from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.families.recomputing import checkpoint_layers
 
@@ -143,7 +144,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
-        result = func(*args, **(kwargs or {}))
+        result = layouts.run(func, args, kwargs or {})
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         for made in (result,) if isinstance(result, Tensor) else tree_leaves(result):

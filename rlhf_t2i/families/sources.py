@@ -137,12 +137,21 @@ def read_json(source: ModelRef, file: str) -> Config:
     """
     path = Path(source.location) / file if source.is_local else _hub_json(source, file)
     if not path.is_file():
-        raise UsageError(f"{source.location} has no {file}: it is not the folder of a diffusers model")
+        raise UsageError(f"{source.location} has no {file}: {_instead(Path(source.location))}")
     data = inputs.read_json(path, "configuration")
     if not isinstance(data, dict):
         raise UsageError(f"{path} is damaged: not a JSON object")
     _check_depths(data, path)
     return data
+
+
+def _instead(folder: Path) -> str:
+    """What a folder that is no model is."""
+    if (folder / "model" / "model_index.json").is_file():
+        return f"it is a run's folder: give {folder / 'model'}"
+    if (folder / "recipe.yaml").is_file():
+        return "it is a run that has not finished, so it has no model yet: resume it first"
+    return "it is not the folder of a diffusers model"
 
 
 def _check_depths(value: object, path: Path, key: str = "") -> None:

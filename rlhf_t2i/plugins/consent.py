@@ -105,6 +105,7 @@ def _allowed(kind: str) -> set[str]:
     unknown = next((key for key in data if key not in VARIABLES), None)
     if unknown is not None:
         raise UsageError(f"{path}: unknown key {unknown!r}; {mistakes.hint(str(unknown), VARIABLES)}")
+    names = {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise UsageError(f"{path}: {kind} must be a list of names")
-    return {*given, *listed}
+    return {*given, *names}

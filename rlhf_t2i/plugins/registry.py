@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Final, Literal, overload
@@ -114,13 +114,19 @@ def _from_file(name: str, kind: str) -> object:
     return getattr(module, attribute)
 
 
-def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Mapping[str, object]) -> Options:
+def parse_options(
+    cls: type[Reward] | type[Divergence],
+    place: str,
+    options: Mapping[str, object],
+    where: Callable[[mistakes.KeyPath], str] | None = None,
+) -> Options:
     """Validate a plugin's options against its pydantic model.
 
     Args:
         cls: The plugin's class.
         place: Names the plugin in the error: ``reward 'pickscore'``.
         options: As in a recipe.
+        where: The place of an option in a recipe: ``recipe.yaml, line 7``.
 
     Raises:
         UsageError: One sentence naming the plugin and the option, or a class without a usable ``Options``.
@@ -135,7 +141,8 @@ def parse_options(cls: type[Reward] | type[Divergence], place: str, options: Map
     except UsageError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        raise mistakes.explain(error.__cause__, cls.Options, place, "option") from None
+        explained = place if where is None else lambda key: f"{where(key)}: {place}"
+        raise mistakes.explain(error.__cause__, cls.Options, options, explained, "option") from None
 
 
 def divergence(name: str, /, **options: object) -> Divergence:

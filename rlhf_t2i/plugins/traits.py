@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import guard, registry
 from rlhf_t2i.plugins.base import Footprint, LatentReward, Options, Reward
-from rlhf_t2i.recipe.schema import Algorithm, Recipe, RewardChoice
+from rlhf_t2i.recipe.mistakes import KeyPath
+from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 
 _CACHED = 64
 
@@ -131,33 +134,51 @@ def resolve(recipe: Recipe) -> Traits:
     if key not in _resolved:
         while len(_resolved) >= _CACHED:
             _resolved.pop(next(iter(_resolved)))
-        _resolved[key] = _resolve(recipe.algorithm)
+        _resolved[key] = _resolve(recipe)
     return _resolved[key]
 
 
-def _resolve(algorithm: Algorithm) -> Traits:
+def _resolve(recipe: Recipe) -> Traits:
+    algorithm, section = recipe.algorithm, ("algorithm", "divergence")
     choice = algorithm.divergence
-    cls = registry.load_class(registry.DIVERGENCES, choice.name)
-    registry.parse_options(cls, f"algorithm.divergence: divergence {choice.name!r}", choice.options)
-    rewards = [_reward(choice, f"algorithm.rewards.{i}", True) for i, choice in enumerate(algorithm.rewards)]
+    with _at(recipe, (*section, "name")):
+        cls = registry.load_class(registry.DIVERGENCES, choice.name)
+    place = f"algorithm.divergence: divergence {choice.name!r}"
+    registry.parse_options(cls, place, choice.options, lambda key: recipe.where((*section, "options", *key)))
+    rewards = [_reward(recipe, choice, ("algorithm", "rewards", i)) for i, choice in enumerate(algorithm.rewards)]
     rewards += [
-        _reward(choice, f"algorithm.eval_rewards.{i}", False) for i, choice in enumerate(algorithm.eval_rewards)
+        _reward(recipe, choice, ("algorithm", "eval_rewards", i)) for i, choice in enumerate(algorithm.eval_rewards)
     ]
     return Traits(DivergenceTraits(choice.name, cls.needs_vjp, cls.order), tuple(rewards))
 
 
-def _reward(choice: RewardChoice, key: str, trains: bool) -> RewardTraits:
-    cls = registry.load_class(registry.REWARDS, choice.name)
-    options = registry.parse_options(cls, f"{key}: reward {choice.name!r}", choice.options)
-    if trains and not cls.differentiable:
-        raise UsageError(
-            f"algorithm.rewards: {choice.name!r} has no gradient, so it cannot train: move it to eval_rewards"
-        )
-    if issubclass(cls, LatentReward) and not trains:
-        raise UsageError(
-            f"algorithm.eval_rewards: {choice.name!r} is computed on latents beside the learner: "
-            "it can train, but not be measured here"
-        )
+@contextmanager
+def _at(recipe: Recipe, key: KeyPath) -> Iterator[None]:
+    """Begin an error message in the block with the place of a key in the recipe."""
+    try:
+        yield
+    except UsageError as error:
+        error.args = (f"{recipe.where(key)}: {error}",)
+        raise
+
+
+def _reward(recipe: Recipe, choice: RewardChoice, section: KeyPath) -> RewardTraits:
+    key, trains = ".".join(map(str, section)), section[1] == "rewards"
+    with _at(recipe, (*section, "name")):
+        cls = registry.load_class(registry.REWARDS, choice.name)
+        if trains and not cls.differentiable:
+            raise UsageError(
+                f"algorithm.rewards: {choice.name!r} has no gradient, so it cannot train: move it to eval_rewards"
+            )
+        if issubclass(cls, LatentReward) and not trains:
+            raise UsageError(
+                f"algorithm.eval_rewards: {choice.name!r} is computed on latents beside the learner: "
+                "it can train, but not be measured here"
+            )
+    place = f"{key}: reward {choice.name!r}"
+    options = registry.parse_options(
+        cls, place, choice.options, lambda name: recipe.where((*section, "options", *name))
+    )
     with guard.building(f"{key}: reward {choice.name!r}: its unit cannot be told", cls):
         unit = cls.unit_of(options)
     return RewardTraits(choice.key, choice.name, trains, unit, options, cls)

@@ -1,12 +1,12 @@
-"""Read a recipe: YAML, ``--set`` overrides, and where each key comes from."""
+"""Read a recipe: YAML, overrides of its keys, and where each key comes from."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -16,19 +16,20 @@ from rlhf_t2i.recipe import mistakes
 from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, inputs
+from rlhf_t2i.utils.inputs import Json, JsonObject
 
 _MAX_VALUES = 100_000
-
-
+_RELATIVE = ("./", "../", "~/")
+_PREFIX = re.compile(r"[\w-]+[:=](?=\.\.?/|~/)")
 _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: ``yes`` and ``1:30`` are text, ``1e-6`` is a number. Duplicate keys are refused."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != f"{_TAG}merge":
@@ -56,7 +57,44 @@ for _name, (_pattern, _first) in _SCALARS.items():
 class _Dumper(yaml.SafeDumper):
     """Quotes what :class:`_Loader` would read as another type."""
 
-    yaml_implicit_resolvers: dict[str, Any] = _Loader.yaml_implicit_resolvers
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value for a key, from the command line or from Python.
+
+    Attributes:
+        key: Dotted; with ``+`` at its end the value is added to a list.
+        value: The value.
+        place: Where it was given, for error messages: ``--set a.b=c``.
+    """
+
+    key: str
+    value: Json
+    place: str
+
+    @classmethod
+    def parse(
+        cls, text: str, option: str = "--set", form: str = "key.subkey=value, or key+=value to add to a list"
+    ) -> Override:
+        """Read an option's argument ``key=value``, the value in YAML.
+
+        Raises:
+            UsageError: It is not of that form.
+        """
+        key, equals, value = text.partition("=")
+        place = f"{option} {mistakes.shown(text)}"
+        if not equals or not all(key.strip().removesuffix("+").split(".")):
+            raise UsageError(f"{place}: write it as {form}")
+        return cls(key.strip(), parse_value(value, place), place)
+
+    @property
+    def path(self) -> KeyPath:
+        """The key in parts; whole numbers are indices."""
+        parts = self.key.removesuffix("+").split(".")
+        # isdigit() also accepts digits that int() does not; an index of more digits has no entry anyway.
+        return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in parts)
 
 
 class RecipeFile:
@@ -69,26 +107,37 @@ class RecipeFile:
         self.values = 0
 
     def where(self, key: KeyPath) -> str:
-        """``recipe.yaml, line 7`` for a key, or ``--set a.b=c`` where an override gave it."""
-        for length in range(len(key), -1, -1):
+        """``recipe.yaml, line 7`` for a key, or the place of the override that gave it or a part of it."""
+        for length in range(len(key), 0, -1):
             prefix = key[:length]
             if prefix in self.overrides:
-                return f"--set {mistakes.shown(self.overrides[prefix])}"
+                return self.overrides[prefix]
+            inside = [place for other, place in self.overrides.items() if other[:length] == prefix]
+            if inside and (prefix == key or prefix not in self.lines):
+                return inside[-1]
             if prefix in self.lines:
                 return f"{self.path}, line {self.lines[prefix]}"
         return str(self.path)
+
+    def replace(self, key: KeyPath, place: str) -> None:
+        """Forget where a key and everything below it was given before an override."""
+        for known in (self.lines, self.overrides):
+            for other in [other for other in known if other[: len(key)] == key]:
+                del known[other]
+        self.overrides[key] = place
 
     def error(self, key: KeyPath, message: str) -> UsageError:
         """A sentence that begins with the key's place."""
         return UsageError(f"{self.where(key)}: {message}")
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str | Override] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
         path: The YAML file. Relative paths inside are relative to its folder.
-        overrides: ``a.b=c`` settings, c in YAML; relative paths in them are relative to the working directory.
+        overrides: Values by key, or texts ``a.b=c`` of ``--set``, c in YAML; relative paths in them are relative to
+            the working directory.
 
     Raises:
         UsageError: One sentence naming the file, the line, the key and the nearest valid key.
@@ -99,7 +148,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return build(data, overrides, source)
 
 
-def build(data: Mapping[str, object], overrides: Sequence[str] = (), source: RecipeFile | None = None) -> Recipe:
+def build(
+    data: Mapping[str, Json], overrides: Sequence[str | Override] = (), source: RecipeFile | None = None
+) -> Recipe:
     """Validate a recipe's keys.
 
     Args:
@@ -111,13 +162,16 @@ def build(data: Mapping[str, object], overrides: Sequence[str] = (), source: Rec
         UsageError: One sentence naming the key, its place and the nearest valid key.
     """
     source = source or RecipeFile(Path("recipe"))
-    keys: dict[str, Any] = _resolve_paths(dict(data), source.path.resolve().parent)
+    folder = source.path.resolve().parent
+    keys = {name: resolve_paths(value, folder, (name,)) for name, value in data.items()}
     for override in overrides:
-        _apply_override(keys, override, source)
+        _apply(keys, Override.parse(override) if isinstance(override, str) else override, source)
     try:
-        return Recipe.model_validate(keys)
+        recipe = Recipe.model_validate(keys)
     except ValidationError as error:
-        raise mistakes.explain(error, Recipe, source.where) from None
+        raise mistakes.explain(error, Recipe, keys, source.where) from None
+    recipe._where = source.where
+    return recipe
 
 
 def dump(recipe: Recipe) -> str:
@@ -125,7 +179,7 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def read(path: str | Path, noun: str = "recipe") -> tuple[dict[str, Any], RecipeFile]:
+def read(path: str | Path, noun: str = "recipe") -> tuple[JsonObject, RecipeFile]:
     """Read a YAML file whose keys are to be validated: its data, and the place of every key.
 
     Args:
@@ -151,7 +205,7 @@ def read(path: str | Path, noun: str = "recipe") -> tuple[dict[str, Any], Recipe
     return data, source
 
 
-def parse_value(text: str, place: str) -> Any:
+def parse_value(text: str, place: str) -> Json:
     """Read a YAML value that comes from elsewhere than a recipe.
 
     Args:
@@ -167,12 +221,13 @@ def parse_value(text: str, place: str) -> Any:
         raise UsageError(f"{place}: the value is not valid YAML") from None
 
 
-def _parse(text: str, source: RecipeFile) -> Any:
+def _parse(text: str, source: RecipeFile) -> Json:
     """The data of a YAML text, counted before anything is built: merged anchors expand while it is built."""
     node = yaml.compose(text, Loader=_Loader)
     if node is not None:
         _collect_lines(node, (), source, set())
-    return yaml.load(text, Loader=_Loader)
+    value: Json = yaml.load(text, Loader=_Loader)
+    return value
 
 
 def _collect_lines(node: yaml.Node, key: KeyPath, source: RecipeFile, above: set[int]) -> None:
@@ -212,65 +267,77 @@ def _check_tag(node: yaml.Node, key: KeyPath, source: RecipeFile) -> None:
         raise source.error(key, f"not valid YAML for a recipe: {mistakes.shown(f'{value} with the tag {node.tag}')}")
 
 
-def _apply_override(data: dict[str, Any], override: str, source: RecipeFile) -> None:
-    name, equals, text = override.partition("=")
-    place = f"--set {mistakes.shown(override)}"
-    name, append = name.removesuffix("+"), name.endswith("+")
-    if not equals or not name or any(not part for part in name.split(".")):
-        raise UsageError(f"{place}: write it as key.subkey=value, or key+=value to add to a list")
-    value = parse_value(text, place)
-    # isdigit() also accepts digits that int() does not; an index of more digits has no entry anyway.
-    parts: list[str | int] = [int(p) if re.fullmatch("[0-9]{1,9}", p) else p for p in name.split(".")]
-    value = _resolve_paths(value, Path.cwd(), tuple(parts))
-    target: Any = data
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(target, list):
-            if not isinstance(part, int) or part >= len(target):
-                add = f"{'.'.join(map(str, parts[:depth]))}+=... adds one"
-                raise UsageError(
-                    f"{place}: {mistakes.shown(repr(part))} is not one of the {len(target)} entries "
-                    f"(0 is the first; {mistakes.shown(add)})"
-                )
-        elif isinstance(target, dict):
-            part = str(part)
-            if not last and not isinstance(target.get(part), dict | list):
-                target[part] = {}
-        else:
-            raise UsageError(f"{place}: {mistakes.shown('.'.join(map(str, parts[:depth])))} holds no keys")
-        if not last:
-            target = target[part]
-        elif append:
-            _append(target, part, value, tuple(parts), override, source)
-        else:
-            target[part] = value
-            source.overrides[tuple(parts)] = override
+def _apply(data: JsonObject, override: Override, source: RecipeFile) -> None:
+    """Put an override's value into the data."""
+    path, place = override.path, override.place
+    value = resolve_paths(override.value, Path.cwd(), path)
+    target: Json = data
+    for depth, part in enumerate(path[:-1]):
+        target = _inside(target, part, path[:depth], place)
+    if isinstance(target, dict):
+        name = str(path[-1])
+        target[name] = _changed(target.get(name), value, override, source)
+    else:
+        entries, index = _entry(target, path[-1], path[:-1], place)
+        entries[index] = _changed(entries[index], value, override, source)
 
 
-def _append(target: Any, part: Any, value: Any, key: KeyPath, override: str, source: RecipeFile) -> None:
-    """Add a value, or the values of a list, to the list at ``target[part]`` or to the schema's default."""
-    here = target[part] if isinstance(target, list) else target.get(part, mistakes.default(Recipe, key) or [])
+def _inside(target: Json, part: str | int, above: KeyPath, place: str) -> Json:
+    """What is at a part of a key; an empty section is made where there is nothing to go into."""
+    if isinstance(target, dict):
+        found = target.get(str(part))
+        if not isinstance(found, dict | list):
+            found = target[str(part)] = {}
+        return found
+    entries, index = _entry(target, part, above, place)
+    return entries[index]
+
+
+def _entry(target: Json, part: str | int, above: KeyPath, place: str) -> tuple[list[Json], int]:
+    """A list and the index of one of its entries."""
+    name = ".".join(map(str, above))
+    if not isinstance(target, list):
+        raise UsageError(f"{place}: {mistakes.shown(name)} holds no keys")
+    if not isinstance(part, int) or part >= len(target):
+        raise UsageError(
+            f"{place}: {mistakes.shown(repr(part))} is not one of the {len(target)} entries "
+            f"(0 is the first; {mistakes.shown(f'{name}+=... adds one')})"
+        )
+    return target, part
+
+
+def _changed(before: Json, value: Json, override: Override, source: RecipeFile) -> Json:
+    """The value; or the list that was there, or is the schema's default, with the value or values added."""
+    path = override.path
+    if not override.key.endswith("+"):
+        source.replace(path, override.place)
+        return value
+    here = before if before is not None else mistakes.default(Recipe, path) or []
     if not isinstance(here, list):
-        raise UsageError(f"--set {mistakes.shown(override)}: {'.'.join(map(str, key))} is not a list")
+        raise UsageError(f"{override.place}: {'.'.join(map(str, path))} is not a list")
     added = value if isinstance(value, list) else [value]
     for index in range(len(here), len(here) + len(added)):
-        source.overrides[(*key, index)] = override
-    target[part] = [*here, *added]
+        source.overrides[(*path, index)] = override.place
+    return [*here, *added]
 
 
-def _resolve_paths(value: Any, folder: Path, key: KeyPath = ()) -> Any:
+def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
     """The value with its paths absolute.
 
-    A path is a string that starts with ./, ../ or ~/; ``models.embeddings`` and the files under ``data``; and a model
-    that exists relative to the folder (otherwise it is a hub id).
+    A path is a string that starts with ./, ../ or ~/, also behind a benchmark's name (``parti:./prompts.tsv``) or a
+    label (``mine=./score.py:Mine``); ``models.embeddings`` and the files under ``data``; and a model that exists
+    relative to the folder (otherwise it is a hub id).
     """
     if isinstance(value, dict):
-        return {name: _resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
+        return {name: resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
     if isinstance(value, list):
-        return [_resolve_paths(child, folder, (*key, index)) for index, child in enumerate(value)]
+        return [resolve_paths(child, folder, (*key, index)) for index, child in enumerate(value)]
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
         return value
-    explicit = value.startswith(("./", "../", "~/"))
+    prefix = _PREFIX.match(value)
+    if prefix is not None:
+        return f"{prefix[0]}{files.absolute(value.removeprefix(prefix[0]), folder)}"
+    explicit = value.startswith(_RELATIVE)
     file = key in (("data", "prompts"), ("data", "held_out"), ("models", "embeddings"))
     model = key[:1] == ("models",) or key[-1:] == ("model",)
     if explicit or file or (model and (value.startswith("~") or os.path.exists(folder / value))):  # noqa: PTH110

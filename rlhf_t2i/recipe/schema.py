@@ -5,11 +5,13 @@ Nothing here imports torch, so that a refused recipe answers at once.
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 ROLES = ("learner", "generator", "assistant", "reference", "reward")
 
@@ -24,8 +26,15 @@ def _no_control(text: str) -> str:
     return text
 
 
+def _commit(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{40}", text):
+        raise ValueError("must be a commit hash, 40 digits of 0-9 and a-f")
+    return text
+
+
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_no_control)]
 PathOrId = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_control)]
+Commit = Annotated[str, AfterValidator(_commit)]
 Timestep = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 Pixels = Annotated[int, Field(ge=8, le=8192)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
@@ -86,8 +95,8 @@ class StudentSettings(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _count(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("timesteps"), list):
+    def _count(cls, value: object) -> object:
+        if isinstance(value, dict) and isinstance(value.get("timesteps"), list) and value["timesteps"]:
             return {"steps": len(value["timesteps"]), **value}
         return value
 
@@ -99,7 +108,7 @@ class StudentSettings(Section):
         if any(a <= b for a, b in pairwise(taus)):
             raise ValueError(f"timesteps must fall from step to step, not {taus}")
         if self.steps != len(taus):
-            raise ValueError(f"steps is {self.steps} but there are {len(taus)} timesteps: leave steps out")
+            raise ValueError(f"steps is {self.steps} but timesteps has {len(taus)}: leave steps out")
         return self
 
 
@@ -320,7 +329,7 @@ class Placement(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, value: Any) -> Any:
+    def _short_form(cls, value: object) -> object:
         return {"mode": value} if isinstance(value, str) else value
 
 
@@ -374,7 +383,18 @@ class Recipe(Section):
     logging: Logging = Logging()
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
-    revisions: dict[Name, Annotated[str, Field(pattern="^[0-9a-f]{40}$")]] = Field(
+    revisions: dict[Name, Commit] = Field(
         default_factory=dict,
         description="commit hashes of hub models by org/name or org/name@branch; a run adds those it uses",
     )
+    _where: Callable[[tuple[str | int, ...]], str] | None = PrivateAttr(None)
+
+    def where(self, key: tuple[str | int, ...]) -> str:
+        """Where a key was given, for error messages: ``recipe.yaml, line 7``."""
+        return "recipe" if self._where is None else self._where(key)
+
+    def __eq__(self, other: object) -> bool:
+        """Recipes are equal by their values, wherever they were given."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]  # its lists and mappings have none

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, StudentSettings
 from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
 from rlhf_t2i.utils.quiet import quietly
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 PROMPT = "a red apple on a wooden table"
 _STEPS, _GUIDANCE, _SEED = 3, 3.0, 5
@@ -68,6 +71,7 @@ def check_family(
         ("checkpointing", checker.checkpointing),
     ]
     with quietly():
+        checker.load()
         return run_checks(checks)
 
 
@@ -75,7 +79,7 @@ def check_family(
 class _Call:
     """One call of the network: its arguments by name, and its raw output."""
 
-    arguments: dict[str, Any]
+    arguments: Mapping[str, object]
     output: Tensor
 
 
@@ -91,14 +95,14 @@ class _Recording:
 class _Recorder(nn.Module):
     """Stands in for a network: keeps the arguments it is called with and returns a given output."""
 
-    def __init__(self, forward: Callable[..., Any], output: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, output: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self._signature, self._output = inspect.signature(forward), output
+        self._signature, self._output = inspect.signature(network.forward), output
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype))
-        self.arguments: dict[str, Any] = {}
+        self.arguments: Mapping[str, object] = {}
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        self.arguments = dict(self._signature.bind(*args, **kwargs).arguments)
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor]:
+        self.arguments = self._signature.bind(*args, **kwargs).arguments
         return (self._output,)
 
 
@@ -106,8 +110,14 @@ class _Checker:
     def __init__(self, store: ModelStore) -> None:
         self.store = store
 
+    def load(self) -> None:
+        """Read all weights: damaged ones are refused, instead of failing every check."""
+        _ = self.own_network, self.store.decoder, self.store.conditioner
+        with suppress(CheckSkipped):
+            _ = self.pipeline
+
     @cached_property
-    def pipeline(self) -> Any:
+    def pipeline(self) -> DiffusionPipeline:
         """The pipeline of the reference, with a scheduler whose last step lands on the guided x0."""
         import diffusers
 
@@ -121,14 +131,14 @@ class _Checker:
             pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
         return pipeline.to(self.store.device)
 
-    def _load(self, source: ModelRef) -> Any:
+    def _load(self, source: ModelRef) -> DiffusionPipeline:
         family = self.store.family
         if type(family).load_pipeline is Family.load_pipeline:
             raise CheckSkipped(f"the family {family.name} has no pipeline to compare with")
         return family.load_pipeline(source, torch.float32)
 
     @cached_property
-    def network(self) -> Any:
+    def network(self) -> nn.Module:
         return getattr(self.pipeline, self.store.family.network_part)
 
     @cached_property
@@ -139,25 +149,23 @@ class _Checker:
     @cached_property
     def recording(self) -> _Recording:
         """Three guided steps of the pipeline."""
-        found, forward, step = _Recording(), self.network.forward, self.pipeline.scheduler.step
+        found, signature = _Recording(), inspect.signature(self.network.forward)
 
-        def record(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            output = result[0] if isinstance(result, tuple) else result.sample
-            found.calls.append(_Call(dict(inspect.signature(forward).bind(*args, **kwargs).arguments), output))
-            return result
+        def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Sequence[Tensor]) -> None:
+            found.calls.append(_Call(signature.bind(*args, **kwargs).arguments, output[0]))
 
-        def record_step(*args: Any, **kwargs: Any) -> Any:
-            result = functools.wraps(step)(lambda: step(*args, **kwargs))()
-            found.latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        def record_step(result: Sequence[Tensor]) -> Sequence[Tensor]:
+            found.latents = result[0]
             return result
 
         height, width = self.store.size
-        with _replaced(self.network, "forward", record), _replaced(self.pipeline.scheduler, "step", record_step):
+        hook = self.network.register_forward_hook(record, with_kwargs=True)
+        with _stepping(self.pipeline.scheduler, record_step):
             found.image = self.pipeline(
                 prompt=PROMPT, num_inference_steps=_STEPS, height=height, width=width, generator=_generator(),
                 output_type="pt", **self.store.family.guided_call(_STEPS, _GUIDANCE),
             ).images  # fmt: skip
+        hook.remove()
         return found
 
     def family(self) -> str:
@@ -233,7 +241,7 @@ class _Checker:
         encoder = self.store.conditioner
         parts = {"with": lambda: encoder.encode([PROMPT]), "without": lambda: encoder.unconditional(1)}
         x_t, t = self._state(call)
-        recorder = _Recorder(self.network.forward, call.output, x_t.dtype)
+        recorder = _Recorder(self.network, call.output, x_t.dtype)
         raw = self.store.predict(recorder, x_t, t, Conditioning.cat([parts[name]() for name in branches]))
         return _difference(call.arguments, recorder.arguments, "the network's arguments"), raw
 
@@ -244,7 +252,7 @@ class _Checker:
     def exported(self, steps: int) -> str:
         """A plain pipeline call on the exported folder draws what the student draws."""
         store = ModelStore(self.store.models, StudentSettings(steps=steps), self.store.device)
-        network: Any = self.network.eval()
+        network = self.network.eval()
         with torch.no_grad():
             ours = self.store.decoder.decode(store.generate(network, [PROMPT], store.sequential_noise([_generator()])))
         with TemporaryDirectory() as folder:
@@ -252,7 +260,7 @@ class _Checker:
             pipeline = self._load(sources.parse(str(Path(folder) / "model")))
             height, width = store.size
             generator = _generator()
-            with _replaced(pipeline.scheduler, "step", _with_generator(pipeline.scheduler.step, generator)):
+            with _stepping(pipeline.scheduler, lambda result: result, generator):
                 theirs = pipeline.to(store.device)(
                     prompt=PROMPT, num_inference_steps=steps, generator=generator, output_type="pt", height=height,
                     width=width, **store.family.plain_call(steps),
@@ -326,24 +334,25 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(_SEED)
 
 
-def _with_generator(step: Callable[..., Any], generator: torch.Generator) -> Callable[..., Any]:
-    """A scheduler's step with the image's generator, which not every pipeline passes on."""
-    takes = "generator" in inspect.signature(step).parameters
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return step(*args, **(kwargs | ({"generator": generator} if takes else {})))
-
-    return functools.wraps(step)(call)
-
-
 @contextmanager
-def _replaced(target: Any, name: str, value: Any) -> Any:
-    before = getattr(target, name)
-    setattr(target, name, value)
+def _stepping(
+    scheduler: SchedulerMixin,
+    after: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    generator: torch.Generator | None = None,
+) -> Iterator[None]:
+    """Show ``after`` what a scheduler's steps return, and give them the image's generator: not every pipeline does."""
+    step = scheduler.step
+    more = {"generator": generator} if generator and "generator" in inspect.signature(step).parameters else {}
+
+    @functools.wraps(step)  # pipelines read its signature
+    def replaced(*args: object, **kwargs: object) -> Sequence[Tensor]:
+        return after(step(*args, **(kwargs | more)))
+
+    scheduler.step = replaced
     try:
         yield
     finally:
-        setattr(target, name, before)
+        scheduler.step = step
 
 
 def _double(cond: Conditioning) -> Conditioning:
@@ -360,13 +369,13 @@ def _close(found: Tensor, expected: Tensor, what: str, tolerance: float = _TOLER
     return f"within {difference:.1g} of {what}"
 
 
-def _difference(theirs: Any, ours: Any, place: str) -> float:
+def _difference(theirs: object, ours: object, place: str) -> float:
     """The largest difference between two sets of arguments; what one lacks must be None in the other.
 
     Raises:
         CheckFailed: They differ in structure.
     """
-    if isinstance(theirs, dict) and isinstance(ours, dict):
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         ignored = (
             "return_dict", "attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs", "timestep_cond",
         )  # fmt: skip
@@ -378,11 +387,7 @@ def _difference(theirs: Any, ours: Any, place: str) -> float:
         a, b = theirs.detach().double().cpu(), ours.detach().double().cpu()
         if a.numel() != b.numel() and 1 not in (a.numel(), b.numel()):
             raise CheckFailed(f"{place} has shape {list(ours.shape)}, the pipeline's {list(theirs.shape)}")
-        return (
-            float((a - b).abs().max())
-            if a.numel() == 1 or b.numel() == 1
-            else float((a - b.reshape(a.shape)).abs().max())
-        )
+        return float((a - (b if 1 in (a.numel(), b.numel()) else b.reshape(a.shape))).abs().max())
     if theirs is None and ours is None:
         return 0.0
     if isinstance(theirs, int | float) and isinstance(ours, int | float):

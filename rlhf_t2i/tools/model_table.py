@@ -5,45 +5,38 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.results import Results, dumps, markdown_table
-from rlhf_t2i.evaluation.settings import Settings
+from rlhf_t2i.evaluation.settings import Drawing, Settings
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import mistakes, reading
-from rlhf_t2i.recipe.schema import Section, StudentSettings
-from rlhf_t2i.tools.ablation.schema import absolute
+from rlhf_t2i.recipe.schema import Section
+from rlhf_t2i.tools.ablation.schema import RowName
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
 from rlhf_t2i.utils.quiet import quietly
 
+if TYPE_CHECKING:
+    from rlhf_t2i.evaluation.run import Progress
+
 _TEN = 10  # published times are per ten images
-_DECIDED_BY_ROWS = ("model", "base", "vae", "steps", "guidance", "student", "height", "width")
 _FILES = ("table.md", "table.json")
-Progress = Callable[[str, int, int], None]
 
 
-class Row(Section):
+class Row(Drawing):
     """One model: how it is drawn, and what was published of it."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,79}$")]
+    name: RowName
     label: str
-    model: str
-    base: str | None = None
-    vae: str | None = None
-    steps: int | None = None
-    guidance: float = 7.5
-    student: StudentSettings | None = None
-    height: int | None = None
-    width: int | None = None
     paper: dict[str, float] = Field(default_factory=dict, description="published figures by metric")
     paper_seconds: float | None = Field(None, description="published seconds per ten images")
     paper_gb: float | None = Field(None, description="published peak memory, in 10^9 bytes")
@@ -71,7 +64,7 @@ class ModelTable(Section):
         written = next((name for name in names if name in _FILES), None)
         if written:
             raise ValueError(f"no row can be called {written!r}: a file of the table is")
-        taken = next((key for key in _DECIDED_BY_ROWS if key in self.evaluation), None)
+        taken = next((key for key in Drawing.model_fields if key in self.evaluation), None)
         if taken:
             raise ValueError(f"evaluation: {taken!r} comes from the rows; remove it")
         return self
@@ -104,13 +97,13 @@ def load(path: str | Path, limit: int | None = None) -> tuple[ModelTable, dict[s
     """
     data, source = reading.read(path)
     try:
-        table = ModelTable.model_validate(absolute(data, source.path.resolve().parent))
+        table = ModelTable.model_validate(reading.resolve_paths(data, source.path.resolve().parent))
     except ValidationError as error:
-        raise mistakes.explain(error, ModelTable, source.where) from None
+        raise mistakes.explain(error, ModelTable, data, source.where) from None
     shared = table.evaluation | ({} if limit is None else {"limit": limit})
     built = {}
     for row in table.rows:
-        drawn = {key: getattr(row, key) for key in _DECIDED_BY_ROWS}
+        drawn = row.model_dump(include=set(Drawing.model_fields))
         try:
             built[row.name] = evaluation_settings.build(shared | drawn)
         except UsageError as error:
@@ -146,11 +139,12 @@ def run(table: ModelTable, settings: Mapping[str, Settings], out: Path, progress
         UsageError: A model, prompt list or reward that can be refused before anything is drawn; names the row.
         RunError: Drawing or scoring failed.
     """
+    from rlhf_t2i.evaluation import models
     from rlhf_t2i.evaluation.run import evaluate
 
     for name, chosen in settings.items():
         try:
-            _drawing(chosen).load()
+            models.load(chosen.drawing)
         except UsageError as error:
             raise UsageError(f"row {name!r}: {error}") from None
     results, timings = {}, {}
@@ -167,12 +161,6 @@ def run(table: ModelTable, settings: Mapping[str, Settings], out: Path, progress
         files.write_text(out / "table.md", text)
         files.write_text(out / "table.json", dumps(_plain(table, results, timings)))
     return text
-
-
-def _drawing(settings: Settings) -> Any:
-    from rlhf_t2i.evaluation.models import Drawing
-
-    return Drawing(**{field.name: getattr(settings, field.name) for field in fields(Drawing)})
 
 
 def _timed(settings: Settings, count: int, file: Path, progress: Progress) -> Timing:
@@ -198,7 +186,7 @@ def measure(settings: Settings, count: int, progress: Progress = lambda phase, d
     """
     import torch
 
-    from rlhf_t2i.evaluation import benchmarks
+    from rlhf_t2i.evaluation import benchmarks, models
     from rlhf_t2i.utils.device import default_device
 
     gc.collect()  # the evaluation's own networks
@@ -207,7 +195,7 @@ def measure(settings: Settings, count: int, progress: Progress = lambda phase, d
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model = _drawing(settings).load(device, settings.precision)
+    model = models.load(settings.drawing, device, settings.precision)
     prompts = benchmarks.load(settings.prompts, settings.column).prompts
     chosen = [prompts[index % len(prompts)] for index in range(count + 1)]
     began = 0.0
@@ -254,7 +242,7 @@ def _cell(value: float | None, published: float | None, form: str) -> str:
     return shown if published is None else f"{shown} ({published:g})"
 
 
-def _plain(table: ModelTable, results: Mapping[str, Results], timings: Mapping[str, Timing]) -> dict[str, Any]:
+def _plain(table: ModelTable, results: Mapping[str, Results], timings: Mapping[str, Timing]) -> dict[str, object]:
     return {
         row.name: {
             "label": row.label,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +77,12 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[F
         ("memory", checker.memory),
     ]
     needs = {name: _NEEDS.get(name, ("shape",)) for name, _ in checks[1:]}
-    return run_checks(checks, needs, lambda error: _describe(error, type(reward)))
+
+    def describe(error: BaseException) -> str:
+        """The reason alone: the row has the reward's name already, and the prompts are the check's own."""
+        return error.reason if isinstance(error, RewardFailure) else guard.describe(error, type(reward))
+
+    return run_checks(checks, needs, describe)
 
 
 _NEEDS = {
@@ -92,11 +96,6 @@ _NEEDS = {
     "memory": ("shape", "input unchanged"),
 }
 """Checks without which another one says nothing."""
-
-
-def _describe(error: BaseException, plugin: type[Reward]) -> str:
-    """The reason alone: the row has the reward's name already, and the prompts are the check's own."""
-    return error.reason if isinstance(error, RewardFailure) else guard.describe(error, plugin)
 
 
 class _Checker:
@@ -252,7 +251,8 @@ class _Checker:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         milliseconds = (time.perf_counter() - started) * 1000 / len(PROMPTS)
-        return f"{milliseconds:.1f} ms per image, {self._what()}, on {self.device}"
+        what = "value and gradient" if self.reward.differentiable else "value"
+        return f"{milliseconds:.1f} ms per image, {what}, on {self.device}"
 
     def memory(self) -> str:
         call = self._call()
@@ -266,16 +266,13 @@ class _Checker:
         weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
         return f"{used / len(PROMPTS) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
 
-    def _call(self) -> Callable[[], Any]:
+    def _call(self) -> Callable[[], object]:
         role = self._role()
         method = role.value_and_grad if self.reward.differentiable else role.score
         return lambda: method(self.inputs, PROMPTS, context=self.context)
 
-    def _what(self) -> str:
-        return "value and gradient" if self.reward.differentiable else "value"
 
-
-def _saved_bytes(call: Callable[[], Any]) -> int:
+def _saved_bytes(call: Callable[[], object]) -> int:
     """Bytes of distinct tensors that autograd saves during a call."""
     saved: dict[int, int] = {}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 
@@ -17,11 +18,5 @@ def default_device() -> torch.device:
 
 def move(value: T, device: torch.device) -> T:
     """Move the tensors inside lists, tuples and dictionaries to a device, detached."""
-    moved: Any = value
-    if isinstance(value, Tensor):
-        moved = value.detach().to(device)
-    elif isinstance(value, dict):
-        moved = {key: move(item, device) for key, item in value.items()}
-    elif isinstance(value, list | tuple):
-        moved = type(value)(move(item, device) for item in value)
-    return cast(T, moved)
+    moved: T = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)
+    return moved

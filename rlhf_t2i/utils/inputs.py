@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 from rlhf_t2i.errors import UsageError
+
+Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
+"""A value of a JSON or YAML file."""
+JsonObject: TypeAlias = dict[str, Json]
 
 RECIPE: Final = 1_000_000
 CONFIG: Final = 64_000_000
@@ -59,7 +63,7 @@ def read_text(path: Path, noun: str, limit: int, place: str = "") -> str:
         raise UsageError(f"{place}{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
 
-def read_json(path: Path, noun: str, limit: int = CONFIG, place: str = "") -> Any:
+def read_json(path: Path, noun: str, limit: int = CONFIG, place: str = "") -> Json:
     """The value of a JSON file; arguments and errors as :func:`read_bytes`.
 
     Raises:
@@ -67,6 +71,7 @@ def read_json(path: Path, noun: str, limit: int = CONFIG, place: str = "") -> An
     """
     text = read_text(path, noun, limit, place)
     try:
-        return json.loads(text)
+        value: Json = json.loads(text)
     except (ValueError, RecursionError):
         raise UsageError(f"{place}{path} is damaged: not valid JSON") from None
+    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def by_step(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file sorted by step; of a step that was repeated after a resume only the last row."""
-    latest = {row["step"]: row for row in rows(path)}
-    return [latest[step] for step in sorted(latest)]
-
-
-def flatten(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Nested objects as slash-separated keys: ``{"timing": {"step": 1}}`` becomes ``{"timing/step": 1}``."""
-    return [_flatten(row, "") for row in rows]
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or {} when the file is missing or damaged."""
     try:
@@ -47,13 +35,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except UsageError:
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _flatten(row: dict[str, Any], prefix: str) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            out |= _flatten(value, f"{prefix}{key}/")
-        else:
-            out[prefix + key] = value
-    return out

@@ -7,12 +7,19 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
 
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.inputs import Json, JsonObject
 
 NAME = "manifest.json"
 _DIGEST = "sha256"
+
+
+class _Entry(BaseModel):
+    bytes: int
+    sha256: str
 
 
 def write(folder: Path, **more: object) -> None:
@@ -33,7 +40,7 @@ def render(content: Mapping[str, object]) -> str:
     return json.dumps({**content, _DIGEST: digest}, ensure_ascii=False, indent=1) + "\n"
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> JsonObject:
     """The content that :func:`write` stored.
 
     Raises:
@@ -41,7 +48,7 @@ def read(folder: Path) -> dict[str, Any]:
         ValueError: It is not byte for byte what was written.
     """
     text = (folder / NAME).read_bytes().decode()
-    found = json.loads(text)
+    found: Json = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"{folder / NAME} is not a JSON object")
     content = {key: value for key, value in found.items() if key != _DIGEST}
@@ -55,13 +62,13 @@ def damage(folder: Path) -> str | None:
     if not (folder / NAME).is_file():
         return f"{NAME} is missing"
     try:
-        entries = read(folder)["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        entries = TypeAdapter(dict[str, _Entry]).validate_python(read(folder).get("files"))
+    except (OSError, ValueError, RecursionError):
         return f"{NAME} has changed"
-    for name, entry in entries:
+    for name, entry in entries.items():
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"] or files.sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry.bytes or files.sha256(file) != entry.sha256:
             return f"{name} has changed"
     return None

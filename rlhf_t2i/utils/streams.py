@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import TextIO, cast
 
 
 def survive_lost_readers() -> None:
@@ -29,8 +29,8 @@ class _Surviving:
         self._stream = stream
 
     @classmethod
-    def wrap(cls, stream: Any) -> Any:
-        return stream if stream is None or isinstance(stream, cls) else cls(stream)
+    def wrap(cls, stream: TextIO) -> TextIO:
+        return stream if stream is None or isinstance(stream, cls) else cast(TextIO, cls(stream))
 
     def write(self, text: str) -> int:
         try:
@@ -53,5 +53,5 @@ class _Surviving:
         os.dup2(null, self._stream.fileno())
         os.close(null)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)

@@ -36,7 +36,7 @@ def main(settings_file: str, out_folder: str) -> int:
     prompts = [prompt for prompt in PROMPTS for _ in range(per_prompt)]
     metrics = [
         Metric.of_images("pickscore", images.tolist(), prompts, unit="cosine"),
-        Metric.of_prompts("pairwise_distance", diversity.tolist(), kind="diversity", unit="cosine distance"),
+        Metric.of_prompts("pairwise_distance", diversity.tolist(), unit="cosine distance"),
         Metric("fid", "set", "squared", higher_is_better=False, value=10.0),
     ]
     names = [f"images/{index:05d}.png" for index in range(len(images))]

@@ -143,7 +143,7 @@ def test_class_entropy_by_hand():
     own = np.eye(3)[[0, 1, 0, 0]]  # prompt one: a and b; prompt two: a twice
     found, overall = features.class_entropy(probe, own, ["p", "p", "q", "q"], "test")
     assert found.by_prompt == pytest.approx([math.log(2), 0], abs=1e-9)
-    assert found.extra["shares"] == pytest.approx({"a": 0.75, "b": 0.25, "c": 0}, abs=1e-9)
+    assert found.shares == pytest.approx({"a": 0.75, "b": 0.25, "c": 0}, abs=1e-9)
     assert overall.value == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     flat = Probe(["a", "b", "c"], 0.01 * np.eye(3), np.zeros(3), hard=True)
     assert features.class_entropy(flat, own, ["p", "p", "q", "q"], "test")[0].by_prompt == pytest.approx(

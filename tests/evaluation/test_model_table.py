@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from rlhf_t2i.cli import app
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation.models import load
+from rlhf_t2i.evaluation.settings import Drawing
 from rlhf_t2i.tools import model_table
 from tests import tiny, tiny_families
 
@@ -80,13 +82,11 @@ def test_every_row_is_drawn_scored_and_timed(table: Path, tmp_path: Path, monkey
 
 def test_a_network_is_drawn_in_many_steps_by_its_bases_pipeline(tmp_path: Path, tiny_sdxl: Path) -> None:
     """SDXL-DPO is a UNet alone."""
-    from rlhf_t2i.evaluation.models import Drawing
-
     other = tiny.make_sdxl(tmp_path / "other", seed=5)
     size = {"height": 16, "width": 16, "steps": 2}
     keys = [(0, "evaluation", 0)]
-    drawn = Drawing(f"{other}/unet", base=str(tiny_sdxl), **size).load().images(["a cat"], keys)
-    base, whole = (Drawing(str(model), **size).load().images(["a cat"], keys) for model in (tiny_sdxl, other))
+    drawn = load(Drawing(model=f"{other}/unet", base=str(tiny_sdxl), **size)).images(["a cat"], keys)
+    base, whole = (load(Drawing(model=str(model), **size)).images(["a cat"], keys) for model in (tiny_sdxl, other))
     assert not drawn.equal(base)
     assert not drawn.equal(whole)  # whose text encoders are others
 

@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation.models import MAX_SEED, Drawing, load
+from rlhf_t2i.evaluation.models import MAX_SEED, load, resolved
+from rlhf_t2i.evaluation.settings import Drawing
 from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, StudentSettings
@@ -78,7 +79,7 @@ def test_an_evaluations_noise_is_keyed_by_sample(tiny_sdxl: Path, tmp_path: Path
 
 
 def test_a_many_step_model_draws_as_its_pipeline(tiny_sdxl: Path) -> None:
-    model = Drawing(str(tiny_sdxl), steps=3, guidance=2.0).load()
+    model = load(Drawing(model=str(tiny_sdxl), steps=3, guidance=2.0))
     assert model.description == "3 steps, guidance 2, 16 x 16 px"
     pipe: Any = DiffusionPipeline.from_pretrained(tiny_sdxl)
     pipe.set_progress_bar_config(disable=True)
@@ -102,7 +103,7 @@ OWN_CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OWN_CALLS)
 def test_a_many_step_model_of_any_family_draws_as_its_pipeline(name: str, tmp_path: Path) -> None:
     folder, side = MODELS[name](tmp_path), SIDES.get(name, 16)
-    model = Drawing(str(folder), steps=3, guidance=2.0, height=side, width=side).load()
+    model = load(Drawing(model=str(folder), steps=3, guidance=2.0, height=side, width=side))
     pipe: Any = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -118,20 +119,22 @@ def test_a_many_step_model_of_any_family_draws_as_its_pipeline(name: str, tmp_pa
 
 def test_how_a_model_is_drawn(tiny_sdxl: Path, tmp_path: Path) -> None:
     out = exported(tiny_sdxl, tmp_path, timesteps=[749, 249])
-    own = Drawing(str(out)).resolved()
+    own = resolved(Drawing(model=str(out)))
     assert own.student is not None
     assert (own.student.timesteps, own.height, own.width) == ([749.0, 249.0], 16, 16)
-    assert Drawing(str(out), steps=4).resolved().student is None
-    chosen = Drawing(str(tiny_sdxl), student=StudentSettings(timesteps=[249])).resolved()
-    assert chosen.load().description == "1 step at t = 249, 16 x 16 px"
-    reference = Drawing(str(tiny_sdxl)).resolved()
+    assert resolved(Drawing(model=str(out), steps=4)).student is None
+    chosen = resolved(Drawing(model=str(tiny_sdxl), student=StudentSettings(timesteps=[249])))
+    assert load(chosen).description == "1 step at t = 249, 16 x 16 px"
+    reference = resolved(Drawing(model=str(tiny_sdxl)))
     assert (reference.student, reference.steps) == (None, 50)
-    network = Drawing(f"{tiny_sdxl}/unet", base=str(tiny_sdxl), student=StudentSettings(timesteps=[399])).resolved()
+    network = resolved(
+        Drawing(model=f"{tiny_sdxl}/unet", base=str(tiny_sdxl), student=StudentSettings(timesteps=[399]))
+    )
     assert network.base == str(tiny_sdxl)
     with pytest.raises(UsageError, match="give a generator"):
-        Drawing(f"{tiny_sdxl}/unet", base=str(tiny_sdxl)).resolved()
+        resolved(Drawing(model=f"{tiny_sdxl}/unet", base=str(tiny_sdxl)))
     with pytest.raises(UsageError, match="no such model"):
-        Drawing("./nowhere").resolved()
+        resolved(Drawing(model="./nowhere"))
 
 
 def test_an_unfinished_run_folder_is_refused(tmp_path: Path) -> None:
@@ -155,7 +158,7 @@ def test_a_pipeline_of_several_dtypes_is_drawn(tiny_sdxl: Path, tmp_path: Path) 
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 2**64])
 def test_a_seed_out_of_range_is_one_sentence(seed: int, tiny_sdxl: Path) -> None:
     with pytest.raises(UsageError, match="no such seed"):
-        Drawing(str(tiny_sdxl), student=StudentSettings()).load().sample(PROMPTS, seed)
+        load(Drawing(model=str(tiny_sdxl), student=StudentSettings())).sample(PROMPTS, seed)
 
 
 @pytest.mark.parametrize(
@@ -199,4 +202,17 @@ def test_sample_on_a_full_disk_leaves_nothing(tiny_sdxl: Path, tmp_path: Path) -
 @pytest.mark.parametrize("prompts", [None, 3, [1, 2], ["a", None], {"a": 1}, b"cat"])
 def test_prompts_that_are_no_strings_are_refused_before_anything_loads(prompts: Any, tiny_sdxl: Path) -> None:
     with pytest.raises(UsageError, match="prompts are a string, or a list of strings"):
-        Drawing(str(tiny_sdxl), student=StudentSettings()).load().sample(prompts)
+        load(Drawing(model=str(tiny_sdxl), student=StudentSettings())).sample(prompts)
+
+
+@pytest.mark.parametrize("key", ["reference", "generator", "vae"])
+def test_a_run_s_folder_as_a_recipe_s_model_is_told_apart(key: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Commands that draw take a run's folder; a recipe names the model in it."""
+    finished, begun = exported(tiny_sdxl, tmp_path / "finished"), tmp_path / "begun"
+    begun.mkdir()
+    for folder in (finished, begun):
+        (folder / "recipe.yaml").write_text("steps: 1\n")
+    for folder, words in ((finished, f"it is a run's folder: give {finished}/model"), (begun, "has not finished")):
+        models = Models.model_validate({"reference": str(tiny_sdxl), "generator": str(tiny_sdxl), key: str(folder)})
+        with pytest.raises(UsageError, match=words):
+            ModelStore(models, StudentSettings(), torch.device("cpu")).check()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.tools.family_check import check_family
 from tests import tiny, tiny_families
 
@@ -41,3 +43,14 @@ def test_the_family_is_the_pipeline(name: str, tmp_path: Path) -> None:
 def test_images_need_not_be_square(tmp_path: Path) -> None:
     findings = check_family(str(tiny.make_sd3(tmp_path)), torch.device("cpu"), height=16, width=8)
     assert {finding.outcome for finding in findings} == {"pass"}, findings
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2"])
+def test_damaged_weights_are_refused_in_one_sentence(part: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """They are bad input, not a family that calls its network wrongly."""
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    file = next((folder / part).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=str(folder)) as caught:
+        check_family(str(folder), torch.device("cpu"), height=16, width=16)
+    assert "\n" not in str(caught.value)

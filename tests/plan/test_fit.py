@@ -228,9 +228,9 @@ def test_unknown_devices_are_refused_with_the_nearest(name: str, near: str | Non
 
 def test_a_wrong_device_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys\n"
+        "import pathlib, sys\n"
         "from rlhf_t2i.commands import plan\n"
-        "try: plan.plan_command(plan.Path('absent.yaml'), device='h1000')\n"
+        "try: plan.plan_command(pathlib.Path('absent.yaml'), device='h1000')\n"
         "except plan.UsageError as error: assert 'h1000' in str(error), error\n"
         "assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)\n"
     )

@@ -10,7 +10,6 @@ import typer
 from typer.testing import CliRunner
 
 from rlhf_t2i.commands import plan as command
-from rlhf_t2i.errors import UsageError
 from tests import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -77,8 +76,3 @@ def test_variants_are_planned(path: Path, variant: str, prompts: str) -> None:
         assert found["run"]["disk"]["checkpoint"] < 0.2 * plain["run"]["disk"]["checkpoint"]
     else:
         assert (step > before) == (variant == "four steps")
-
-
-def test_prompts_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UsageError, match="captions_laion"):
-        plan(RECIPES / "di_star_pickscore.yaml", None)

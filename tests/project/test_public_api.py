@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 import rlhf_t2i
 from rlhf_t2i import api
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.tools import progress, train
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.run import RunResult
+from rlhf_t2i.training.state import TrainState
 from tests import tiny
 
 REWARD = """
@@ -105,8 +110,52 @@ def test_arguments_of_another_type_are_refused_in_a_sentence(recipe: object, ove
 def test_a_run_is_not_overwritten(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/recipe.yaml").write_text("")
-    with pytest.raises(rlhf_t2i.UsageError, match="already holds a run"):
+    with pytest.raises(
+        rlhf_t2i.UsageError, match="already holds a run: continue it with resume=True, or choose another o"
+    ):
         rlhf_t2i.train(make_recipe(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [{}, {"progress": False}, {"callback": TrainCallback()}], ids=["plain", "progress", "callback"])
+def test_the_progress_of_training_is_printed_unless_someone_else_takes_it(
+    arguments: dict[str, Any],
+    make_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(recipe: Recipe, out: Path, *, callback: TrainCallback, **_: object) -> RunResult:
+        callback.on_phase("starting the roles")
+        callback.on_step(TrainState(step=1), {"step": 1, "reward/pick": 0.25, "timing": {"step": 2.0}})
+        callback.on_message("a warning")
+        return RunResult(out, TrainState())
+
+    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1)
+    rlhf_t2i.train(make_recipe(), tmp_path / "out", **arguments)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    texts = [line.partition("] ")[2] for line in printed.err.splitlines()]
+    lines = ["starting the roles", "step 1/3, pick 0.2500, 2.00 s/step, 4 s left", "a warning"]
+    assert texts == ([] if arguments else lines)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("shown", [True, False])
+def test_phases_are_bars_in_a_terminal_and_lines_elsewhere(
+    shown: bool, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    with progress.phases(shown) as show:
+        show("drawing", 1, 3)
+    printed = capsys.readouterr().err
+    if not shown:
+        assert printed == ""
+    elif terminal:
+        assert "1/3" in printed
+    else:
+        assert printed == "drawing, 1 of 3\n"
 
 
 def test_training_from_python(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -186,7 +235,7 @@ def test_an_evaluation_takes_a_list_of_prompts(
     assert found.prompts == ["a red cat", "a blue dog"]
     assert len(found.metrics["light"].by_prompt) == 2
     assert steps[-1] == ("scoring light", 2, 2)
-    with pytest.raises(rlhf_t2i.UsageError, match="unknown key 'seeed'; did you mean 'seed'"):
+    with pytest.raises(rlhf_t2i.UsageError, match="unknown argument 'seeed'; did you mean 'seed'"):
         rlhf_t2i.evaluate(tiny_sdxl, ["a red cat"], metrics=[name], out=tmp_path / "other", seeed=1)
 
 

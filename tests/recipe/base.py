@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
+
+from rlhf_t2i.recipe import schema
 
 BASE = """\
 seed: 1
@@ -66,6 +70,15 @@ WRONG: dict[type, list[Any]] = {
 }
 NULL_IS_FINE = {"height", "width", "assistant", "vae", "held_out", "label", "micro_batch", "ema", "threads"}
 NEGATIVE_IS_FINE = {"scale"}
+
+
+_CLASSES = [name for name, _ in inspect.getmembers(schema, inspect.isclass) if name.endswith(("Settings", "Choice"))]
+JARGON = re.compile(
+    r"input should|valid (dict|list|string|integer|number|boolean)|instance of|validation|_type|_error|constrained|"
+    rf"(list|dict|literal|function)[-\[]|{'|'.join(_CLASSES)}",
+    re.IGNORECASE,
+)
+"""Words of pydantic and names of its types and of the schema's classes: not for a user."""
 
 
 def parsed() -> dict[str, Any]:

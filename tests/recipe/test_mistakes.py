@@ -43,7 +43,7 @@ def ablation(folder: Path, old: str, new: str) -> None:
             "recipe.yaml, line 7: unknown key 'models.vea'; did you mean 'vae'?",
         ),
         (lambda f: recipe(f, "  prompts: ./prompts.txt\n", ""), "the key 'data.prompts' is missing"),
-        (lambda f: recipe(f, "steps: 10", "steps: many"), "line 2: steps: input should be a valid integer, not 'many'"),
+        (lambda f: recipe(f, "steps: 10", "steps: many"), "line 2: steps: must be a whole number, not 'many'"),
         (lambda f: ablation(f, "label:", "lable:"), "line 6: unknown key 'rows.0.lable'; did you mean 'label'?"),
         (lambda f: ablation(f, "title: x\n", ""), "the key 'title' is missing"),
         (lambda f: ablation(f, "initial: a", "initial: b"), "initial names 'b'; known: a"),
@@ -54,7 +54,7 @@ def ablation(folder: Path, old: str, new: str) -> None:
         (lambda _: settings.build({"model": "x"}), "evaluation: the key 'prompts' is missing"),
         (
             lambda _: settings.build({"model": "x", "prompts": "y", "limit": 0}),
-            "evaluation: limit: input should be greater than or equal to 1, not 0",
+            "evaluation: limit: must be at least 1, not 0",
         ),
         (
             lambda _: registry.reward("pickscore", modle="x"),
@@ -67,7 +67,7 @@ def ablation(folder: Path, old: str, new: str) -> None:
         ),
         (
             lambda _: registry.divergence("pseudo_huber", c=-1),
-            "divergence 'pseudo_huber': c: input should be greater than 0, not -1",
+            "divergence 'pseudo_huber': c: must be greater than 0, not -1",
         ),
         (lambda _: registry.reward("clip", open_clip="x"), "reward 'clip': open_clip and pretrained go together"),
     ],

@@ -15,7 +15,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
-from tests.recipe.base import BASE, misspellings, parsed, put, rename, wrong_values
+from tests.recipe.base import BASE, JARGON, misspellings, parsed, put, rename, wrong_values
 
 WRONG = list(wrong_values())
 MISSPELLED = list(misspellings())
@@ -34,6 +34,7 @@ def refuse(text: str | bytes, folder: Path, *words: str) -> str:
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert len(sentence) < 1000
+    assert not JARGON.search(sentence), sentence
     for word in words:
         assert word in sentence, sentence
     assert sorted(folder.iterdir()) == [file], "something was written"

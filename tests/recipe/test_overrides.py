@@ -104,7 +104,7 @@ def test_a_students_timesteps_count_its_steps(recipe: Path) -> None:
         loaded = reading.load(recipe, [override])
         assert loaded.student.steps == steps
         assert Recipe.model_validate(loaded.model_dump()) == loaded
-    with pytest.raises(UsageError, match="steps is 3 but there are 2 timesteps: leave steps out"):
+    with pytest.raises(UsageError, match="steps is 3 but timesteps has 2: leave steps out"):
         reading.load(recipe, ["student={steps: 3, timesteps: [999, 499]}"])
 
 

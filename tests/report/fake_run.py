@@ -32,7 +32,8 @@ def make_run(out: Path, *, finished: bool = True, steps: int = 60) -> Path:
     for step in range(0, steps + 1, 10):
         picture(step, 256).save(out / "samples" / f"step_{step:06d}.png")
     (out / "recipe.yaml").write_text(
-        "seed: 0\nsteps: 60\nalgorithm:\n  divergence: {name: pseudo_huber}\n"
+        "seed: 0\nsteps: 60\nmodels: {reference: org/a, generator: org/b}\n"
+        "data: {prompts: p.txt, held_out: h.txt}\nalgorithm:\n  divergence: {name: pseudo_huber}\n"
         "  rewards: [{name: pickscore, scale: 100.0}]\n  cfg: {mode: inner, guidance_scale: 7.5}\n"
     )
     run = {
@@ -54,7 +55,7 @@ def write_evaluation(out: Path, name: str, prompts: list[str], scores: dict, ste
     kinds = {"pickscore": "train", "clip": "eval"}
     metrics = [Metric.of_images(key, [float(v) for v in values], prompts, kind=kinds[key], unit="cosine")
                for key, values in scores.items()]  # fmt: skip
-    metrics.append(Metric.of_prompts("latent_distance", diversity, kind="diversity"))
+    metrics.append(Metric.of_prompts("latent_distance", diversity))
     Results(prompts, {m.key: m for m in metrics}, images=images, step=step, folder=folder).write()
 
 

@@ -16,7 +16,7 @@ def evaluation(scores, prompts=None, diversity=(), kind="train", **more):
     prompts = prompts or [f"p{i}" for i in range(len(scores))]
     metrics = {"r": Metric.of_images("r", list(scores), prompts, kind=kind, unit="cosine", **more)}
     if len(diversity):
-        metrics["latent_distance"] = Metric.of_prompts("latent_distance", list(diversity), kind="diversity")
+        metrics["latent_distance"] = Metric.of_prompts("latent_distance", list(diversity))
     return Results(prompts, metrics)
 
 

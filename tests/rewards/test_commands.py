@@ -71,7 +71,7 @@ def test_check_exits_1_and_names_what_failed() -> None:
     [
         (["check", "pikscore"], "unknown reward 'pikscore'; did you mean 'pickscore'"),
         (["check", "pickscore", "-o", "modle=x"], "reward 'pickscore': unknown option 'modle'; did you mean 'model'"),
-        (["check", "pickscore", "-o", "model"], "--options 'model' is not KEY=VALUE"),
+        (["check", "pickscore", "-o", "model"], "--options model: write it as KEY=VALUE"),
         (["check", "pickscore", "--device", "tpu"], "--device 'tpu': cpu, cuda or auto"),
         (["new", "My-Reward"], "'My-Reward' is not a name for a reward"),
         (["new", "pickscore"], "a reward called 'pickscore' is installed already, by rlhf-t2i"),

@@ -192,5 +192,5 @@ def test_another_patch_size_than_the_models_is_refused(reward: Any) -> None:
 def test_its_hub_models_and_options() -> None:
     cls = registry.load_class(registry.REWARDS, "hpsv3")
     assert cls.hub_models(cls.Options(dtype="bfloat16")) == ["MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"]
-    with pytest.raises(UsageError, match=r"reward 'hpsv3'.*dtype: input should be 'bfloat16', 'float16' or 'float32'"):
+    with pytest.raises(UsageError, match=r"reward 'hpsv3'.*dtype: must be 'bfloat16', 'float16' or 'float32'"):
         registry.reward("hpsv3", dtype="int8")

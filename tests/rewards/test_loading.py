@@ -226,7 +226,7 @@ def test_open_clip_tags_without_the_library(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ({"open_clip": "ViT-H-14"}, "open_clip and pretrained go together"),
         ({"model": "a/b", "open_clip": "ViT-H-14", "pretrained": "x"}, "give either model or open_clip"),
-        ({"unit": "percent"}, "unit: input should be 'cosine' or 'logit'"),
+        ({"unit": "percent"}, "unit: must be 'cosine' or 'logit'"),
         ({"modle": "a/b"}, "unknown option 'modle'; did you mean 'model'"),
     ],
 )

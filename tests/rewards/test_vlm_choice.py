@@ -145,8 +145,8 @@ def test_tied_embeddings_are_read_like_the_2b_models(tmp_path: Path) -> None:
         ({"question": "{prompt}? {prompt}?"}, "question must hold {prompt} once"),
         ({"alternatives": ("No", "Yes")}, "answer and alternatives must differ"),
         ({"answer": ""}, "answer and alternatives must differ, and none may be empty"),
-        ({"max_pixels": 100}, "max_pixels: input should be greater than or equal to 784"),
-        ({"unit": "percent"}, "unit: input should be 'probability' or 'logit'"),
+        ({"max_pixels": 100}, "max_pixels: must be at least 784"),
+        ({"unit": "percent"}, "unit: must be 'probability' or 'logit'"),
         ({"answers": "Yes"}, "unknown option 'answers'; did you mean 'answer'"),
     ],
 )

@@ -11,8 +11,8 @@ from rich.table import Table
 
 import rlhf_t2i
 from rlhf_t2i import cli
-from rlhf_t2i.commands import run
 from rlhf_t2i.errors import printable
+from rlhf_t2i.tools import progress
 from rlhf_t2i.utils.terminal import PlainConsole
 
 TEXTS = ["runs/[/exp] x", "[bold]a[/bold]", "[link=x]", ":smile:", "a\x1b[31mb\x07", "a\x9bb"]
@@ -39,7 +39,7 @@ def test_text_is_printed_as_it_is(text: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_progress_of_a_run(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with run.ProgressBar(3) as bar:
+    with progress.TrainProgress(3) as bar:
         bar.on_phase(text)
         bar.on_message(text)
     assert printable(text) in capsys.readouterr().err

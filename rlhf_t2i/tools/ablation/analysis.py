@@ -8,7 +8,7 @@ spread between seeds; the tables print it beside the interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,11 @@ class Estimate:
     def times(self, factor: float) -> Estimate:
         """In another unit."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether it has one."""
+        return math.isfinite(self.low)
 
     @property
     def sign(self) -> int:
@@ -137,17 +142,18 @@ def equal_reward(
     the range that both reach. [] when they share none.
     """
     curves = [_curve(boot, initial, frontier, reward, metric) for frontier in (first, second)]
-    low = max(min(gains) for gains, _ in curves)
-    high = min(max(gains) for gains, _ in curves)
+    low = max(gains[:, 0].min() for gains, _ in curves)
+    high = min(gains[:, 0].max() for gains, _ in curves)
     if not low < high:
         return []
     found = []
     for share in LEVELS:
-        gain = low + share * (high - low)
-        values = tuple(_read_off(gains, heights, gain) for gains, heights in curves)
-        draws = _difference_draws(boot, initial, (first, second), reward, metric, gain)
-        difference = Estimate.of(values[0] - values[1], draws)
-        found.append(EqualReward(reward, metric, first.name, second.name, gain, (values[0], values[1]), difference))
+        gain = float(low + share * (high - low))
+        a, b = (_read_off(gains, heights, gain) for gains, heights in curves)
+        draws = a[1:] - b[1:] if min(len(a), len(b)) > 1 else None
+        difference = Estimate.of(float(a[0] - b[0]), draws)
+        values = (float(a[0]), float(b[0]))
+        found.append(EqualReward(reward, metric, first.name, second.name, gain, values, difference))
     return found
 
 
@@ -195,40 +201,30 @@ def _rows_of(claim: Claim, ablation: Ablation) -> list[str]:
 
 def _curve(
     boot: Bootstrap, initial: str, frontier: Frontier, reward: str, metric: str
-) -> tuple[list[float], list[float]]:
-    start = boot.rows[initial].mean(reward)
-    rows = [boot.rows[name] for name in frontier.rows]
-    return [row.mean(reward) - start for row in rows], [row.mean(metric) for row in rows]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reward gained and metric of a frontier's rows, both [rows, 1 + R]: as measured, then in R draws.
+
+    [rows, 1] where a row has no draws.
+    """
+    keys = [(initial, reward), *((name, reward) for name in frontier.rows), *((name, metric) for name in frontier.rows)]
+    draws = [boot.draws(row, key) for row, key in keys]
+    means = np.array([[boot.rows[row].mean(key)] for row, key in keys])
+    drawn = [draw for draw in draws if draw is not None]
+    values = np.hstack([means, np.stack(drawn)]) if len(drawn) == len(draws) else means
+    start, gains, heights = np.split(values, [1, 1 + len(frontier.rows)])
+    return gains - start, heights
 
 
-def _difference_draws(
-    boot: Bootstrap, initial: str, pair: Sequence[Frontier], reward: str, metric: str, gain: float
-) -> np.ndarray | None:
-    start = boot.draws(initial, reward)
-    heights = []
-    for frontier in pair:
-        rewards, y = _all_draws(boot, frontier, reward), _all_draws(boot, frontier, metric)
-        if start is None or rewards is None or y is None:
-            return None
-        x = rewards - start
-        heights.append(np.array([_read_off(x[:, r], y[:, r], gain) for r in range(x.shape[1])]))
-    return heights[0] - heights[1]
-
-
-def _all_draws(boot: Bootstrap, frontier: Frontier, metric: str) -> np.ndarray | None:
-    """The draws of every row of a frontier [rows, R]; None where one has none."""
-    draws = [draw for name in frontier.rows if (draw := boot.draws(name, metric)) is not None]
-    return np.stack(draws) if len(draws) == len(frontier.rows) else None
-
-
-def _read_off(gains: Sequence[float] | np.ndarray, heights: Sequence[float] | np.ndarray, gain: float) -> float:
-    """Linear interpolation; NaN outside the measured range."""
-    x, y = np.asarray(gains, dtype=np.float64), np.asarray(heights, dtype=np.float64)
-    order = np.argsort(x, kind="stable")
-    return float(np.interp(gain, x[order], y[order], left=math.nan, right=math.nan))
+def _read_off(gains: np.ndarray, heights: np.ndarray, gain: float) -> np.ndarray:
+    """Linear interpolation in every column; NaN outside the measured range."""
+    found = []
+    for x, y in zip(gains.T, heights.T, strict=True):
+        order = np.argsort(x, kind="stable")
+        found.append(np.interp(gain, x[order], y[order], left=math.nan, right=math.nan))
+    return np.array(found)
 
 
 def _describe(estimate: Estimate, factor: float) -> str:
     scaled = estimate.times(factor)
-    interval = "(no interval)" if math.isnan(scaled.low) else f"[{scaled.low:+.4g}, {scaled.high:+.4g}]"
+    interval = f"[{scaled.low:+.4g}, {scaled.high:+.4g}]" if scaled.has_interval else "(no interval)"
     return f"{scaled.value:+.4g} {interval}"

@@ -14,7 +14,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import identity, journal, results
@@ -67,7 +66,7 @@ class Task:
         """What was evaluated; written when the evaluation is finished."""
         return self.evaluated.with_name(f"{self.evaluated.name}.settings.json")
 
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, object]:
         """The evaluation's settings, and digests of what they name."""
         settings = self.settings.model_dump(mode="json")
         return {"settings": settings, "content": identity.of_evaluation(self.settings)}
@@ -282,7 +281,7 @@ def _failure(task: Task, what: str, code: int, log: Path) -> Exception:
     return RunError(f"row {task.name}: {what} failed with exit code {code}: {tail[0]} (see {log})")
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(data: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(data, dict):
         return {prefix[:-1]: data}
     return {key: value for name, child in data.items() for key, value in _flat(child, f"{prefix}{name}.").items()}

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation.results import dumps
@@ -16,7 +15,9 @@ from rlhf_t2i.tools.ablation import execute, page, schema
 from rlhf_t2i.tools.ablation.execute import EVALUATE, TRAIN, Executor, Task
 from rlhf_t2i.tools.ablation.schema import Ablation, Variant
 from rlhf_t2i.tools.ablation.tables import Table
-from rlhf_t2i.utils import files, jsonl
+from rlhf_t2i.tools.report import training_plots
+from rlhf_t2i.tools.report.training_plots import Rows
+from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
 
 FORCE_RATIO = 0.3
@@ -102,7 +103,7 @@ def calibrate(ablation: Ablation, out: Path, more: Sequence[str], train: Sequenc
     done = subprocess.run([*command, "--out", str(run)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"the calibration run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return scale_unit(jsonl.by_step(run / "metrics.jsonl"))
+    return scale_unit(training_plots.read(run))
 
 
 def _with_unit(
@@ -123,7 +124,7 @@ def _with_unit(
     return ablation.model_copy(update={"scale_unit": found["scale_unit"]})
 
 
-def scale_unit(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
+def scale_unit(rows: Rows) -> tuple[float, str]:
     """One unit of the paper's alpha_r with these models, from steps trained with scale 1.
 
     With it, alpha_r = 100 makes the reward's gradient :data:`FORCE_RATIO` times the regularizer's at x0.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -112,9 +111,9 @@ def load(path: str | Path) -> Ablation:
     data, source = reading.read(path)
     folder = source.path.resolve().parent
     try:
-        ablation = Ablation.model_validate(absolute(data, folder))
+        ablation = Ablation.model_validate(reading.resolve_paths(data, folder))
     except ValidationError as error:
-        raise mistakes.explain(error, Ablation, source.where) from None
+        raise mistakes.explain(error, Ablation, data, source.where) from None
     base = files.absolute(ablation.base, folder)
     return ablation.model_copy(update={"base": str(base)})
 
@@ -166,19 +165,3 @@ def evaluation(ablation: Ablation, variant: Variant, recipe: Recipe, run: Path) 
     models, student = recipe.models, recipe.student.model_dump(exclude_unset=True)
     drawn = {"model": models.generator, "base": models.reference, "vae": models.vae, "student": student}
     return evaluation_settings.build(values | drawn | {"height": models.height, "width": models.width})
-
-
-def absolute(value: Any, folder: Path) -> Any:
-    """The value with its paths absolute: strings that start with ./, ../ or ~/, also behind a label or benchmark."""
-    if isinstance(value, dict):
-        return {key: absolute(child, folder) for key, child in value.items()}
-    if isinstance(value, list):
-        return [absolute(child, folder) for child in value]
-    if not isinstance(value, str):
-        return value
-    # parti:./prompts.tsv, colored=./color.py:Color, or a path alone
-    match = re.match(r"([\w-]+[:=])?(\.\.?/|~/)", value)
-    if match is None:
-        return value
-    prefix = match[1] or ""
-    return f"{prefix}{files.absolute(value.removeprefix(prefix), folder)}"

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -156,12 +155,12 @@ class Table:
                 writer.writerow([row.name, row.label, key, *numbers, self.seeds(row.name), spread, paper])
         return buffer.getvalue()
 
-    def _json(self) -> dict[str, Any]:
+    def _json(self) -> dict[str, object]:
         rows = []
         for row in self.rows:
             measured = {}
             for key in self.metrics:
-                entry: dict[str, Any] = asdict(self.boot.estimate(row.name, key))
+                entry: dict[str, object] = asdict(self.boot.estimate(row.name, key))
                 entry |= {"by_seed": self.data[row.name].by_seed(key), "paper": row.paper.get(key)}
                 if self.has_initial:
                     entry["from_initial"] = asdict(self.boot.difference(row.name, self.ablation.initial, key))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rlhf_t2i.families import counting
 from rlhf_t2i.families.compiling import compile_blocks
@@ -52,7 +53,7 @@ class _Block:
     """The block with the most FLOPs in a forward of a network, with the inputs that the forward gives it."""
 
     def __init__(self, network: Network, batch: int) -> None:
-        built, seen = network.build(), dict[nn.Module, tuple[Any, Any]]()
+        built, seen = network.build(), dict[nn.Module, tuple[tuple[object, ...], dict[str, object]]]()
         hooks = [
             block.register_forward_pre_hook(lambda m, args, kwargs: seen.update({m: (args, kwargs)}), with_kwargs=True)
             for block in _outermost_blocks(built)
@@ -79,7 +80,7 @@ class _Block:
             freeze_convs(module)
         if compiled:
             compile_blocks(module, compiled)
-        args, kwargs = (_filled_inputs(value, self._batch, device) for value in (self._args, self._kwargs))
+        args, kwargs = tree_map(partial(_filled_input, batch=self._batch, device=device), (self._args, self._kwargs))
 
         def run() -> None:
             output = module(*args, **kwargs)
@@ -120,21 +121,17 @@ def _filled(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
-def _filled_inputs(value: Any, batch: int, device: torch.device) -> Any:
-    """Random tensors of ``batch`` samples for meta ones of one; channels last where they are images."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return torch.zeros(value.shape, dtype=value.dtype, device=device)
-        shape = (batch, *value.shape[1:]) if value.ndim and value.shape[0] == 1 else value.shape
-        made = torch.randn(shape, device=device).to(value.dtype)
-        if made.ndim == 4:
-            made = made.contiguous(memory_format=torch.channels_last)
-        return made.requires_grad_(True)
-    if isinstance(value, tuple):
-        return tuple(_filled_inputs(item, batch, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _filled_inputs(item, batch, device) for key, item in value.items()}
-    return value
+def _filled_input(value: object, batch: int, device: torch.device) -> object:
+    """A random tensor of ``batch`` samples for a meta one of one; channels last where it is an image."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():
+        return torch.zeros(value.shape, dtype=value.dtype, device=device)
+    shape = (batch, *value.shape[1:]) if value.ndim and value.shape[0] == 1 else value.shape
+    made = torch.randn(shape, device=device).to(value.dtype)
+    if made.ndim == 4:
+        made = made.contiguous(memory_format=torch.channels_last)
+    return made.requires_grad_(True)
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:

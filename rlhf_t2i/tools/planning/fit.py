@@ -14,9 +14,8 @@ Changes are tried by planning again with them, in this order, each alone and the
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,7 +25,8 @@ from rlhf_t2i.tools.planning.devices import USABLE
 from rlhf_t2i.tools.planning.memory import GroupPlan
 from rlhf_t2i.tools.planning.plan import Plan, make
 
-Change = dict[str, Any]
+Value = str | int | bool | list[str]
+Change = Mapping[str, Value]
 _STAGE = "optimization.zero_stage"
 
 
@@ -101,7 +101,7 @@ def _cheapest(recipe: Recipe, group: GroupPlan, limit: float) -> Change:
 
 def _without_needless(recipe: Recipe, change: Change, limit: float) -> Change:
     """Dearest first, leave out what is not needed beside the others."""
-    for key in list(reversed(change)):
+    for key in list(change)[::-1]:
         rest = {k: v for k, v in change.items() if k != key}
         if _fits(recipe, rest, limit):
             change = rest
@@ -157,7 +157,7 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: Value) -> str:
     if isinstance(value, list):
         return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

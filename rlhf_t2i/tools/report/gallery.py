@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 from PIL import Image
 
@@ -18,12 +18,31 @@ MAX_SIDE = 256
 IMAGES_PER_PROMPT, EXTREMES = 4, 6
 
 
-class Pair(TypedDict):
-    """One image before and after."""
+@dataclass(frozen=True)
+class Pair:
+    """One image before and after, as data URIs, and how much its score changed."""
 
     before: str
     after: str
     prompt: str
+    change: float = math.nan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prompt and its images."""
+
+    prompt: str
+    pictures: list[Pair]
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The images whose score ``key`` rose most, and fell most."""
+
+    key: str
+    best: list[Pair]
+    worst: list[Pair]
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
@@ -33,28 +52,20 @@ def evenly_spaced(count: int, wanted: int) -> list[int]:
     return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
 
 
-def pairs(before: Results, after: Results, prompts: int) -> list[dict[str, Any]]:
+def pairs(before: Results, after: Results, prompts: int) -> list[Entry]:
     """Evenly spaced prompts of the list (none is picked by hand), each with its images before and after."""
     groups = list(before.members.values())
-    found = []
-    for position in evenly_spaced(len(groups), prompts):
-        images = list(_pairs(before, after, groups[position][:IMAGES_PER_PROMPT]))
-        if images:
-            found.append({"prompt": images[0][1]["prompt"], "pictures": [pair for _, pair in images]})
-    return found
+    chosen = (groups[position][:IMAGES_PER_PROMPT] for position in evenly_spaced(len(groups), prompts))
+    return [Entry(before.prompts[indices[0]], found) for indices in chosen if (found := _pairs(before, after, indices))]
 
 
-def extremes(before: Results, after: Results, key: str) -> dict[str, Any] | None:
+def extremes(before: Results, after: Results, key: str) -> Extremes | None:
     """The images whose score rose and fell most; None where there is none."""
     old, new = (results.metrics[key].by_image or [] for results in (before, after))
-    change = [b - a for a, b in zip(old, new, strict=False)]
-    order = sorted((i for i, value in enumerate(change) if math.isfinite(value)), key=lambda i: change[i])
-
-    def tiles(indices: Sequence[int]) -> list[dict[str, Any]]:
-        return [{**pair, "change": change[index]} for index, pair in _pairs(before, after, indices)]
-
-    best = tiles(order[::-1][:EXTREMES])
-    return {"key": key, "best": best, "worst": tiles(order[:EXTREMES])} if best else None
+    change = {i: b - a for i, (a, b) in enumerate(zip(old, new, strict=False)) if math.isfinite(b - a)}
+    order = sorted(change, key=lambda i: change[i])
+    best, worst = (_pairs(before, after, indices[:EXTREMES], change) for indices in (order[::-1], order))
+    return Extremes(key, best, worst) if best else None
 
 
 def image(results: Results, index: int, max_side: int = MAX_SIDE) -> str | None:
@@ -80,11 +91,12 @@ def data_uri(path: Path, max_side: int = MAX_SIDE) -> str | None:
     return _uri("webp", buffer.getvalue())
 
 
-def _pairs(before: Results, after: Results, indices: Sequence[int]) -> Iterator[tuple[int, Pair]]:
-    for index in indices:
-        old, new = image(before, index), image(after, index)
-        if old and new:
-            yield index, {"before": old, "after": new, "prompt": before.prompts[index]}
+def _pairs(
+    before: Results, after: Results, indices: Sequence[int], change: Mapping[int, float] | None = None
+) -> list[Pair]:
+    drawn = ((index, image(before, index), image(after, index)) for index in indices)
+    changes = change or {}
+    return [Pair(a, b, before.prompts[i], changes.get(i, math.nan)) for i, a, b in drawn if a and b]
 
 
 def _uri(kind: str, data: bytes) -> str:

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import jinja2
+from pydantic import BaseModel, ValidationError
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import results
 from rlhf_t2i.evaluation.compare import Comparison, compare
 from rlhf_t2i.evaluation.results import Results
 from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.report import gallery, training_plots
-from rlhf_t2i.utils import files, inputs, jsonl
-from rlhf_t2i.utils.jsonl import read_json
-from rlhf_t2i.utils.numbers import DASH, duration, number, signed
+from rlhf_t2i.tools.report.training_plots import Rows
+from rlhf_t2i.utils import files, inputs, jsonl, numbers
 
 PROMPTS_SHOWN, GRIDS_SHOWN = 12, 4
+
+
+class RunRecord(BaseModel):
+    """What the page shows of a run's ``run.json``."""
+
+    seconds: float | None = None
+    device: str = "cpu"
+    placement: list[tuple[str, int, list[str]]] = []
+    versions: dict[str, str] = {}
+    finished: str = ""
+    git: str | None = None
+    seed: int | None = None
+    command: str = ""
+
+    @classmethod
+    def read(cls, out: Path) -> RunRecord:
+        """The record of a run's folder; an empty one where it is missing or damaged."""
+        try:
+            return cls.model_validate(jsonl.read_json(out / "run.json"))
+        except ValidationError:
+            return cls()
 
 
 def write_report(out: Path) -> Path:
@@ -27,36 +51,36 @@ def write_report(out: Path) -> Path:
     out = Path(out)
     before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
     comparisons, problem = _compare(before, after)
-    trained = next((c.key for c in comparisons if c.kind == "train"), None)
-    steps = jsonl.flatten(jsonl.by_step(out / "metrics.jsonl"))
-    run, recipe_text, recipe = read_json(out / "run.json"), *_recipe(out / "recipe.yaml")
-    context: dict[str, Any] = {
+    steps, run = training_plots.read(out), RunRecord.read(out)
+    text, recipe = _recipe(out / "recipe.yaml")
+    units = {m.key: m.unit for evaluation in (before, after) if evaluation for m in evaluation.metrics.values()}
+    plots = training_plots.training(steps, units)
+    context: dict[str, object] = {
         "title": out.resolve().name,
-        "summary": _summary(recipe, steps),
-        "held_out": bool((recipe.get("data") or {}).get("held_out", True)),
+        "summary": "" if recipe is None else _summary(recipe, steps),
+        "held_out": recipe is None or recipe.data.held_out is not None,
         "comparisons": comparisons,
         "problem": problem,
         "events": [event for event in jsonl.rows(out / "events.jsonl") if event.get("text")],
-        "plots": training_plots.training(steps, _units(before, after)),
+        "plots": plots,
         "grids": _grids(out / "samples"),
         "cost": _cost(run, steps),
         "run": run,
-        "recipe": recipe_text,
+        "recipe": text,
     }
     if before and after and not problem:
+        trained = next((c.key for c in comparisons if c.kind == "train"), None)
         context["pairs"] = gallery.pairs(before, after, PROMPTS_SHOWN)
         context["extremes"] = gallery.extremes(before, after, trained) if trained else None
-        context["plots"] = [*training_plots.tradeoff(before, after, comparisons), *context["plots"]]
+        context["plots"] = training_plots.tradeoff(before, after, comparisons) + plots
     return files.write_atomic(out / "report.html", render("run.html", context))
 
 
-def render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: Mapping[str, object]) -> str:
     """Fill one of the package's templates; every value is escaped but the drawings made by :mod:`.plots`."""
-    import jinja2
-
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "signed": signed, "duration": duration}
+    environment.filters |= {name: getattr(numbers, name) for name in ("number", "signed", "duration")}
     return environment.get_template(template).render(context)
 
 
@@ -72,59 +96,45 @@ def _compare(before: Results | None, after: Results | None) -> tuple[list[Compar
         return [], f"No comparison: {error}."
 
 
-def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
+def _recipe(path: Path) -> tuple[str, Recipe | None]:
+    """The text of a run's recipe, and the recipe if this version can read it."""
+    text = ""
     try:
         text = inputs.read_text(path, "recipe", inputs.RECIPE)
-        data = reading.parse_value(text, str(path))
+        return text, reading.load(path)
     except UsageError:
-        return "", {}
-    return text, data if isinstance(data, dict) else {}
+        return text, None
 
 
-def _summary(recipe: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
+def _summary(recipe: Recipe, steps: Rows) -> str:
     """One sentence: what was trained against what."""
-    algorithm = recipe.get("algorithm") or {}
-    rewards = algorithm.get("rewards") or []
-    named = " + ".join(f"{r.get('scale', 1):g} x {r.get('label') or r.get('name')}" for r in rewards) or "no reward"
-    divergence = (algorithm.get("divergence") or {}).get("name", "?")
-    parts = [f"Reward: {named}", f"divergence: {divergence}"]
-    cfg = algorithm.get("cfg") or {}
-    if cfg:
-        scale = cfg.get("guidance_scale")
-        parts.append(f"{cfg.get('mode')} guidance {scale:g}" if scale else "no guidance")
-    if steps:
-        parts.append(f"{steps[-1]['step']:,} generator updates")
-    return "; ".join(parts) + "."
+    algorithm = recipe.algorithm
+    named = " + ".join(f"{reward.scale:g} x {reward.key}" for reward in algorithm.rewards) or "no reward"
+    scale = algorithm.cfg.guidance_scale
+    guidance = f"{algorithm.cfg.mode} guidance {scale:g}" if scale else "no guidance"
+    done = f"; {steps[-1]['step']:,.0f} generator updates" if steps else ""
+    return f"Reward: {named}; divergence: {algorithm.divergence.name}; {guidance}{done}."
 
 
-def _units(*evaluations: Results | None) -> dict[str, str]:
-    return {m.key: m.unit for evaluation in evaluations if evaluation for m in evaluation.metrics.values()}
-
-
-def _grids(folder: Path) -> list[dict[str, Any]]:
-    """A few preview grids from the first to the last."""
+def _grids(folder: Path) -> list[tuple[int, str]]:
+    """A few preview grids from the first to the last: the step and the image."""
     found = sorted(folder.glob("step_*.png"))
     chosen = [found[index] for index in gallery.evenly_spaced(len(found), GRIDS_SHOWN)]
-    grids = [{"step": int(f.stem.removeprefix("step_") or 0), "uri": gallery.data_uri(f, 640)} for f in chosen]
-    return [grid for grid in grids if grid["uri"]]
+    grids = [(int(file.stem.removeprefix("step_") or 0), gallery.data_uri(file, 640)) for file in chosen]
+    return [(step, uri) for step, uri in grids if uri]
 
 
-def _cost(run: dict[str, Any], steps: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def _cost(run: RunRecord, steps: Rows) -> list[tuple[str, str]]:
     """What the run took."""
-    seconds, device = run.get("seconds"), str(run.get("device", "cpu"))
-    devices = sum(int(group[1]) for group in run.get("placement") or [] if len(group) > 1) or 1
-    rows = []
-    if seconds is not None:
-        unit = "Process-hours on the CPU" if "cpu" in device.lower() else "GPU-hours"
-        rows = [
-            ("Time", duration(seconds)),
-            (unit, f"{seconds * devices / 3600:.3g} ({devices} x {duration(seconds)})"),
-        ]
-    rows.append(("Device", device))
+    rows = [("Device", run.device)]
+    if run.seconds is not None:
+        unit = "Process-hours on the CPU" if "cpu" in run.device.lower() else "GPU-hours"
+        devices, taken = sum(count for _, count, _ in run.placement) or 1, numbers.duration(run.seconds)
+        hours = f"{run.seconds * devices / 3600:.3g} ({devices} x {taken})"
+        rows = [("Time", taken), (unit, hours), *rows]
     if steps:
         images = steps[-1].get("images")
-        rows.append(("Images generated for training", f"{images:,}" if images else DASH))
-        timed = sorted(row["timing/step"] for row in steps if isinstance(row.get("timing/step"), int | float))
-        if timed:
-            rows.append(("Seconds per step (median)", number(timed[len(timed) // 2], 3)))
+        rows.append(("Images generated for training", f"{images:,.0f}" if images else numbers.DASH))
+    if timed := [row["timing/step"] for row in steps if "timing/step" in row]:
+        rows.append(("Seconds per step (median)", numbers.number(statistics.median_high(timed), 3)))
     return rows

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""``(x, y)`` by label."""
 Point = tuple[float, float, float, float]
 """x, y, the half-width of x's bar, the half-width of y's bar."""
 
@@ -55,16 +63,10 @@ class Plot:
     svg: str
 
 
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    name: str,
-    large: bool = False,
-) -> str:
-    """Lines by label, each ``(x, y)``: the values faint, their running mean on top."""
+def curves(series: Series, xlabel: str, ylabel: str, name: str, large: bool = False) -> str:
+    """Lines by label: the values faint, their running mean on top."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for index, (label, (x, y)) in enumerate(series.items()):
             color = _SERIES[index % len(_SERIES)]
             smooth = running_mean(y, max(1, len(y) // 20))
@@ -78,10 +80,10 @@ def curves(
     return _svg(draw, name, f"{ylabel} over {xlabel}", *_size(large, len(series)))
 
 
-def stacked(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, ylabel: str, name: str) -> str:
+def stacked(series: Series, xlabel: str, ylabel: str, name: str) -> str:
     """Parts of a whole over x, which all parts share, one band a label."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         xs = next(iter(series.values()))[0]
         bands = [running_mean(y, max(1, len(y) // 20)) for _, y in series.values()]
         axes.stackplot(xs, *bands, labels=list(series), colors=_SERIES, alpha=0.75)
@@ -101,7 +103,7 @@ def points(
 ) -> str:
     """Labeled points with error bars; an arrow leads from the first to the second label of each pair."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for index, (label, (x, y, dx, dy)) in enumerate(groups.items()):
             color, marker = _SERIES[index % len(_SERIES)], "os^Dvp"[index // len(_SERIES) % 6]
             axes.errorbar(
@@ -127,21 +129,18 @@ def standalone(svg: str) -> str:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over the last ``window`` finite values."""
-    out, recent = [], []
-    for value in values:
-        if value is not None and math.isfinite(value):
-            recent.append(value)
-        recent = recent[-window:]
-        out.append(sum(recent) / len(recent) if recent else math.nan)
-    return out
+    """Trailing mean over the last ``window`` values."""
+    sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    means: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    return means
 
 
 def _bar(half: float) -> float | None:
     return half if math.isfinite(half) else None
 
 
-def _label(axes: Any, xlabel: str, ylabel: str, legend: bool) -> None:
+def _label(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if legend:
@@ -154,7 +153,7 @@ def _size(large: bool, labels: int) -> tuple[float, float]:
     return (4.4, 3.0) if large and labels > 4 else (3.7, 2.4)
 
 
-def _svg(draw: Callable[[Any], None], name: str, label: str, width: float = 3.7, height: float = 2.4) -> str:
+def _svg(draw: Callable[[Axes], None], name: str, label: str, width: float = 3.7, height: float = 2.4) -> str:
     """Draw into a fresh figure; ``name`` makes the ids of the page's drawings distinct, and the output repeatable."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -180,8 +179,4 @@ def _embed(svg: str, name: str, label: str) -> str:
         svg = svg.replace(color, variable)
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{_escape(label)}">{body}'
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return f'{head} role="img" aria-label="{html.escape(label)}">{body}'

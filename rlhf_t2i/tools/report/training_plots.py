@@ -6,26 +6,39 @@ distance to the reference is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rlhf_t2i.evaluation.compare import Comparison
 from rlhf_t2i.evaluation.results import Results
 from rlhf_t2i.tools.report import plots
-from rlhf_t2i.tools.report.plots import Plot
-from rlhf_t2i.utils import stats
+from rlhf_t2i.tools.report.plots import Plot, Series
+from rlhf_t2i.training.trackers import scalars
+from rlhf_t2i.utils import jsonl, stats
 
-Series = dict[str, tuple[list[float], list[float]]]
-Rows = Sequence[dict[str, Any]]
+Rows = Sequence[Mapping[str, float]]
+
+
+def read(out: Path) -> Rows:
+    """The numbers of a run's metrics.jsonl by step, nested keys joined by slashes.
+
+    Of a step that was repeated after a resume the last row counts.
+    """
+    latest = {row["step"]: dict(scalars(row)) for row in jsonl.rows(out / "metrics.jsonl")}
+    return [latest[step] for step in sorted(latest)]
 
 
 def training(rows: Rows, units: Mapping[str, str]) -> list[Plot]:
-    """Everything worth watching that the rows (flattened, in order of step) hold."""
-    found = [_reward(rows, key, units.get(key, "")) for key in _keys(rows, "reward/")]
-    for title, note, keys, ylabel in _PLOTS:
-        series = pick(rows, keys(rows))
-        if series:
-            found.append(_plot(title, note, series, ylabel))
+    """Everything worth watching that the rows hold."""
+    found = []
+    for key in _below(rows, "reward/"):
+        name = key.removeprefix("reward/")
+        axis = _axis(name, units.get(name, ""))
+        found += _plot(f"Reward: {name}", _REWARD, pick(rows, {key: name}), axis, f"reward-{slug(name)}")
+    for title, note, names, ylabel in _PLOTS:
+        keys = [key for name in names for key in (_below(rows, name) if name.endswith("/") else [name])]
+        labels = {key: "all" if f"{key}/" in names else _words(key.partition("/")[2] or key) for key in keys}
+        found += _plot(title, note, pick(rows, labels), ylabel)
     return found + _timing(rows)
 
 
@@ -50,14 +63,10 @@ def tradeoff(before: Results, after: Results, comparisons: Sequence[Comparison])
     return found
 
 
-def pick(rows: Rows, labels: Mapping[str, str], x: str = "step") -> Series:
-    """Series by label of the given keys, each over the rows that hold it."""
-    series: Series = {}
-    for key, label in labels.items():
-        held = [(row[x], row[key]) for row in rows if isinstance(row.get(key), int | float) and x in row]
-        if held:
-            series[label] = ([float(a) for a, _ in held], [float(b) for _, b in held])
-    return series
+def pick(rows: Rows, labels: Mapping[str, str]) -> Series:
+    """Series over steps by label of the given keys, each over the rows that hold it."""
+    held = {label: [(row["step"], row[key]) for row in rows if key in row] for key, label in labels.items()}
+    return {label: ([x for x, _ in pairs], [y for _, y in pairs]) for label, pairs in held.items() if pairs}
 
 
 def slug(text: str) -> str:
@@ -65,44 +74,33 @@ def slug(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())
 
 
-def _reward(rows: Rows, key: str, unit: str) -> Plot:
-    series = pick(rows, {f"reward/{key}": key})
-    note = "Mean over the step's training images. Judge the gain by the held-out table above, not by this curve."
-    return Plot(f"Reward: {key}", note, plots.curves(series, "step", _axis(key, unit), f"reward-{slug(key)}"))
-
-
 def _timing(rows: Rows) -> list[Plot]:
     # What happens in few steps (a checkpoint, a watch) is no phase of a step.
     others = ("timing/step", "timing/bytes", "timing/checkpoint", "timing/watch")
-    phases = [k for k in _all(rows, "timing/") if k.count("/") == 1 and k not in others]
-    whole = [row for row in rows if all(isinstance(row.get(k), int | float) for k in phases)]
+    phases = [key for key in _below(rows, "timing/") if key.count("/") == 1 and key not in others]
+    series = pick([row for row in rows if row.keys() >= set(phases)], _labels(phases, "timing/"))
     found = []
-    if phases and whole:
-        series = pick(whole, {key: key.removeprefix("timing/") for key in phases})
-        note = "Where a step's seconds go, by phase."
-        found.append(Plot("Seconds per step", note, plots.stacked(series, "step", "seconds per step", "seconds")))
-    series = pick(rows, {key: key.removeprefix("timing/idle/") for key in _all(rows, "timing/idle/")})
     if series:
-        note = "The share of a step's time in which a process waited."
-        found.append(_plot("Idle share", note, series, "idle share of the step"))
-    memory = _all(rows, "memory/")
-    if memory:
-        scaled = [{"step": row["step"]} | {k: row[k] / 2**30 for k in memory if row.get(k) is not None} for row in rows]
-        series = pick(scaled, {key: key.removeprefix("memory/") for key in memory})
-        found.append(_plot("Peak memory", "Per process.", series, "GiB"))
-    return found
+        svg = plots.stacked(series, "step", "seconds per step", "seconds")
+        found.append(Plot("Seconds per step", "Where a step's seconds go, by phase.", svg))
+    idle, memory = _below(rows, "timing/idle/"), _below(rows, "memory/")
+    note = "The share of a step's time in which a process waited."
+    found += _plot("Idle share", note, pick(rows, _labels(idle, "timing/idle/")), "idle share of the step")
+    series = {k: (x, [v / 2**30 for v in y]) for k, (x, y) in pick(rows, _labels(memory, "memory/")).items()}
+    return found + _plot("Peak memory", "Per process.", series, "GiB")
 
 
-def _plot(title: str, note: str, series: Series, ylabel: str) -> Plot:
-    return Plot(title, note, plots.curves(series, "step", ylabel, slug(title)))
+def _plot(title: str, note: str, series: Series, ylabel: str, name: str = "") -> list[Plot]:
+    """A plot of curves; none where there is nothing to draw."""
+    return [Plot(title, note, plots.curves(series, "step", ylabel, name or slug(title)))] if series else []
 
 
-def _all(rows: Rows, prefix: str) -> list[str]:
+def _below(rows: Rows, prefix: str) -> list[str]:
     return sorted({key for row in rows for key in row if key.startswith(prefix)})
 
 
-def _keys(rows: Rows, prefix: str) -> list[str]:
-    return [key.removeprefix(prefix) for key in _all(rows, prefix)]
+def _labels(keys: Sequence[str], prefix: str) -> dict[str, str]:
+    return {key: key.removeprefix(prefix) for key in keys}
 
 
 def _axis(key: str, unit: str) -> str:
@@ -113,56 +111,40 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _named(*names: str) -> Callable[[Rows], dict[str, str]]:
-    return lambda rows: {name: _words(name) for name in names}
-
-
-def _below(prefix: str, extra: Iterable[str] = ()) -> Callable[[Rows], dict[str, str]]:
-    return lambda rows: {k: k.removeprefix(prefix) for k in _all(rows, prefix)} | dict.fromkeys(extra, "all")
-
-
-def _forces(rows: Rows) -> dict[str, str]:
-    keys = ["grad_norm/divergence", *_all(rows, "grad_norm/reward/")]
-    return {key: key.removeprefix("grad_norm/") for key in keys}
-
-
-_PLOTS: list[tuple[str, str, Callable[[Rows], dict[str, str]], str]] = [
+_REWARD = "Mean over the step's training images. Judge the gain by the held-out table above, not by this curve."
+_PLOTS: list[tuple[str, str, tuple[str, ...], str]] = [
     (
         "Forces on an image",
         "Mean length of the gradients with respect to the generated latents: the regularizer's pull and each reward's "
         "push, already multiplied by its scale.",
-        _forces,
+        ("grad_norm/divergence", "grad_norm/reward/"),
         "gradient norm at x0",
     ),
     (
         "Angle between the forces",
         "Cosine between reward and regularizer gradients: near -1 they cancel, near 0 they do not meet.",
-        _named("grad_cosine"),
+        ("grad_cosine",),
         "cosine",
     ),
     (
         "Distance to the reference",
         "E[d(y)], the distance that the regularizer holds down. (Its loss averages zero by construction: not shown.)",
-        _named("divergence"),
+        ("divergence",),
         "E[d(y)] (x0 units)",
     ),
     (
         "Denoiser gap by timestep",
         "Mean length of the gap between assistant and reference predictions, by noise level.",
-        _below("delta_norm/", ["delta_norm"]),
+        ("delta_norm/", "delta_norm"),
         "mean gap (x0 units)",
     ),
     (
         "Assistant loss",
         "How well the assistant follows the generator: noise prediction error, lower is better.",
-        _named("assistant_loss"),
+        ("assistant_loss",),
         "mean squared error",
     ),
-    (
-        "Parameter gradients",
-        "Global norm before clipping.",
-        _below("param_grad_norm/"),
-        "gradient norm",
-    ),
-    ("Learning rates", "Warm-up to a constant rate.", _below("lr/"), "learning rate"),
+    ("Parameter gradients", "Global norm before clipping.", ("param_grad_norm/",), "gradient norm"),
+    ("Learning rates", "Warm-up to a constant rate.", ("lr/",), "learning rate"),
 ]
+"""Title, note, keys (a slash at the end stands for all keys below) and the axis of the values."""
