@@ -94,7 +94,7 @@ def test_a_network_is_drawn_in_many_steps_by_its_bases_pipeline(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"rows": []}, "rows: needs at least 1, but has 0"),
+        ({"rows": []}, "rows: must not be empty"),
         ({"evaluation": {"prompts": "x", "model": "y"}}, "'model' comes from the rows"),
         ({"rows": [{"name": "a", "label": "A", "model": "/nowhere"}]}, "row 'a': no such model: /nowhere"),
         ({"rows": [{"name": "a", "label": "A", "model": "x/y"}] * 2}, "two rows are called 'a'"),

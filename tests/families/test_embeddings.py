@@ -171,7 +171,7 @@ def test_a_run_encodes_what_is_missing_before_its_roles_start(
 
     said.clear()
     keys["data"] = {"prompts": str(tiny.make_prompts(tmp_path, "others.txt", start=3))}
-    with pytest.raises(UsageError, match="--resume: the recipe has changed"):
+    with pytest.raises(UsageError, match="resume=True: the recipe has changed"):
         rlhf_t2i.train(keys, tmp_path / "out", resume=True, callback=Phases())
     assert said == ["checking the inputs"]
 

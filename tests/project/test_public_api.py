@@ -116,7 +116,9 @@ def test_a_run_is_not_overwritten(make_recipe: Callable[..., Recipe], tmp_path: 
         rlhf_t2i.train(make_recipe(), tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments", [{}, {"progress": False}, {"callback": TrainCallback()}], ids=["plain", "progress", "callback"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"progress": False}, {"callback": TrainCallback()}], ids=["plain", "progress", "callback"]
+)
 def test_the_progress_of_training_is_printed_unless_someone_else_takes_it(
     arguments: dict[str, Any],
     make_recipe: Callable[..., Recipe],
