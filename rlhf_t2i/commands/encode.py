@@ -21,8 +21,10 @@ def encode_command(
     loaded = reading.load(recipe, set_ or [])
     from rlhf_t2i.families.pins import pin
     from rlhf_t2i.tools.progress import phases
+    from rlhf_t2i.training.callbacks import TrainCallback
     from rlhf_t2i.training.encoding import encode_prompts
+    from rlhf_t2i.training.interrupts import SignalHandler
 
-    with phases() as progress:
+    with phases() as progress, SignalHandler(TrainCallback(), lambda: False):
         count, folder = encode_prompts(pin(loaded), partial(progress, "encoding prompts"))
     typer.echo(f"encoded {count} prompts, wrote {folder}" if count else f"nothing to do: {folder} has every prompt")

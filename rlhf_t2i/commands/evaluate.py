@@ -99,7 +99,7 @@ def _table(file: Path, out: Path | None, limit: int | None, others: list[str]) -
         option = others[0].rstrip("_").replace("_", "-")
         raise UsageError(f"--{option} is for one model; of a table, change {file} (--out and --limit are taken)")
     table, settings = model_table.load(file, limit)
-    folder = out or Path("evaluations") / file.stem
+    folder = out or Path("evaluations") / (file.stem if limit is None else f"{file.stem}-{limit}")
     with phases() as progress:
         text = model_table.run(table, settings, folder, progress)
     typer.echo(text)

@@ -66,5 +66,8 @@ def _summary(folder: Path, kind: str) -> None:
         ("report.html", "curves, before and after"),
         ("samples/", "the same prompts over time"),
         ("model/", "loads with diffusers, or: rlhf-t2i sample"),
+        ("adapter/", "the LoRA alone, for load_lora_weights"),
     ):
+        if not (folder / path).exists():
+            continue
         console.print(f"  {folder / path}  {what}", soft_wrap=True)

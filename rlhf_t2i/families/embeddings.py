@@ -38,7 +38,18 @@ class EmbeddingFolder:
     def missing(self, prompts: Iterable[str]) -> list[Entry]:
         """The distinct entries that a run with these prompts needs and the folder lacks."""
         wanted: dict[Entry, None] = dict.fromkeys([UNCONDITIONAL, *prompts])
-        return [entry for entry in wanted if not self._file(entry).is_file()]
+        return [entry for entry in wanted if not (file := self._file(entry)).is_file() or not file.stat().st_size]
+
+    def prepare(self) -> None:
+        """Create the folder.
+
+        Raises:
+            UsageError: It cannot be created.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"models.embeddings: {self.root} cannot be created: {error.strerror}") from None
 
     def write(self, entry: Entry, row: Mapping[str, Tensor]) -> None:
         """Store one prompt's row; whole or not at all."""
@@ -47,7 +58,6 @@ class EmbeddingFolder:
             tensors[name] = _compact(tensor.detach().cpu())
             notes[_SHAPE + name] = f"{len(tensor) if tensor.ndim else 0} {str(tensor.dtype).removeprefix('torch.')}"
         notes[_DIGEST] = _digest(tensors, notes)
-        self.folder.mkdir(parents=True, exist_ok=True)
         files.write_atomic(self._file(entry), safetensors.torch.save(tensors, notes))
 
     def read(self, entry: Entry) -> dict[str, Tensor]:
@@ -116,8 +126,10 @@ def encode(folder: EmbeddingFolder, entries: list[Entry], encoder: Conditioner, 
     for done, entry in enumerate(entries, 1):
         with torch.no_grad():
             row = encoder.unconditional_row() if entry is UNCONDITIONAL else encoder.encode_one(entry)
-        with files.disk_errors(folder.root):
+        try:
             folder.write(entry, row)
+        except OSError as error:
+            raise files.not_written(folder.folder, error.strerror) from error
         progress(done, len(entries))
 
 

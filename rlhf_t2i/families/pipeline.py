@@ -279,7 +279,7 @@ class PipelineFamily(PromptFamily):
         file = weights.weight_file(source)
         if file is not None:
             return weights.fill_network(self.build_network(), weights.read_state_dict(file, source.name), file)
-        return weights.load_part(source, self._subfolder(source), self._network_type())
+        return weights.load_part(source, self._subfolder(source), self._network_type(), exact=True)
 
     def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> DiffusionPipeline:
         """See :meth:`Family.load_pipeline`."""

@@ -165,6 +165,7 @@ class ModelStore:
             progress: Called before the encoders are loaded, and after each prompt.
         """
         assert self.embeddings is not None
+        self.embeddings.prepare()
         progress(0, len(entries))
         try:
             embeddings.encode(self.embeddings, entries, self.text_encoders, progress)

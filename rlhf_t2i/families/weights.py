@@ -16,13 +16,16 @@ from rlhf_t2i.families.snapshot import is_fp16_alone
 from rlhf_t2i.families.sources import ModelRef
 
 
-def load_part(source: ModelRef, subfolder: str | None, cls: type[nn.Module], **kwargs: object) -> nn.Module:
+def load_part(
+    source: ModelRef, subfolder: str | None, cls: type[nn.Module], exact: bool = False, **kwargs: object
+) -> nn.Module:
     """A network, text encoder or tokenizer, by the ``from_pretrained`` of its class in diffusers or transformers.
 
     Args:
         source: The pipeline, or the network itself.
         subfolder: The part's folder in it.
         cls: The class.
+        exact: Also refuse weights for which the configuration has no place.
         kwargs: Passed on.
 
     Raises:
@@ -50,6 +53,13 @@ def load_part(source: ModelRef, subfolder: str | None, cls: type[nn.Module], **k
     missing = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         raise UsageError(f"{where} lacks {len(missing)} weights of its {type(model).__name__}, e.g. {missing[0]}")
+    # A damaged number of layers would drop the rest without a word. Fixed positions are stored in some versions only.
+    stray = sorted(key for key in info["unexpected_keys"] if not key.endswith("pos_embed")) if exact else []
+    if stray:
+        raise UsageError(
+            f"{where} holds {len(stray)} weights for which its config.json has no place, e.g. {stray[0]}: one of "
+            "the two is damaged or of another model"
+        )
     return model
 
 

@@ -69,6 +69,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl: Path) -> Embeddi
 
 def test_padding_and_half_precision_take_no_room(tmp_path: Path) -> None:
     folder = EmbeddingFolder(tmp_path, "x")
+    folder.prepare()
     row = {
         "embeds": torch.nn.functional.pad(torch.ones(3, 8), (0, 0, 0, 509)),
         "exact": torch.rand(4),
@@ -117,6 +118,24 @@ def test_a_file_is_refused_as_a_folder(tmp_path: Path, tiny_sdxl: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(UsageError, match=r"models\.embeddings: .*/link is a link to .*/gone, which does not exist"):
         store(tiny_sdxl, embeddings=str(tmp_path / "link/below")).check()
+
+
+def test_a_folder_that_cannot_be_created_is_refused_before_encoders_are_loaded(
+    tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = store(tiny_sdxl, embeddings="/proc/nope")
+    assert built.embeddings is not None
+    monkeypatch.setattr(type(built.family), "load_conditioner", lambda *_: pytest.fail("encoders are loaded"))
+    with pytest.raises(UsageError, match=r"models\.embeddings: /proc/nope cannot be created: No such file"):
+        built.encode_missing(["a"], lambda done, total: None)
+
+
+def test_an_empty_file_is_written_again(tiny_sdxl: Path, tmp_path: Path) -> None:
+    found = filled(tiny_sdxl, tmp_path).embeddings
+    assert found is not None
+    first = min(found.folder.iterdir())
+    first.write_bytes(b"")
+    assert len(found.missing(PROMPTS)) == 1
 
 
 def recipe(tmp_path: Path, tiny_sdxl: Path, tiny_prompts: Path, **models: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
-from tests import tiny
+from tests import tiny, tiny_families
 from tests.families.test_sampling import store
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -338,3 +338,15 @@ def test_sizes_beyond_the_networks_positions_are_refused(tmp_path: Path) -> None
     folder = tiny.make_sd3(tmp_path)
     with pytest.raises(UsageError, match=r"models\.height, models\.width: 64 is more than 32"):
         _ = store(folder, height=64).latent_shape
+
+
+def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
+    """A damaged number of layers would otherwise train, and export, a shorter network."""
+    folder = tiny_families.make_z_image(tmp_path / "model")
+    config = folder / "transformer/config.json"
+    keys = json.loads(config.read_text())
+    config.write_text(json.dumps(keys | {"n_layers": keys["n_layers"] - 1}))
+    with pytest.raises(
+        UsageError, match=r"transformer holds \d+ weights for which its config\.json has no place, e\.g\."
+    ):
+        store(folder).reference_network()

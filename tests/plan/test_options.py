@@ -51,6 +51,13 @@ def test_more_devices_take_fewer_hours(recipe: Recipe) -> None:
     assert hours == sorted(hours, reverse=True)
 
 
+def test_devices_that_the_batch_cannot_use_stay_idle(recipe: Recipe) -> None:
+    """Eight micro-batches: of seven devices four hold all roles, unless apart groups are faster."""
+    found = options(recipe, 7, RATES, memory=80)
+    assert "4 learner, generator, assistant, reference, reward" in [option.describe() for option in found]
+    assert found[0].duration.hours <= options(recipe, 4, RATES, memory=80)[0].duration.hours
+
+
 def test_what_fits_comes_first_although_it_is_slower(recipe: Recipe) -> None:
     everything = options(recipe, 4, RATES, memory=80)
     largest = max(option.memory for option in everything)

@@ -62,7 +62,7 @@ def options(recipe: Recipe, devices: int, rates: Rates, memory: float) -> list[O
         UsageError: The batch cannot be split over so many devices in any way.
     """
     limit, found, refusal = memory * 2**30 * USABLE, [], UsageError("")
-    for groups in _candidates(devices):
+    for groups in _candidates(devices, recipe.optimization.batch_size // (recipe.optimization.micro_batch or 1)):
         placed = recipe.model_copy(
             update={"placement": recipe.placement.model_copy(update={"mode": "ray", "groups": groups})}
         )
@@ -79,8 +79,11 @@ def options(recipe: Recipe, devices: int, rates: Rates, memory: float) -> list[O
     return sorted(found, key=lambda option: (not option.fits, option.duration.hours if option.fits else option.memory))
 
 
-def _candidates(devices: int) -> Iterator[Mapping[str, Group]]:
-    yield {"all": Group(devices=devices, roles=["learner", "generator", "assistant", "reference", "reward"])}
+def _candidates(devices: int, batch: int) -> Iterator[Mapping[str, Group]]:
+    for size in range(devices, 0, -1):
+        if batch % size == 0:  # with fewer of the devices, where the batch does not divide by all
+            yield {"all": Group(devices=size, roles=["learner", "generator", "assistant", "reference", "reward"])}
+            break
     for first, trained, second, served in _SPLITS:
         for size in _sizes(devices):
             yield {
