@@ -17,11 +17,11 @@ check: setup  ## style and the fast tests, under a minute: before every commit
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q -n 2 -m fast
 
-test-local: setup  ## all tests of one process, under 5 minutes: before a pull request
+test-local: setup  ## all tests of one process, 7 minutes: before a pull request
 	$(BIN)/python -m pytest -q -n 2 -m "fast or local"
 
 # Three workers for two cores: tests over Ray mostly wait.
-test: setup  ## every test, under 15 minutes: what CI runs
+test: setup  ## every test, 22 minutes on two cores: what CI runs
 	$(BIN)/python -m pytest -n 3
 
 lint: setup  ## style, types and layers
