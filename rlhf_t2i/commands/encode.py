@@ -15,7 +15,10 @@ def encode_command(
     recipe: Annotated[Path, typer.Argument(help="The recipe; models.embeddings names the folder.")],
     set_: SetOption = None,
 ) -> None:
-    """Encode the prompts of a recipe that models.embeddings lacks, so that no role loads text encoders."""
+    """Encode a recipe's prompts once, for models.embeddings.
+
+    Only what the folder lacks is encoded; a run with it loads no text encoders.
+    """
     from rlhf_t2i.recipe import reading
 
     loaded = reading.load(recipe, set_ or [])
