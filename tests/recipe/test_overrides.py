@@ -15,13 +15,6 @@ from rlhf_t2i.recipe.schema import Recipe
 from tests.recipe.base import BASE
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(BASE)
-    return file
-
-
 def test_set_overrides_any_key(recipe: Path) -> None:
     loaded = reading.load(
         recipe,

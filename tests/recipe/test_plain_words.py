@@ -25,13 +25,6 @@ from tests.recipe.base import BASE, JARGON, misspellings, parsed, rename, wrong_
 WRONG = list(wrong_values())
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(BASE)
-    return file
-
-
 def sentence(error: UsageError) -> str:
     text = str(error)
     assert not JARGON.search(text), text

@@ -23,7 +23,7 @@ from rlhf_t2i.recipe import reading
 from rlhf_t2i.tools.ablation import schema
 from rlhf_t2i.tools.report.page import _recipe
 from rlhf_t2i.utils import fingerprints
-from tests.recipe.base import BASE, leaves, parsed, put
+from tests.recipe.base import leaves, parsed, put
 
 KEYS = sorted({".".join(map(str, at)) for at, _ in leaves(parsed())})
 NOBODY = "~no-such-user/x"
@@ -39,13 +39,6 @@ def one_sentence(text: str) -> None:
     assert len(text.splitlines()) == 1, text
     assert text.isprintable(), repr(text)
     assert len(text) < 1000, text
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(BASE, "utf-8")
-    return file
 
 
 KEY = st.sampled_from(KEYS)

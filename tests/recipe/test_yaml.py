@@ -14,13 +14,6 @@ from rlhf_t2i.recipe.schema import Recipe
 from tests.recipe.base import BASE
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(BASE, "utf-8")
-    return file
-
-
 @pytest.mark.parametrize(
     ("text", "value"),
     [("12", 12), ("-3", -3), ("0", 0), ("0x1F", 31), ("0o17", 15), ("1e-6", 1e-6), ("1.5", 1.5), (".5", 0.5),
