@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,11 @@ Pixels = Annotated[int, Field(ge=8, le=8192)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Checkpointed = Literal["learner", "assistant", "reference", "reward"]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice, or None."""
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 class Section(BaseModel):
@@ -216,9 +221,9 @@ class Algorithm(Section):
     @model_validator(mode="after")
     def _unique_labels(self) -> Algorithm:
         keys = [r.key for r in [*self.rewards, *self.eval_rewards]]
-        repeated = next((key for key in keys if keys.count(key) > 1), None)
-        if repeated:
-            raise ValueError(f"two rewards are called {repeated!r}: give one a label of its own")
+        twice = repeated(keys)
+        if twice is not None:
+            raise ValueError(f"two rewards are called {twice!r}: give one a label of its own")
         return self
 
 

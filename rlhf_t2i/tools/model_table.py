@@ -18,7 +18,7 @@ from rlhf_t2i.evaluation.results import Results, dumps, markdown_table
 from rlhf_t2i.evaluation.settings import Drawing, Settings
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import mistakes, reading
-from rlhf_t2i.recipe.schema import Section
+from rlhf_t2i.recipe.schema import Section, repeated
 from rlhf_t2i.tools.ablation.schema import RowName
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
@@ -58,9 +58,9 @@ class ModelTable(Section):
     @model_validator(mode="after")
     def _names(self) -> ModelTable:
         names = [row.name for row in self.rows]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated:
-            raise ValueError(f"two rows are called {repeated!r}")
+        twice = repeated(names)
+        if twice is not None:
+            raise ValueError(f"two rows are called {twice!r}")
         written = next((name for name in names if name in _FILES), None)
         if written:
             raise ValueError(f"no row can be called {written!r}: a file of the table is")

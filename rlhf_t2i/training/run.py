@@ -75,11 +75,10 @@ def run(
         with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
             callback.on_phase("checking the inputs")
             recipe = _checked(recipe, folder.revisions() if resume else None, callback)
-            if resume:
-                folder.compare_recipe(recipe, allow_recipe_change)  # before prompts are encoded
+            changed = folder.compare_recipe(recipe, allow_recipe_change) if resume else []  # before prompts are encoded
             _encode(recipe, callback)
             with files.exclusive(folder.path, "run"):
-                state = _Run(recipe, folder, address, callback, signals).go(resume, allow_recipe_change, command)
+                state = _Run(recipe, folder, address, callback, signals).go(resume, changed, command)
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit of a plugin, which would end the command with exit code 0
@@ -152,10 +151,9 @@ class _Run:
     signals: SignalHandler
     restarts: int = 0
 
-    def go(self, resume: bool, allow_recipe_change: bool, command: str) -> TrainState:
-        """Start the roles and train; returns the final state."""
+    def go(self, resume: bool, changed: list[str], command: str) -> TrainState:
+        """Start the roles and train; returns the final state. ``changed`` says how a resumed run's recipe differs."""
         if resume:
-            changed = self.folder.compare_recipe(self.recipe, allow_recipe_change)
             saved, state = self._newest()
             if changed:
                 self.callback.on_message(f"the recipe has changed: {', '.join(changed)}")

@@ -13,7 +13,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.recipe import mistakes, reading
-from rlhf_t2i.recipe.schema import Recipe, Section
+from rlhf_t2i.recipe.schema import Recipe, Section, repeated
 from rlhf_t2i.utils import files
 
 RowName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,79}$")]
@@ -75,9 +75,9 @@ class Ablation(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Ablation:
         names = [row.name for row in self.rows]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated:
-            raise ValueError(f"two rows are called {repeated!r}")
+        twice = repeated(names)
+        if twice is not None:
+            raise ValueError(f"two rows are called {twice!r}")
         _known(self.initial, names, "initial")
         for frontier in self.frontiers:
             for name in frontier.rows:

@@ -145,7 +145,7 @@ def _fits(recipe: Recipe, change: Change, limit: float) -> bool:
         return False
 
 
-def changed(recipe: Recipe, change: Change) -> Recipe:
+def changed(recipe: Recipe, change: Mapping[str, object]) -> Recipe:
     """The recipe with dotted keys replaced."""
     data = recipe.model_dump()
     for key, value in change.items():

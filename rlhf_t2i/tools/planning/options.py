@@ -9,6 +9,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Group, Recipe
 from rlhf_t2i.tools.planning import cost
 from rlhf_t2i.tools.planning.devices import USABLE, Rates
+from rlhf_t2i.tools.planning.fit import changed
 from rlhf_t2i.tools.planning.plan import make, step_time
 
 _SPLITS = (
@@ -63,9 +64,7 @@ def options(recipe: Recipe, devices: int, rates: Rates, memory: float) -> list[O
     """
     limit, found, refusal = memory * 2**30 * USABLE, [], UsageError("")
     for groups in _candidates(devices, recipe.optimization.batch_size // (recipe.optimization.micro_batch or 1)):
-        placed = recipe.model_copy(
-            update={"placement": recipe.placement.model_copy(update={"mode": "ray", "groups": groups})}
-        )
+        placed = changed(recipe, {"placement.mode": "ray", "placement.groups": groups})
         try:
             plan = make(placed)
         except UsageError as error:  # a batch or sizes that do not divide
