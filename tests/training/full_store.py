@@ -1,4 +1,4 @@
-"""A run over a Ray whose object store and disk fill up; prints how it ended.
+"""A run over a Ray whose object store and disk fill up; prints how it ended, and what happened on stderr.
 
 ``python -m tests.training.full_store RECIPE OUT``. The disk counts as full from the beginning
 (``local_fs_capacity_threshold``), so that nothing can be spilled.
@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
 
+STARTED = time.monotonic()
 STORE = 80 * 2**20  # Ray takes no less than 75 MiB
+HANG_S = 240  # then every thread's stack is printed, and the process ends
 GROUPS = "{train: {roles: [learner], threads: 1}, rest: {roles: [generator, assistant, reward, reference], threads: 1}}"
 
 
@@ -31,7 +35,13 @@ class Filler(TrainCallback):
     def __init__(self) -> None:
         self._thread, self._ended = threading.Thread(target=self._fill), threading.Event()
 
+    def on_phase(self, name: str) -> None:
+        print(f"{time.monotonic() - STARTED:.0f} s: {name}", file=sys.stderr, flush=True)
+
+    on_message = on_phase
+
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        self.on_phase(f"step {state.step}")
         if state.step == 2:
             self._thread.start()
 
@@ -43,7 +53,7 @@ class Filler(TrainCallback):
     def _fill(self) -> None:
         held = []
         while not self._ended.wait(0.05):
-            for size in (2**20, 2**16):
+            for size in (2**20, 2**16, 2**12):
                 with contextlib.suppress(ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
                     while not self._ended.is_set():
                         held.append(ray.put(np.zeros(size, np.uint8)))
@@ -51,15 +61,21 @@ class Filler(TrainCallback):
 
 def main(recipe: Path, out: Path) -> None:
     """Run until it ends."""
+    faulthandler.dump_traceback_later(HANG_S, exit=True)
     ray.init(
         "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
         object_store_memory=STORE, _system_config={"local_fs_capacity_threshold": 0.0},
     )  # fmt: skip
-    changes = [f"placement={{mode: ray, step_timeout_s: 60, groups: {GROUPS}}}", "steps=200", "checkpoints.every=1"]
+    changes = [
+        f"placement={{mode: ray, step_timeout_s: 60, max_restarts: 0, groups: {GROUPS}}}",
+        "steps=200",
+        "checkpoints.every=1",
+    ]
     filler = Filler()
     try:
         run.run(reading.load(recipe, changes), out, callback=filler)
     except RunError as error:
+        filler.on_phase("ended")
         print(f"ended: {error}", flush=True)
     filler.stop()
 
