@@ -1,12 +1,11 @@
 """A run over a Ray whose object store and disk fill up; prints how it ended, and what happened on stderr.
 
 ``python -m tests.training.full_store RECIPE OUT``. The disk counts as full from the beginning
-(``local_fs_capacity_threshold``), so that nothing can be spilled.
+(``local_fs_capacity_threshold``), and Ray does not spill: it would once, before it looks at the disk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import sys
 import threading
@@ -51,12 +50,16 @@ class Filler(TrainCallback):
         self._thread.join()
 
     def _fill(self) -> None:
+        """Large pieces first; then small ones without end, or a step could use what another has freed."""
         held = []
-        while not self._ended.wait(0.05):
-            for size in (2**20, 2**16, 2**12):
-                with contextlib.suppress(ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError):
-                    while not self._ended.is_set():
-                        held.append(ray.put(np.zeros(size, np.uint8)))
+        for size in (2**20, 2**16, 2**13):
+            full = False
+            while not (self._ended.is_set() or (full and size > 2**13)):
+                try:
+                    held.append(ray.put(np.zeros(size, np.uint8)))
+                except ray.exceptions.OutOfDiskError:
+                    full = True
+                    time.sleep(0.001)
 
 
 def main(recipe: Path, out: Path) -> None:
@@ -64,7 +67,8 @@ def main(recipe: Path, out: Path) -> None:
     faulthandler.dump_traceback_later(HANG_S, exit=True)
     ray.init(
         "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
-        object_store_memory=STORE, _system_config={"local_fs_capacity_threshold": 0.0},
+        object_store_memory=STORE,
+        _system_config={"local_fs_capacity_threshold": 0.0, "automatic_object_spilling_enabled": False},
     )  # fmt: skip
     changes = [
         f"placement={{mode: ray, step_timeout_s: 60, max_restarts: 0, groups: {GROUPS}}}",
