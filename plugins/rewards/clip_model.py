@@ -15,6 +15,7 @@ from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.plugins.precision import at_least_float32
 from rlhf_t2i.plugins.preprocessing import Preprocess
+from rlhf_t2i.utils.device import send
 from rlhf_t2i.utils.quiet import quietly
 
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -49,8 +50,12 @@ class ClipScorer(nn.Module):
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
-        ).to(self.model.text_projection.weight.device)
-        features = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        )
+        device = self.model.text_projection.weight.device
+        mask = causal_mask(tokens.attention_mask)
+        features = self.model.get_text_features(
+            input_ids=send(tokens.input_ids, device), attention_mask=None if mask is None else send(mask, device)
+        )
         return unit_rows(features.pooler_output)
 
     def logit_scale(self) -> Tensor:
@@ -75,6 +80,18 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features, or the head's numbers, of images [B, 3, H, W] in [0, 1]."""
         return self.head(self.scorer.image_features(images))
+
+
+def causal_mask(attention_mask: Tensor) -> Tensor | None:
+    """What transformers makes of a mask [B, L] of real tokens, but on the CPU: it would read the mask on the device.
+
+    Returns:
+        Which tokens each one attends to [B, 1, L, L], bool; None where no token is padding, as in transformers.
+    """
+    if bool(attention_mask.all()):
+        return None
+    length = attention_mask.shape[1]
+    return attention_mask.bool()[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()
 
 
 def clip_footprint(model: str, head: Callable[[int], nn.Module] | None = None) -> plugins.Footprint | None:

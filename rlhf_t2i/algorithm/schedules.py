@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.timesteps import TimestepLaw, quantile
+from rlhf_t2i.utils.device import send
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TimeArgument = Literal["thousandths", "sigma", "one_minus_sigma"]
@@ -107,6 +108,7 @@ class VPSchedule(Schedule):
         usable = len(abar) - 1 if float(abar[-1]) == 0 else len(abar)
         # The first thousandth past the last usable index is excluded; for T = 1000 that is 999.
         self.first, self.last = 0.0, float(-(-1000 * usable // len(abar)) - 1)
+        self._on_device = {abar.device: (abar.sqrt(), (1.0 - abar).sqrt())}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VPSchedule:
@@ -133,8 +135,12 @@ class VPSchedule(Schedule):
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Schedule.coefficients`."""
-        abar = self.alphas_cumprod[self.index(t.cpu())]
-        return _broadcast(abar.sqrt(), like), _broadcast((1.0 - abar).sqrt(), like)
+        if like.device not in self._on_device:
+            tables = self._on_device[self.alphas_cumprod.device]
+            self._on_device[like.device] = (send(tables[0], like.device), send(tables[1], like.device))
+        alpha, sigma = self._on_device[like.device]
+        index = self.index(send(t, like.device))
+        return _broadcast(alpha[index], like), _broadcast(sigma[index], like)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """See :meth:`Schedule.to_x0`."""
@@ -195,7 +201,7 @@ class FlowSchedule(Schedule):
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Schedule.coefficients`."""
-        s = t.cpu().double() / 1000
+        s = send(t, like.device).double() / 1000
         return _broadcast(1.0 - s, like), _broadcast(s, like)
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ def _check_graph(prediction: Tensor, x_t: Tensor) -> None:
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     """Values [B] over ``like`` [B, ...]: half precision cannot hold ``1 - abar_t`` at low noise."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return values.to(like.device, dtype).reshape(-1, *([1] * (like.ndim - 1)))
+    return values.to(dtype).reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.schedules import Schedule
+from rlhf_t2i.utils.device import send
 
 Transition = Literal["stochastic", "deterministic"]
 StartNoise = Literal["unit", "sigma"]
@@ -36,7 +37,7 @@ def keyed_noise(shape: Sequence[int], keys: Sequence[rng.Key], device: torch.dev
 
     def noise(k: int) -> Tensor:
         named = keys if k == 0 else [(*key, f"step {k}") for key in keys]
-        return rng.normal(shape, named).to(device)
+        return send(rng.normal(shape, named), device)
 
     return noise
 
@@ -57,7 +58,7 @@ def sequential_noise(
         while len(drawn) <= k:
             shape = tuple(shapes[min(len(drawn), len(shapes) - 1)])
             drawn.append(torch.stack([torch.randn(shape, generator=generator) for generator in generators]))
-        return drawn[k].to(device)
+        return send(drawn[k], device)
 
     return noise
 
@@ -112,7 +113,7 @@ class Student:
         """``tau_k`` [B] for the depths; integers where all timesteps are whole numbers."""
         whole = all(float(tau).is_integer() for tau in self.timesteps)
         taus = torch.tensor(self.timesteps, dtype=torch.int64 if whole else torch.float64)
-        return taus[depths - 1].to(device)
+        return send(taus[depths - 1], device)
 
     @torch.no_grad()
     def _last_inputs(self, predict: Predict, noise: Noise, depths: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ class Student:
             # Never empty: under ZeRO-3 every call gathers weights from all ranks, so all ranks must call as often.
             samples = (depths > k).nonzero()[:, 0]
             chosen = samples if len(samples) else torch.zeros(1, dtype=torch.int64)
-            here = chosen.to(x.device)
+            here = send(chosen, x.device)
             t = self.times(torch.full((len(chosen),), k), x.device)
             x0 = predict(x[here], t, chosen)
             if len(samples):

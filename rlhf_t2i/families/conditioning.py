@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources, weights
 from rlhf_t2i.families.base import Conditioner, Conditioning, Family
+from rlhf_t2i.utils.device import Sending
 from rlhf_t2i.utils.quiet import quietly
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ class PipelineConditioner(Conditioner):
 
     def _row(self, prompt: str | None) -> dict[str, Tensor]:
         device = next(self.encoders.parameters()).device
-        if prompt is None:
-            row = self._family.encode_unconditional(self._pipeline, device)
-        else:
-            row = self._family.encode_prompt(self._pipeline, prompt, device)
-        return row | {name: value.to(device) for name, value in self._constants.items()}
+        with Sending():
+            if prompt is None:
+                row = self._family.encode_unconditional(self._pipeline, device)
+            else:
+                row = self._family.encode_prompt(self._pipeline, prompt, device)
+            return row | {name: value.to(device) for name, value in self._constants.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conditioner:
         self._unconditional = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families.base import Conditioner
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.device import send
 
 UNCONDITIONAL = None
 """Stands for the unconditional branch among prompts: SDXL's is not the empty prompt's."""
@@ -111,7 +112,7 @@ class StoredConditioner(Conditioner):
         return self._unconditional
 
     def _read(self, entry: Entry) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in self._folder.read(entry).items()}
+        return {name: send(tensor, self._device) for name, tensor in self._folder.read(entry).items()}
 
 
 def encode(folder: EmbeddingFolder, entries: list[Entry], encoder: Conditioner, progress: Progress) -> None:

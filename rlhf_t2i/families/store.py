@@ -22,6 +22,7 @@ from rlhf_t2i.families.frozen import freeze_convs, twin
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.recipe.schema import Models, StudentSettings, Timesteps
 from rlhf_t2i.utils import files
+from rlhf_t2i.utils.device import send
 from rlhf_t2i.utils.versions import installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -252,7 +253,7 @@ class ModelStore:
         cond, schedule = self.conditioner.encode(prompts), self.student.schedule
 
         def predict(x_t: Tensor, t: Tensor, samples: Tensor) -> Tensor:
-            part = cond if len(samples) == len(prompts) else cond[samples.to(self.device)]
+            part = cond if len(samples) == len(prompts) else cond[send(samples, self.device)]
             return schedule.to_x0(self._call(self.generator_family, schedule, network, x_t, t, part), x_t, t)
 
         return self.student.sample(predict, noise) if depths is None else self.student.rollout(predict, noise, depths)
@@ -276,7 +277,7 @@ class ModelStore:
         # float32 weights compute under autocast, weights of the compute dtype as they are.
         mixed = weights == torch.float32 and self.dtype != torch.float32
         with torch.autocast(x_t.device.type, self.dtype) if mixed else nullcontext():
-            time = schedule.network_time(t).to(x_t.device)
+            time = send(schedule.network_time(t), x_t.device)
             return family.predict(network, x_t.to(weights), time, cond).float()
 
     def denoise(self, network: NetworkCall, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhf_t2i.utils.device import send
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -228,6 +230,5 @@ def center_crop(images: Tensor, size: tuple[int, int], rounding: Literal["floor"
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``(images - mean) / std`` per channel."""
     shape = (1, -1, 1, 1)
-    mean_t = torch.tensor(mean, dtype=images.dtype, device=images.device).reshape(shape)
-    std_t = torch.tensor(std, dtype=images.dtype, device=images.device).reshape(shape)
+    mean_t, std_t = (send(torch.tensor(v, dtype=images.dtype), images.device).reshape(shape) for v in (mean, std))
     return (images - mean_t) / std_t

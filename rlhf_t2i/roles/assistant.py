@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
@@ -14,6 +15,7 @@ from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
 from rlhf_t2i.roles.dispatch import Client
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.trained import TrainedRole, Update
+from rlhf_t2i.utils.device import send
 
 
 class AssistantRole(DenoiserServer, TrainedRole):
@@ -46,16 +48,16 @@ class AssistantRole(DenoiserServer, TrainedRole):
             chosen = [prompts[i] for i in micro]
             keys = [(seed, "assistant", round_index, i) for i in micro]
             x0 = self._generator.submit(GeneratorRole.sample, chosen, [(*k, "z") for k in keys], "raw", True).result()
-            x0 = x0.to(self._context.device)
-            t = schedule.sample_timesteps(self._law, *self._range, [(*k, "t") for k in keys]).to(x0.device)
-            noise = rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]).to(x0.device)
+            x0 = send(x0, self._context.device)
+            t = send(schedule.sample_timesteps(self._law, *self._range, [(*k, "t") for k in keys]), x0.device)
+            noise = send(rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]), x0.device)
             x_t = schedule.add_noise(x0, noise, t)
             raw = store.predict(self.engine, x_t, t, store.conditioner.encode(chosen))
             loss = assistant_loss(raw, x0, noise, t, schedule).mean()
             self.engine.backward(loss)
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
         norm = self.engine.step(learning_rate(self._settings, round_index))
-        return Update(norm, loss=sum(losses) / len(losses))
+        return Update(norm, loss=sum(torch.stack(losses).cpu().tolist()) / len(losses))
 
     def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
         # Through the bare module: the engine's own forward scales and records gradients meant for training.

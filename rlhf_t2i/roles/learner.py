@@ -19,7 +19,10 @@ from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import DenoiserCall, denoise
 from rlhf_t2i.roles.dispatch import Client
 from rlhf_t2i.roles.reward import RewardRole
-from rlhf_t2i.roles.trained import Samples, TrainedRole, Update
+from rlhf_t2i.roles.trained import Measured, TrainedRole, Update, read
+from rlhf_t2i.utils.device import send
+
+_FINITE = "finite"  # among the measurements: whether a sample's gradient at x_0 is
 
 
 class LearnerRole(TrainedRole):
@@ -66,8 +69,8 @@ class LearnerRole(TrainedRole):
             step: Counts generator updates from 0; seeds the noise and sets the warm-up.
             prompts: The global batch; this rank takes its share.
         """
-        measured: Samples = {}
-        bad: list[str] = []
+        measured: Measured = {}
+        seen: list[str] = []
         for number, micro in enumerate(self._context.micro_batches()):
             chosen = [prompts[i] for i in micro]
             keys = [(self._recipe.seed, "generator", step, i) for i in micro]
@@ -76,12 +79,16 @@ class LearnerRole(TrainedRole):
             x0 = self._store.generate(self.engine, chosen, noise, depths)
             request_id = f"{step}.{self._context.rank}.{number}"
             gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, measured, depths)
-            bad += [chosen[int(i)] for i in (~gradient.flatten(1).isfinite().all(1)).nonzero()]
+            _measure(measured, _FINITE, gradient.flatten(1).isfinite().all(1))
+            seen += chosen
             self.engine.backward((x0 * gradient).sum() / len(micro))
         norm = self.engine.step(learning_rate(self._settings, step))
         if self._ema is not None and math.isfinite(norm):
             self._update_ema((step + 1) * self._recipe.optimization.batch_size)
-        return Update(norm, samples=measured, bad=tuple(bad))
+        samples = read(measured)
+        finite = samples.pop(_FINITE)
+        bad = tuple(prompt for prompt, fine in zip(seen, finite, strict=True) if not fine)
+        return Update(norm, samples=samples, bad=bad)
 
     def gradient_at_x0(
         self,
@@ -89,7 +96,7 @@ class LearnerRole(TrainedRole):
         x0: Tensor,
         prompts: Sequence[str],
         keys: Sequence[rng.Key],
-        measured: Samples,
+        measured: Measured,
         depths: Tensor | None = None,
     ) -> Tensor:
         """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
@@ -117,7 +124,7 @@ class LearnerRole(TrainedRole):
         return divergence + pull
 
     def _divergence_gradient(
-        self, request_id: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Samples
+        self, request_id: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Measured
     ) -> Tensor:
         """The gradient of the regularizer, and under outer CFG of equation (3.6)."""
         algorithm = self._recipe.algorithm
@@ -149,13 +156,13 @@ class LearnerRole(TrainedRole):
         return gradient
 
     def _reward_gradient(
-        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Samples, depths: Tensor | None
+        self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Measured, depths: Tensor | None
     ) -> Tensor:
         """``-sum_i alpha_i d r_i / d x_0``; zero for samples whose step the recipe's ``reward_steps`` leaves out."""
         pull = torch.zeros_like(x0)
         rewarded = None
         if depths is not None and self._recipe.algorithm.reward_steps == "last":
-            rewarded = (depths == self._store.student.steps).to(x0).reshape(-1, *[1] * (x0.ndim - 1))
+            rewarded = send(depths == self._store.student.steps, x0.device).to(x0).reshape(-1, *[1] * (x0.ndim - 1))
         for label, scale in self._scales.items():
             value, gradient = values[label]
             scaled = -scale * gradient.to(x0)
@@ -171,7 +178,7 @@ class LearnerRole(TrainedRole):
         """Timesteps [B] and noise like the latents, from the samples' own streams."""
         t = self.schedule.sample_timesteps(self._law, *self._range, [(*k, f"{purpose}t") for k in keys])
         noise = rng.normal(like.shape[1:], [(*k, f"{purpose}noise") for k in keys])
-        return t.to(like.device), noise.to(like.device)
+        return send(t, like.device), send(noise, like.device)
 
     def reference_branches(
         self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str]
@@ -250,5 +257,5 @@ def _norm(value: Tensor) -> Tensor:
     return value.flatten(1).norm(dim=1)
 
 
-def _measure(measured: Samples, name: str, values: Tensor) -> None:
-    measured.setdefault(name, []).extend(float(v) for v in values.detach().float().cpu())
+def _measure(measured: Measured, name: str, values: Tensor) -> None:
+    measured.setdefault(name, []).append(values.detach())

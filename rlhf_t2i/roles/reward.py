@@ -23,6 +23,7 @@ from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
 from rlhf_t2i.roles.dispatch import batched
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
+from rlhf_t2i.utils.device import send
 from rlhf_t2i.utils.images import to_8_bits
 
 ValueAndGrad = tuple[Tensor, Tensor]
@@ -79,6 +80,7 @@ class RewardRole:
         self.rewards = {label: freeze(reward, device, dtype) for label, reward in rewards.items()}
         self.device, self.dtype, self.failures_dir = device, dtype, failures_dir
         self._vae, self._micro_batch = vae, micro_batch
+        self._checks: list[tuple[Tensor, str, str, _Samples]] = []
         if activation_checkpointing:
             for module in [*self.rewards.values(), *([vae] if isinstance(vae, nn.Module) else [])]:
                 checkpoint_layers(module)
@@ -119,7 +121,9 @@ class RewardRole:
             RewardFailure: An exception, a wrong shape, or a value that is not finite.
         """
         samples = _Samples(prompts, self._to_device(images), None)
-        return {label: self._image_reward(label, samples, False)[0].to(images.device) for label in self.rewards}
+        scores = {label: self._image_reward(label, samples, False)[0].to(images.device) for label in self.rewards}
+        self._read_checks()
+        return scores
 
     @batched("latents")
     @torch.no_grad()
@@ -173,6 +177,7 @@ class RewardRole:
             )
             self._check_finite(grad, label, "its gradient at the latents", decoded)
             results[label] = (values, grad)
+        self._read_checks()
         return results
 
     def _image_reward(self, label: str, samples: _Samples, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -204,6 +209,7 @@ class RewardRole:
         with torch.set_grad_enabled(gradient):
             value = self._call(label, partial(reward.score_latents, leaf, list(samples.prompts), context), samples)
         grad = self._gradient(label, value, leaf, samples, "its gradient") if gradient else torch.zeros(len(leaf), 0)
+        self._read_checks()
         return self._result(value), grad
 
     def _call(self, label: str, call: Callable[[], Tensor], samples: _Samples) -> Tensor:
@@ -214,6 +220,7 @@ class RewardRole:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin's sys.exit() would end the run with exit code 0
+            self._read_checks()  # it may have stumbled over what was not finite before
             index, reason = 0, guard.describe(error, type(self.rewards[label]))
             if isinstance(error, torch.OutOfMemoryError):
                 reason += " (a smaller micro_batch needs less memory)"
@@ -247,6 +254,7 @@ class RewardRole:
             try:
                 (grad,) = torch.autograd.grad(value.sum(), at, allow_unused=True)
             except Exception as error:
+                self._read_checks()
                 reason = f"backward: {guard.describe(error, type(self.rewards[label]))}"
                 self._fail(label, reason, samples, cause=error)
         if grad is None:
@@ -260,9 +268,18 @@ class RewardRole:
         return grad
 
     def _check_finite(self, tensor: Tensor, label: str, what: str, samples: _Samples) -> None:
+        """Note whether each sample's numbers are finite; :meth:`_read_checks` looks, once for all notes."""
         finite = tensor.detach().isfinite().flatten(1).all(1) if tensor.ndim > 1 else tensor.detach().isfinite()
-        if not bool(finite.all()):
-            self._fail(label, f"{what} is not finite", samples, int((~finite).nonzero()[0]))
+        self._checks.append((send(finite, self.device), label, what, samples))
+
+    def _read_checks(self) -> None:
+        """Fail with the first number that was not finite. One read for a micro-batch: each waits for the device."""
+        checks, self._checks = self._checks, []
+        fine = torch.cat([finite for finite, *_ in checks]).cpu().tolist() if checks else []
+        for finite, label, what, samples in checks:
+            mine, fine = fine[: len(finite)], fine[len(finite) :]
+            if not all(mine):
+                self._fail(label, f"{what} is not finite", samples, mine.index(False))
 
     def _fail(
         self, label: str, reason: str, samples: _Samples, index: int = 0, cause: BaseException | None = None
@@ -285,7 +302,7 @@ class RewardRole:
         return self._vae.decode(latents)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device, torch.promote_types(tensor.dtype, self.dtype))
+        return send(tensor.detach(), self.device).to(torch.promote_types(tensor.dtype, self.dtype))
 
     def _result(self, value: Tensor) -> Tensor:
         return value.detach().to(torch.promote_types(value.dtype, torch.float32))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from rlhf_t2i.engines.base import Engine
 
 Samples = dict[str, list[float]]
 """Per-sample measurements of a step; the controller averages them over all ranks."""
+Measured = dict[str, list[Tensor]]
+"""The same while the step runs: [B] of every micro-batch, on the device. See :func:`read`."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +50,15 @@ class TrainedRole:
     def load(self, folder: str) -> str | None:
         """Restore it; returns None if bit for bit, otherwise a message that says why not."""
         return self.engine.load(Path(folder))
+
+
+def read(measured: Mapping[str, list[Tensor]]) -> Samples:
+    """All measurements in one transfer: every read of a tensor waits for the device."""
+    if not measured:
+        return {}
+    flat = torch.cat([values.float() for parts in measured.values() for values in parts]).cpu().tolist()
+    samples: Samples = {}
+    for name, parts in measured.items():
+        count = sum(map(len, parts))
+        samples[name], flat = flat[:count], flat[count:]
+    return samples

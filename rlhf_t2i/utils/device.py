@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
@@ -16,7 +18,30 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; where it leaves the CPU, without waiting for what the device does meanwhile.
+
+    A plain ``to`` waits for all work that is queued. Pinned memory lets a large copy, too, run behind that work.
+    """
+    if tensor.device.type != "cpu" or device.type == "cpu":
+        return tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def move(value: T, device: torch.device) -> T:
     """Move the tensors inside lists, tuples and dictionaries to a device, detached."""
-    moved: T = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)
+    moved: T = tree_map_only(Tensor, lambda tensor: send(tensor.detach(), device), value)
     return moved
+
+
+class Sending(TorchFunctionMode):
+    """Inside, a library's own ``tensor.to(device)`` does not wait where the tensor leaves the CPU; see :func:`send`."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Change the one call."""
+        kwargs = dict(kwargs or {})
+        if func is Tensor.to and args[0].device.type == "cpu" and not any(isinstance(arg, bool) for arg in args):
+            kwargs["non_blocking"] = True
+        return func(*args, **kwargs)
