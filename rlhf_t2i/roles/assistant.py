@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ class AssistantRole(DenoiserServer, TrainedRole):
     """psi: trained by denoising score matching on the generator's samples (algorithm.md 2.1)."""
 
     def __init__(self, context: RankContext) -> None:
-        super().__init__(self._x0, context.callers)
+        # A compiled backward computes all gradients of its graph or none: without this, those of the weights too, which
+        # doubles its work. Otherwise autograd leaves out what nobody asks for.
+        serving = self._frozen if context.recipe.optimization.compile else nullcontext
+        super().__init__(self._x0, context.callers, serving)
         self._context, self._store = context, context.store
         self._settings = context.recipe.optimization.assistant
         self.engine = context.engine("assistant", context.store.assistant_network, self._settings)
@@ -58,6 +62,18 @@ class AssistantRole(DenoiserServer, TrainedRole):
             losses.append(loss.detach())
         norm = self.engine.step(learning_rate(self._settings, round_index))
         return Update(norm, loss=sum(torch.stack(losses).cpu().tolist()) / len(losses))
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The network without gradients of its weights."""
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _x0(self, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch) -> Tensor:
         # Through the bare module: the engine's own forward scales and records gradients meant for training.

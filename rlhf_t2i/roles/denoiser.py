@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,10 +31,16 @@ class DenoiserServer:
     Args:
         predict: ``(x_t, t, prompts, branch) -> x0-prediction``, differentiable in x_t.
         callers: Processes that call this one. Each has one request at a time, so this many graphs are kept.
+        serving: Opened around predictions with a graph and around their products.
     """
 
-    def __init__(self, predict: Callable[[Tensor, Tensor, Sequence[str], Branch], Tensor], callers: int = 1) -> None:
-        self._predict, self._callers = predict, callers
+    def __init__(
+        self,
+        predict: Callable[[Tensor, Tensor, Sequence[str], Branch], Tensor],
+        callers: int = 1,
+        serving: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._predict, self._callers, self._serving = predict, callers, serving
         self._graphs: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @batched("x_t", "t", "prompts", collective=True)
@@ -57,14 +64,15 @@ class DenoiserServer:
             self._remember(request_id, x_t, t, prompts, branch)
             entry = self._graphs.pop(request_id)
         leaf, output = entry
-        (gradient,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
+        with self._serving():  # recomputed activations run forward once more
+            (gradient,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
         return gradient
 
     def _remember(
         self, request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], branch: Branch
     ) -> tuple[Tensor, Tensor]:
         leaf = x_t.detach().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), self._serving():
             output = self._predict(leaf, t, prompts, branch)
         self._graphs[request_id] = (leaf, output)
         while len(self._graphs) > self._callers:

@@ -16,6 +16,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import compiling
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Optimization, Recipe, StudentSettings
+from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.learner import LearnerRole
 from tests.families.test_sampling import store
 from tests.training.test_distributed import flat, relative, train
@@ -47,6 +48,37 @@ def test_compiled_blocks_train_as_eager_ones(make_recipe: MakeRecipe, monkeypatc
     assert not counters["graph_break"]
     assert relative(found - start, expected - start) < 1e-3
     assert relative(expected, start) > 1e-3
+
+
+def test_a_compiled_product_computes_no_gradient_of_weights(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled backward computes all gradients of its graph, asked for or not: that would double the work."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    products: list[int] = []
+
+    def compiled(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., object]:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        products.append(sum(name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) for name in targets))
+        masks = [node.args[-1] for node in graph.graph.nodes if "convolution_backward" in str(node.target)]
+        products[-1] += sum(sum(mask[:2]) for mask in masks) + targets.count("aten.convolution.default")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compiled, bw_compiler=compiled)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=backend))
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    cluster = LocalCluster(make_recipe(optimization__compile=True))
+    assistant = cluster._worker.roles["assistant"]
+    assert isinstance(assistant, AssistantRole)
+    x_t, t, prompts = torch.randn(2, 4, 8, 8), torch.tensor([100, 700]), ["a cat", "a dog"]
+    prediction = assistant.forward("a request", x_t, t, prompts, "conditional", True)
+    forward, products = sum(products), []
+    assistant.vjp("a request", x_t, t, prompts, "conditional", torch.ones_like(prediction))
+    assert 0 < sum(products) <= forward
+    assert all(p.grad is None and p.requires_grad for p in assistant.engine.module.parameters())
 
 
 @pytest.mark.slow
