@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 # Without a GPU the CPU build of torch is enough; with one, pip's newest CUDA build is wanted.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: help demo check test-local test lint format chaos setup clean
+.PHONY: help demo check test-local test lint format chaos release setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
 demo: setup  ## train a one-step generator on two CPU cores
-	$(BIN)/rlhf-t2i run recipes/quickstart.yaml --out runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+	$(BIN)/rlhf-t2i demo
 
 check: setup  ## style and the fast tests, under a minute: before every commit
 	$(BIN)/ruff check .
@@ -48,5 +48,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH)' -e '.[dev,zoo,tensorboard]'
 	touch $@
 
+# RLHF_T2I_WHEELS: the test installs what is in dist/, not wheels of its own.
+release: setup  ## both distributions in dist/, checked and tried in an empty environment
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist zoo/emoji64
+	$(BIN)/twine check --strict dist/*
+	RLHF_T2I_WHEELS=dist $(BIN)/python -m pytest -q -n 0 tests/project/test_wheels.py
+
 clean:  ## remove the environment and builds
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info zoo/emoji64/build zoo/emoji64/*.egg-info

@@ -17,6 +17,12 @@ HEAD = """# Every key of a recipe
 
 A recipe is a YAML file (YAML 1.2: `yes`, `1:30` and `010` are text). Paths that start with `./`, `../` or `~/` are
 relative to the recipe's folder. A model that is not a path is a hub id, `org/name` or `org/name@revision`.
+`emoji64:NAME` is a file of the quickstart's small models (`emoji64:reference`, `emoji64:prompts/train.txt`), wherever
+they are: `zoo/emoji64` in a checkout, else the package that `pip install 'rlhf-t2i[demo]'` brings. The same names work
+on the command line and from Python.
+
+    rlhf-t2i recipes                        # the shipped recipes; show NAME prints one, copy NAME [DEST] copies it
+    rlhf-t2i init mine.yaml --reference ./my_sdxl --generator ./my_one_step --prompts ./prompts.txt  # for your models
 
 `--set` changes a key on the command line; its paths are relative to the working directory:
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands import ablate, encode, evaluate, families, plan, rewards
+from rlhf_t2i.commands import ablate, demo, encode, evaluate, families, init, plan, recipes, rewards
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
 from rlhf_t2i.errors import RunError, Stopped, UsageError, printable
@@ -17,18 +17,21 @@ from rlhf_t2i.utils.streams import survive_lost_readers
 app = typer.Typer(
     name="rlhf-t2i",
     help="Align one- and few-step text-to-image generators with human-preference rewards (Diff-Instruct*).",
-    epilog="A first run, from the repository: rlhf-t2i run recipes/quickstart.yaml",
+    epilog="A first run: rlhf-t2i demo. A recipe for your models: rlhf-t2i init --help, or one of rlhf-t2i recipes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("demo")(demo.demo_command)
+app.command("init")(init.init_command)
 app.command("run")(run_module.run_command)
 app.command("encode")(encode.encode_command)
 app.command("sample")(sample_module.sample_command)
 app.command("plan")(plan.plan_command)
 app.command("eval")(evaluate.eval_command)
 app.command("ablate")(ablate.ablate_command)
+app.add_typer(recipes.recipes_app, name="recipes")
 app.add_typer(rewards.rewards_app, name="rewards")
 app.add_typer(rewards.divergences_app, name="divergences")
 app.add_typer(families.families_app, name="families")

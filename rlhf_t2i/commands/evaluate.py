@@ -17,9 +17,7 @@ def eval_command(
     model: Annotated[
         str, typer.Argument(help="Run folder, diffusers folder, hub id, network (with --base), or a table's YAML file.")
     ],
-    prompts: Annotated[
-        str | None, typer.Option(help="FILE, parti, hpsv2, coco (or NAME:PATH), or a zoo's name: emoji64.")
-    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="FILE, parti, hpsv2, coco (or NAME:PATH), or emoji64.")] = None,
     metrics: Annotated[
         str, typer.Option(help="Rewards (NAME or LABEL=NAME), diversity, fid, frechet_clip, class_entropy.")
     ] = "clip",
@@ -56,7 +54,7 @@ def eval_command(
         _table(Path(model), out, limit, [name for name in given if name not in ("model", "out", "limit")])
         return
     if prompts is None:
-        raise UsageError("--prompts is missing: a file, parti, hpsv2, coco, or a zoo's name")
+        raise UsageError("--prompts is missing: a file, parti, hpsv2, coco or emoji64")
     from rlhf_t2i.evaluation import settings as settings_module
     from rlhf_t2i.recipe import reading
     from rlhf_t2i.utils import files
@@ -71,7 +69,7 @@ def eval_command(
         values["student"] = {"timesteps": reading.parse_value(f"[{timesteps}]", "--timesteps")}
     settings = settings_module.build(values, _option)
     # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
-    folder = out or Path("evaluations") / (files.expanded(model).resolve().name or "model")
+    folder = out or Path("evaluations") / (files.expanded(settings.model).resolve().name or "model")
 
     from rlhf_t2i.evaluation.run import evaluate
     from rlhf_t2i.tools.progress import phases

@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rlhf_t2i.algorithm import prompts as prompt_files
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.recipe import shipped
 from rlhf_t2i.utils import inputs
 
 T = TypeVar("T")
@@ -43,8 +44,8 @@ def load(name: str, column: str = "prompt") -> PromptList:
     """Read a list of prompts.
 
     Args:
-        name: ``parti``, ``hpsv2`` or ``coco`` (from the hub, coco excepted), ``parti:PATH`` and so on, a file, or the
-            name of a zoo's world, whose held-out prompts lie in ``zoo/NAME/prompts/held_out.txt``.
+        name: ``parti``, ``hpsv2`` or ``coco`` (from the hub, coco excepted), ``parti:PATH`` and so on, a file, or
+            ``emoji64``: the held-out prompts of the shipped models.
         column: The key or column of a file.
 
     Raises:
@@ -53,23 +54,13 @@ def load(name: str, column: str = "prompt") -> PromptList:
     benchmark, colon, path = name.partition(":")
     if benchmark in _READERS and (colon or not Path(name).exists()):
         return _READERS[benchmark](path)
-    world = _zoo(name)
-    return _plain(prompt_files.read(world or name, column, "--prompts: "))
+    if name == shipped.WORLD and not Path(name).exists():
+        name = shipped.resolve(f"{name}:prompts/held_out.txt", "--prompts: ")
+    return _plain(prompt_files.read(name, column, "--prompts: "))
 
 
 def _plain(found: list[str]) -> PromptList:
     return PromptList(found, [""] * len(found))
-
-
-def _zoo(name: str) -> Path | None:
-    """The held-out prompts of a world of small models, below the working directory or the source tree."""
-    if not name.isidentifier() or Path(name).exists():
-        return None
-    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
-        found = root / "zoo" / name / "prompts" / "held_out.txt"
-        if found.is_file():
-            return found
-    return None
 
 
 def _parti(path: str) -> PromptList:

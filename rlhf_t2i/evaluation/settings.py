@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
-from rlhf_t2i.recipe import mistakes
+from rlhf_t2i.recipe import mistakes, shipped
 from rlhf_t2i.recipe.schema import StudentSettings
 
 DEFAULT_FEATURES = "openai/clip-vit-base-patch32"
@@ -40,7 +40,7 @@ class Drawing(BaseModel):
 class Settings(Drawing):
     """One evaluation."""
 
-    prompts: str = Field(description="a file, a benchmark (parti, hpsv2, coco) as name or name:path, or a zoo's name")
+    prompts: str = Field(description="a file, a benchmark (parti, hpsv2, coco) as name or name:path, or emoji64")
     column: str = "prompt"
     limit: int | None = Field(None, ge=1, description="only the first prompts")
     images_per_prompt: int = Field(1, ge=1, le=10_000)
@@ -113,6 +113,7 @@ def build(
     Raises:
         UsageError: One sentence naming the field.
     """
+    values = {name: shipped.resolve_all(value) for name, value in values.items()}
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,9 @@ class Family(ABC):
     adapter_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the linear layers that take LoRA by default."""
     guides: ClassVar[bool] = True
-    """Whether the pipeline has classifier-free guidance, for :mod:`rlhf_t2i.tools.family_check`."""
+    """Whether the pipeline has classifier-free guidance."""
+    convention: ClassVar[Literal["omega", "one_plus"]] = "omega"
+    """How the pipeline reads its guidance scale, as ``algorithm.cfg.convention``."""
 
     def __init__(self, reference: ModelRef, index: Config) -> None:
         self.reference, self.index = reference, dict(index)

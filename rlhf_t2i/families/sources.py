@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.recipe import shipped
 from rlhf_t2i.utils import files, inputs
 
 Config = dict[str, Any]
@@ -52,12 +53,13 @@ def parse(text: str) -> ModelRef:
     """Read a recipe's model.
 
     Args:
-        text: A path (``./``, ``../``, ``~``, ``/``, or an existing folder), a repository ``org/name@revision``, or one
-            file of it, ``org/name/weights.bin@revision``.
+        text: A path (``./``, ``../``, ``~``, ``/``, or an existing folder), a repository ``org/name@revision``, one
+            file of it, ``org/name/weights.bin@revision``, or a shipped model, ``emoji64:reference``.
 
     Raises:
         UsageError: The path does not exist, or the text is neither.
     """
+    text = shipped.resolve(text)
     path = files.expanded(text)
     if text.startswith(("/", "./", "../", "~")) or path.exists():
         if not path.exists():

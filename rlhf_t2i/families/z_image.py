@@ -26,6 +26,7 @@ class ZImageFamily(FlowFamily):
     """
 
     name = "z_image"
+    convention = "one_plus"
     pipelines = ("ZImagePipeline",)
     network_class = "ZImageTransformer2DModel"
     block_names = ("ZImageTransformerBlock",)

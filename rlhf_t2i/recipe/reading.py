@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.recipe import mistakes
+from rlhf_t2i.recipe import mistakes, shipped
 from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, inputs
@@ -179,6 +179,17 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def quoted(text: str) -> str:
+    """A text as one writes it in a recipe, inside braces, too; quoted where YAML would read it otherwise."""
+    try:
+        if yaml.load(f"{{a: {text}}}", Loader=_Loader) == {"a": text}:
+            return text
+    except yaml.YAMLError:
+        pass
+    inside = yaml.dump([text], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000)
+    return inside.strip()[1:-1]
+
+
 def read(path: str | Path, noun: str = "recipe") -> tuple[JsonObject, RecipeFile]:
     """Read a YAML file whose keys are to be validated: its data, and the place of every key.
 
@@ -326,7 +337,11 @@ def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
 
     A path is a string that starts with ./, ../ or ~/, also behind a benchmark's name (``parti:./prompts.tsv``) or a
     label (``mine=./score.py:Mine``); ``models.embeddings`` and the files under ``data``; and a model that exists
-    relative to the folder (otherwise it is a hub id).
+    relative to the folder (otherwise it is a hub id). ``emoji64:NAME`` is a shipped file, see
+    :func:`rlhf_t2i.recipe.shipped.resolve`.
+
+    Raises:
+        UsageError: emoji64 is not installed, or has no such file.
     """
     if isinstance(value, dict):
         return {name: resolve_paths(child, folder, (*key, name)) for name, child in value.items()}
@@ -334,6 +349,9 @@ def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
         return [resolve_paths(child, folder, (*key, index)) for index, child in enumerate(value)]
     if not isinstance(value, str) or not value or "\0" in value or len(value) > 4096:
         return value
+    inside = shipped.resolve(value, f"{'.'.join(map(str, key))}: ")
+    if inside != value:
+        return inside
     prefix = _PREFIX.match(value)
     if prefix is not None:
         return f"{prefix[0]}{files.absolute(value.removeprefix(prefix[0]), folder)}"

@@ -58,12 +58,12 @@ def test_the_hub_out_of_reach_is_one_sentence():
         benchmarks.load("parti")
 
 
-def test_a_world_of_the_zoo_by_name(tmp_path, monkeypatch):
-    folder = tmp_path / "zoo" / "small_world" / "prompts"
-    folder.mkdir(parents=True)
-    (folder / "held_out.txt").write_text("a\nb\nc\n")
+def test_the_shipped_prompts_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert benchmarks.load("small_world").first(2).prompts == ["a", "b"]
+    assert len(benchmarks.load("emoji64").first(2).prompts) == 2
+    (tmp_path / "emoji64").mkdir()
+    with pytest.raises(UsageError, match="emoji64 is a directory"):
+        benchmarks.load("emoji64")
     with pytest.raises(UsageError, match="no such prompt file"):
         benchmarks.load("no_world")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlhf_t2i
+from rlhf_t2i.tools import starting
 from tests.project import pages
 
 
@@ -16,8 +17,7 @@ from tests.project import pages
 def test_every_snippet_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in ("recipes", "zoo"):
-        (tmp_path / folder).symlink_to(pages.ROOT / folder)
+    starting.copy_recipe("quickstart", tmp_path)
     monkeypatch.chdir(tmp_path)
     names = pages.run("docs/python.md")
 

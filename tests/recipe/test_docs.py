@@ -53,7 +53,7 @@ def test_the_sections_that_code_and_recipes_name_exist() -> None:
 
 def test_the_readmes_recipe_is_one(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text("utf-8").split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "recipe.yaml").write_text(text.replace("../zoo", f"{ROOT}/zoo"), "utf-8")
+    (tmp_path / "recipe.yaml").write_text(text, "utf-8")
     recipe = reading.load(tmp_path / "recipe.yaml")
     shipped = reading.load(ROOT / "recipes/quickstart.yaml")
     assert (recipe.models, recipe.data, recipe.steps) == (shipped.models, shipped.data, shipped.steps)

@@ -1,0 +1,94 @@
+"""The shipped recipes: what they are, and copies that run where they land."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import reading, shipped
+from rlhf_t2i.utils import files
+from rlhf_t2i.utils.inputs import JsonObject
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A row of ``rlhf-t2i recipes``.
+
+    Attributes:
+        name: For ``recipes show`` and ``recipes copy``.
+        summary: The first line of its header.
+    """
+
+    name: str
+    summary: str
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """Every shipped recipe, by name."""
+    rows = []
+    for name in shipped.recipe_names():
+        path = shipped.recipe_path(name)
+        header = path.read_text("utf-8").partition("\n")[0].removeprefix("#").strip()
+        rows.append(ShippedRecipe(name, header))
+    return rows
+
+
+def copy_recipe(name: str, destination: Path) -> tuple[str, list[Path], list[str]]:
+    """Copy a shipped recipe, and the recipe that an ablation is based on.
+
+    Args:
+        name: The recipe.
+        destination: A file that does not exist yet, or a folder.
+
+    Returns:
+        The command that takes the copy; the files that were written, the copy first; and what the user must bring
+        before it runs, in sentences.
+
+    Raises:
+        UsageError: No such recipe, or a file is in the way.
+    """
+    path = shipped.recipe_path(name)
+    target = destination / path.name if destination.is_dir() else destination
+    data, _ = reading.read(path)
+    text, copies = path.read_text("utf-8"), list[tuple[Path, str]]()
+    base = data.get("base") if _command(data) == "ablate" else None
+    if isinstance(base, str):
+        # The copy of the base lies beside the copy, wherever it was beside the original.
+        text = re.sub(rf"^base: {re.escape(base)}", f"base: ./{Path(base).name}", text, count=1, flags=re.MULTILINE)
+        copies.append((target.parent / Path(base).name, (path.parent / base).read_text("utf-8")))
+    copies.insert(0, (target, text))
+    for file, content in copies:
+        if file.exists() and file.read_bytes() != content.encode():
+            raise UsageError(f"{file} exists and is another file: give another DEST")
+    if not target.parent.is_dir():
+        raise UsageError(f"DEST {target}: the folder {target.parent} does not exist")
+    with files.disk_errors(target):
+        written = [files.write_atomic(file, content) for file, content in copies]
+    runs = written[1:] if base else written
+    return _command(data), written, [item for file in runs for item in _missing(file)]
+
+
+def _command(data: JsonObject) -> str:
+    """The command that takes a recipe's data."""
+    if {"base", "rows"} <= data.keys():
+        return "ablate"
+    return "run" if "models" in data else "eval"
+
+
+def _missing(path: Path) -> Iterator[str]:
+    """What keeps a copied recipe from running: prompt files that are not there, or the small models."""
+    data, _ = reading.read(path)
+    if _command(data) != "run":
+        return
+    try:
+        recipe = reading.load(path)
+    except UsageError as error:
+        yield str(error)
+        return
+    for key in ("prompts", "held_out"):
+        file = getattr(recipe.data, key)
+        if file is not None and not Path(file).exists():
+            yield f"data.{key} names {file}, which does not exist yet"
