@@ -44,3 +44,28 @@ def uniform(keys: Sequence[Key]) -> Tensor:
 def permutation(length: int, *key: str | int) -> np.ndarray:
     """A shuffled ``range(length)``."""
     return np.random.default_rng(seed_of(*key)).permutation(length)
+
+
+def permuted(index: int, length: int, *key: str | int) -> int:
+    """Where a pseudo-random permutation of ``range(length)`` sends an index, without the permutation in memory.
+
+    A Feistel network of eight rounds over the smallest square power of two that holds the range; what falls outside
+    the range is sent on until it is inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains").
+
+    Args:
+        index: 0 <= index < length.
+        length: Of the range.
+        *key: What the permutation is for.
+    """
+    half = max((length - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    seed = seed_of(*key).to_bytes(8, "little")
+    while True:
+        left, right = index >> half, index & mask
+        for round_ in range(8):
+            digest = hashlib.blake2b(right.to_bytes(8, "little") + bytes([round_]), digest_size=8, key=seed).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        index = left << half | right
+        if index < length:
+            return index

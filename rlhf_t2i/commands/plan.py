@@ -117,11 +117,11 @@ def _rates(recipe: Recipe, plan: Plan, name: str | None, profile: Device | None)
 
 def _check(report: Report) -> None:
     """Warn of missing prompt files, and end with an exit code where the run cannot start, or does not fit."""
-    from rlhf_t2i.utils import files
+    from rlhf_t2i.algorithm import prompts
 
     plan, cluster = report.plan, report.cluster
     for key, file in (("prompts", report.recipe.data.prompts), ("held_out", report.recipe.data.held_out)):
-        if file is not None and not files.expanded(file).is_file():
+        if file is not None and not prompts.exists(file):
             typer.echo(f"warning: data.{key}: no such prompt file: {file}; `rlhf-t2i run` will refuse this", err=True)
     if cluster is not None:
         kind = "GPU" if cluster["GPU"] else "CPU"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from rlhf_t2i.algorithm import prompt_formats
 from rlhf_t2i.algorithm import prompts as prompt_files
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import shipped
@@ -30,22 +32,26 @@ class _Captions(BaseModel):
 
 @dataclass(frozen=True)
 class PromptList:
-    """Prompts in order, each with the group that a table reports beside the whole ("" for none)."""
+    """Prompts in order, each with the group that a table reports beside the whole; no groups for a list without.
 
-    prompts: list[str]
-    groups: list[str]
+    A long list is not in memory: see :class:`rlhf_t2i.algorithm.prompt_store.StoredPrompts`.
+    """
 
-    def first(self, count: int | None) -> PromptList:
-        """The first prompts only."""
-        return self if count is None else PromptList(self.prompts[:count], self.groups[:count])
+    prompts: Sequence[str]
+    groups: Sequence[str] = ()
+
+    def first(self, count: int | None) -> tuple[list[str], list[str]]:
+        """The first prompts, or all, and the group of each, "" for none."""
+        prompts = list(self.prompts[:count])
+        return prompts, list(self.groups[:count]) or [""] * len(prompts)
 
 
 def load(name: str, column: str = "prompt") -> PromptList:
     """Read a list of prompts.
 
     Args:
-        name: ``parti``, ``hpsv2`` or ``coco`` (from the hub, coco excepted), ``parti:PATH`` and so on, a file, or
-            ``emoji64``: the held-out prompts of the shipped models.
+        name: ``parti``, ``hpsv2`` or ``coco`` (from the hub, coco excepted), ``parti:PATH`` and so on, what
+            :func:`rlhf_t2i.algorithm.prompts.read` takes, or ``emoji64``: the held-out prompts of the shipped models.
         column: The key or column of a file.
 
     Raises:
@@ -56,19 +62,14 @@ def load(name: str, column: str = "prompt") -> PromptList:
         return _READERS[benchmark](path)
     if name == shipped.WORLD and not Path(name).exists():
         name = shipped.resolve(f"{name}:prompts/held_out.txt", "--prompts: ")
-    return _plain(prompt_files.read(name, column, "--prompts: "))
-
-
-def _plain(found: list[str]) -> PromptList:
-    return PromptList(found, [""] * len(found))
+    return PromptList(prompt_files.read(name, column, "--prompts: "))
 
 
 def _parti(path: str) -> PromptList:
     """PartiPrompts (P2): 1,632 prompts; the column Prompt, grouped by Category."""
     file = Path(path or _hub("nateraw/parti-prompts", "PartiPrompts.tsv", "parti"))
-    text = inputs.read_text(file, "prompt file", inputs.PROMPTS, "--prompts parti: ")
-    rows = prompt_files.rows(file.with_suffix(".tsv"), text, "Prompt", "--prompts parti: ")
-    rows = [row for row in rows if (row["Prompt"] or "").strip()]
+    found = prompt_formats.rows(file, "Prompt", "--prompts parti: ", tabs=True)
+    rows = [row for row in found if (row["Prompt"] or "").strip()]
     return PromptList([row["Prompt"].strip() for row in rows], [row.get("Category") or "" for row in rows])
 
 
@@ -95,12 +96,12 @@ def _coco(path: str) -> PromptList:
             "text file with one caption a line"
         )
     if not path.endswith(".json"):
-        return _plain(prompt_files.read(path, place="--prompts coco: "))
+        return PromptList(prompt_files.read(path, place="--prompts coco: "))
     captions: dict[int, tuple[int, str]] = {}
     for row in _parsed(_Captions, path, "coco", "is no COCO captions file").annotations:
         entry = (row.id, row.caption.strip())
         captions[row.image_id] = min(entry, captions.get(row.image_id, entry))
-    return _plain([captions[image][1] for image in sorted(captions)][:COCO_IMAGES])
+    return PromptList([captions[image][1] for image in sorted(captions)][:COCO_IMAGES])
 
 
 _READERS = {"parti": _parti, "hpsv2": _hpsv2, "coco": _coco}
@@ -108,7 +109,7 @@ _READERS = {"parti": _parti, "hpsv2": _hpsv2, "coco": _coco}
 
 def _parsed(kind: type[T], path: str | Path, benchmark: str, otherwise: str) -> T:
     """The value of a JSON file, if it is of a kind."""
-    data = inputs.read_json(Path(path), "prompt file", inputs.PROMPTS, f"--prompts {benchmark}: ")
+    data = inputs.read_json(Path(path), "prompt file", inputs.BENCHMARK, f"--prompts {benchmark}: ")
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError:

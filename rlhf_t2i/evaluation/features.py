@@ -178,8 +178,8 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
 
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
     except ImportError as error:
-        raise UsageError(f"--metrics fid needs torchmetrics and torch-fidelity: pip install 'rlhf-t2i[fid]' ({error})"
-                         ) from None  # fmt: skip
+        needs = "needs torchmetrics and torch-fidelity (the extra fid: docs/install.md)"
+        raise UsageError(f"--metrics fid {needs}: {error}") from None
     except Exception as error:
         raise UsageError(f"--inception: {path} cannot be loaded: {first_line(error)}") from None
 

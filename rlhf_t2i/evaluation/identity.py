@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from rlhf_t2i.algorithm import prompt_hub
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import benchmarks
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings
@@ -67,7 +68,7 @@ def of_recipe(recipe: Recipe) -> dict[str, str]:
             found[f"models.{key}"] = of_model(text)
     for key in ("prompts", "held_out"):
         if path := getattr(recipe.data, key):
-            found[f"data.{key}"] = fingerprints.of_path(path)
+            found[f"data.{key}"] = _of_prompts(path, recipe.revisions)
     return {f"{key} (content)": digest for key, digest in found.items()}
 
 
@@ -79,7 +80,7 @@ def of_evaluation(settings: Settings) -> dict[str, str]:
     """
     found = {"model": of_model(settings.model), "base": of_model(settings.base or settings.model)}
     prompts = benchmarks.load(settings.prompts, settings.column)
-    found["prompts"] = fingerprints.of_text("\n".join(prompts.prompts))
+    found["prompts"] = fingerprints.of_lines(prompts.prompts)
     for label, name in settings.named.items():
         if name not in SPECIAL:
             found[label] = of_plugin(registry.REWARDS, name, settings.options.get(label, {}))
@@ -88,9 +89,17 @@ def of_evaluation(settings: Settings) -> dict[str, str]:
     return found
 
 
+def _of_prompts(path: str, revisions: Mapping[str, str]) -> str:
+    """A digest of a file or folder of prompts; of a dataset of the hub its commit, which a run has pinned."""
+    if not path.startswith(prompt_hub.PREFIX):
+        return fingerprints.of_path(path)
+    source = prompt_hub.DatasetRef.parse(path)
+    return f"{source.repository}:{source.split}@{source.pinned(revisions) or 'main'}"
+
+
 @lru_cache
 def _commit(source: sources.ModelRef) -> str | None:
-    return sources.commit(source)
+    return sources.commit(source.location, source.revision)
 
 
 def _of_value(value: object) -> str:

@@ -77,10 +77,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         settings = self.settings
         self.device = default_device()
-        found = benchmarks.load(settings.prompts, settings.column).first(settings.limit)
+        prompts, groups = benchmarks.load(settings.prompts, settings.column).first(settings.limit)
         count = settings.images_per_prompt
-        self.prompts = [prompt for prompt in found.prompts for _ in range(count)]
-        self.groups = [group for group in found.groups for _ in range(count)]
+        self.prompts = [prompt for prompt in prompts for _ in range(count)]
+        self.groups = [group for group in groups for _ in range(count)]
         self.drawing = models.resolved(settings.drawing)
         self.model = models.load(self.drawing, self.device, settings.precision)
         self.versions = identity.versions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from rlhf_t2i.algorithm.prompt_hub import PREFIX, DatasetRef
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.plugins import traits
@@ -11,7 +12,7 @@ from rlhf_t2i.recipe.schema import Recipe
 
 
 def pin(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> Recipe:
-    """The recipe with the commit of every hub repository it may load in ``revisions``, and this process set to them.
+    """The recipe with the commit of every hub model and dataset it may load in ``revisions``, and this process set so.
 
     What is not known to the hub or its cache stays without one: loading it fails with its own sentence.
 
@@ -26,9 +27,13 @@ def pin(recipe: Recipe, recorded: Mapping[str, str] | None = None) -> Recipe:
         if source is None:
             continue
         key = f"{source.location}@{source.revision}" if source.revision else source.location
-        found = revisions.get(key) or sources.commit(source)
+        found = revisions.get(key) or sources.commit(source.location, source.revision)
         if found is not None:
             revisions[key] = found
+    for dataset in _datasets(recipe):
+        found = revisions.get(dataset.key) or sources.commit(dataset.repository, dataset.revision, "dataset")
+        if found is not None:
+            revisions[dataset.key] = found
     sources.use_revisions(revisions)
     return recipe.model_copy(update={"revisions": revisions})
 
@@ -38,6 +43,15 @@ def _models(recipe: Recipe) -> Iterator[str]:
     yield from filter(None, (models.reference, models.generator, models.assistant, models.vae))
     for reward in traits.resolve(recipe).rewards:
         yield from reward.hub_models()
+
+
+def _datasets(recipe: Recipe) -> Iterator[DatasetRef]:
+    """The datasets of the hub that prompts come from, but for those that are named by hash."""
+    for text in (recipe.data.prompts, recipe.data.held_out):
+        if text is not None and text.startswith(PREFIX):
+            source = DatasetRef.parse(text)
+            if source.revision is None or not sources.is_hash(source.revision):
+                yield source
 
 
 def _movable(text: str) -> sources.ModelRef | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import shipped
@@ -100,16 +100,16 @@ def is_hash(revision: str) -> bool:
     return _HASH.fullmatch(revision) is not None
 
 
-def commit(source: ModelRef) -> str | None:
-    """The hash a hub repository stands at, from the hub or else its cache; None where neither knows."""
+def commit(repository: str, revision: str | None, kind: Literal["model", "dataset"] = "model") -> str | None:
+    """The hash a hub repository's revision has, from the hub or else its cache; None where neither knows."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
     try:
-        return HfApi().model_info(source.location, revision=source.revision, timeout=10).sha
+        return HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=10).sha
     except Exception:  # offline, unknown, refused: the client's HTTP library, and so the errors, differ by version
-        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source.location, repo_type="model")
-        reference = folder / "refs" / (source.revision or "main")
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind)
+        reference = folder / "refs" / (revision or "main")
         return reference.read_text("utf-8").strip() if reference.is_file() else None
 
 

@@ -336,8 +336,8 @@ def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
     """The value with its paths absolute.
 
     A path is a string that starts with ./, ../ or ~/, also behind a benchmark's name (``parti:./prompts.tsv``) or a
-    label (``mine=./score.py:Mine``); ``models.embeddings`` and the files under ``data``; and a model that exists
-    relative to the folder (otherwise it is a hub id). ``emoji64:NAME`` is a shipped file, see
+    label (``mine=./score.py:Mine``); ``models.embeddings`` and the files under ``data``, but for ``hf://...``; and a
+    model that exists relative to the folder (otherwise it is a hub id). ``emoji64:NAME`` is a shipped file, see
     :func:`rlhf_t2i.recipe.shipped.resolve`.
 
     Raises:
@@ -356,7 +356,9 @@ def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
     if prefix is not None:
         return f"{prefix[0]}{files.absolute(value.removeprefix(prefix[0]), folder)}"
     explicit = value.startswith(_RELATIVE)
-    file = key in (("data", "prompts"), ("data", "held_out"), ("models", "embeddings"))
+    file = key in (("data", "prompts"), ("data", "held_out"), ("models", "embeddings")) and not value.startswith(
+        "hf://"
+    )
     model = key[:1] == ("models",) or key[-1:] == ("model",)
     if explicit or file or (model and (value.startswith("~") or os.path.exists(folder / value))):  # noqa: PTH110
         return str(files.absolute(value, folder))

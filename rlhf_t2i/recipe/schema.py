@@ -118,7 +118,7 @@ class StudentSettings(Section):
 
 
 class Data(Section):
-    """Prompt files: .txt with one prompt per line, .jsonl, .json, .csv or .tsv."""
+    """Prompts: a file, a folder of files, or a dataset of the hub (docs/recipes.md, "Prompts")."""
 
     prompts: PathOrId = Field(description="the prompts to train on")
     column: Name = Field("prompt", description="the JSON key or the table column that holds the prompt")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import reading, shipped
 from rlhf_t2i.utils import files
@@ -90,5 +91,5 @@ def _missing(path: Path) -> Iterator[str]:
         return
     for key in ("prompts", "held_out"):
         file = getattr(recipe.data, key)
-        if file is not None and not Path(file).exists():
+        if file is not None and not prompts.exists(file):
             yield f"data.{key} names {file}, which does not exist yet"

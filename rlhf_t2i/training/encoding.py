@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from rlhf_t2i.algorithm import prompts
@@ -34,10 +35,9 @@ def encode_prompts(recipe: Recipe, progress: Progress) -> tuple[int, Path]:
         raise UsageError("models.embeddings: names no folder for prompt embeddings; set it, e.g. to ./embeddings")
     embeddings.check(folder.root)
     store.family.check()
-    wanted = prompts.read(recipe.data.prompts, recipe.data.column)
-    if recipe.data.held_out:
-        wanted += prompts.read(recipe.data.held_out, recipe.data.column)
-    missing = folder.missing(wanted)
+    data, revisions = recipe.data, recipe.revisions
+    lists = [prompts.read(path, data.column, revisions=revisions) for path in (data.prompts, data.held_out) if path]
+    missing = folder.missing(chain.from_iterable(lists))
     if missing:
         with quietly():
             store.encode_missing(missing, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,38 @@ from rlhf_t2i.training.metrics import reward_term, step_metrics
 from rlhf_t2i.training.state import TrainState
 
 
+@dataclass(frozen=True)
+class RunPrompts:
+    """The prompts of a run, read once: a restart does not read a long list again.
+
+    Attributes:
+        train: To train on.
+        held_out: For previews and evaluations; those to train on where the recipe names no others.
+    """
+
+    train: Sequence[str]
+    held_out: Sequence[str]
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> RunPrompts:
+        """The prompts that a recipe names.
+
+        Raises:
+            UsageError: A file is missing or malformed.
+        """
+        data, revisions = recipe.data, recipe.revisions
+        train = prompts.read(data.prompts, data.column, revisions=revisions)
+        held_out = prompts.read(data.held_out, data.column, revisions=revisions) if data.held_out else train
+        return cls(train, held_out)
+
+
 @dataclass
 class Trainer:
     """One run over a cluster of roles.
 
     Attributes:
         recipe: The recipe.
+        prompts: Its prompts.
         out: The run's folder.
         cluster: The roles.
         callback: Receives the progress.
@@ -42,6 +69,7 @@ class Trainer:
     """
 
     recipe: Recipe
+    prompts: RunPrompts
     out: RunFolder
     cluster: Cluster
     callback: TrainCallback
@@ -49,9 +77,7 @@ class Trainer:
     signals: SignalHandler
 
     def __post_init__(self) -> None:
-        data, seed = self.recipe.data, self.recipe.seed
-        train = prompts.read(data.prompts, data.column)
-        held_out = prompts.read(data.held_out, data.column) if data.held_out else train
+        train, held_out, seed = self.prompts.train, self.prompts.held_out, self.recipe.seed
         self._generator_prompts = prompts.PromptStream(train, seed, "generator")
         self._assistant_prompts = prompts.PromptStream(train, seed, "assistant")
         self._evaluator = Evaluator(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
@@ -18,7 +17,7 @@ from rlhf_t2i.training import checkpoints, trackers
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
-from rlhf_t2i.training.loop import Trainer
+from rlhf_t2i.training.loop import RunPrompts, Trainer
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
 
@@ -75,10 +74,11 @@ def run(
         with SignalHandler(callback, folder.recipe.exists) as signals, files.disk_errors(folder.path):
             callback.on_phase("checking the inputs")
             recipe = _checked(recipe, folder.revisions() if resume else None, callback)
+            texts = RunPrompts.read(recipe)
             changed = folder.compare_recipe(recipe, allow_recipe_change) if resume else []  # before prompts are encoded
             _encode(recipe, callback)
             with files.exclusive(folder.path, "run"):
-                state = _Run(recipe, folder, address, callback, signals).go(resume, changed, command)
+                state = _Run(recipe, texts, folder, address, callback, signals).go(resume, changed, command)
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit of a plugin, which would end the command with exit code 0
@@ -87,7 +87,7 @@ def run(
 
 
 def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCallback) -> Recipe:
-    """The recipe with its hub models pinned, after its plugins, prompts and model folders were checked."""
+    """The recipe with its hub models and datasets pinned, after its plugins and model folders were checked."""
     import torch
 
     from rlhf_t2i.families.pins import pin
@@ -97,9 +97,6 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCa
     trackers.check(recipe.logging.trackers)
     traits.resolve(recipe).preflight()
     recipe = pin(recipe, revisions)
-    for file in (recipe.data.prompts, recipe.data.held_out):
-        if file:
-            prompts.read(file, recipe.data.column)
     store = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
     store.check()
     for role in ("generator", "assistant"):
@@ -145,6 +142,7 @@ class _Run:
     """A run whose recipe is sound and whose folder is its own."""
 
     recipe: Recipe
+    prompts: RunPrompts
     folder: RunFolder
     address: str | None
     callback: TrainCallback
@@ -215,7 +213,7 @@ class _Run:
                 self.callback.on_message(f"resuming from {saved.name}")
             # Only now: a checkpoint that fails to load leaves the recorded recipe as it was.
             self.folder.update_recipe(self.recipe, state.step)
-            Trainer(self.recipe, self.folder, cluster, self.callback, state, self.signals).run()
+            Trainer(self.recipe, self.prompts, self.folder, cluster, self.callback, state, self.signals).run()
         finally:
             cluster.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,15 @@ from rlhf_t2i.utils import files
 
 def of_text(text: str) -> str:
     """A short digest, fit for a file name."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return of_lines([text])
+
+
+def of_lines(lines: Iterable[str]) -> str:
+    """The digest of the text that the lines make, joined by line feeds."""
+    digest = hashlib.sha256()
+    for number, line in enumerate(lines):
+        digest.update(f"\n{line}".encode() if number else line.encode())
+    return digest.hexdigest()[:12]
 
 
 def of_path(location: str | Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import IO, Final, TypeAlias
 
 from rlhf_t2i.errors import UsageError
 
@@ -15,12 +15,14 @@ JsonObject: TypeAlias = dict[str, Json]
 
 RECIPE: Final = 1_000_000
 CONFIG: Final = 64_000_000
-PROMPTS: Final = 2_000_000_000
-"""Most bytes of a recipe, of a model's JSON file (tokenizers are the largest), and of a list of prompts."""
+BENCHMARK: Final = 2_000_000_000
+PROMPTS: Final = 64_000_000_000
+"""Most bytes of a recipe, of a model's JSON file (tokenizers are the largest), of a benchmark's list, which is read
+whole, and of a file of prompts, which is not."""
 
 
-def read_bytes(path: Path, noun: str, limit: int, place: str = "") -> bytes:
-    """The content of a regular file.
+def open_regular(path: Path, noun: str, limit: int, place: str = "") -> IO[bytes]:
+    """Open a regular file to read.
 
     Args:
         path: The file; links are followed.
@@ -41,14 +43,22 @@ def read_bytes(path: Path, noun: str, limit: int, place: str = "") -> bytes:
             raise UsageError(
                 f"{place}{path} has {status.st_size:,} bytes: a {noun} has at most {limit:,}; is it the right file?"
             )
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        return path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{place}no such {noun}: {path}") from None
     except OSError as error:
         raise UsageError(f"{place}the {noun} {str(path)[:200]} cannot be read: {error.strerror}") from None
     except ValueError:
         raise UsageError(f"{place}no such {noun}: the path holds a zero byte") from None
+
+
+def read_bytes(path: Path, noun: str, limit: int, place: str = "") -> bytes:
+    """The content of a regular file; arguments and errors as :func:`open_regular`."""
+    try:
+        with open_regular(path, noun, limit, place) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UsageError(f"{place}the {noun} {str(path)[:200]} cannot be read: {error.strerror}") from None
     if len(data) > limit:  # /proc and the like state a size of 0
         raise UsageError(f"{place}{path} has over {limit:,} bytes: is it a {noun}?")
     return data

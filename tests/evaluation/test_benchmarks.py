@@ -60,9 +60,9 @@ def test_the_hub_out_of_reach_is_one_sentence():
 
 def test_the_shipped_prompts_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(benchmarks.load("emoji64").first(2).prompts) == 2
+    assert [len(column) for column in benchmarks.load("emoji64").first(2)] == [2, 2]
     (tmp_path / "emoji64").mkdir()
-    with pytest.raises(UsageError, match="emoji64 is a directory"):
+    with pytest.raises(UsageError, match="emoji64 is a folder without files"):
         benchmarks.load("emoji64")
     with pytest.raises(UsageError, match="no such prompt file"):
         benchmarks.load("no_world")

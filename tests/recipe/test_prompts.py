@@ -74,7 +74,7 @@ def test_ten_thousand_characters_are_no_prompt(tmp_path: Path) -> None:
         ("p.jsonl", "[" * 100_000, "line 1"),
         ("p.csv", "text\nx\n", "no column"),
         ("p.csv", "", "no column"),
-        ("p.csv", "prompt\n", "no column"),
+        ("p.csv", "prompt\n", "no prompts"),
         ("p.csv", 'prompt\n"open\n', "p.csv"),
     ],
 )
@@ -118,7 +118,7 @@ def test_parti_prompts_keep_their_quotes(tmp_path: Path) -> None:
 def test_missing_and_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such prompt file"):
         prompts.read(tmp_path / "none.txt")
-    with pytest.raises(UsageError, match="is a directory"):
+    with pytest.raises(UsageError, match="is a folder without files"):
         prompts.read(tmp_path)
 
 

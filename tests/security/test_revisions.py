@@ -88,4 +88,4 @@ def test_a_hub_that_cannot_be_reached_pins_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert sources.commit(sources.parse("tiny/sdxl")) is None
+    assert sources.commit("tiny/sdxl", None) is None
