@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Without a GPU the CPU build of torch is enough; with one, pip's newest CUDA build is wanted.
+# Without a GPU the CPU build of torch is enough; with one, pip's newest CUDA build is wanted. `make TORCH=torch==2.11.0 test`
+# takes another one.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: help demo check test-local test lint format chaos release setup clean
+.PHONY: help demo check test-local test lint format chaos oracle release setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -47,6 +48,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH)' -e '.[dev,zoo,tensorboard]'
 	touch $@
+
+ORACLE ?= build/oracle
+oracle:  ## the environment of the original reward packages, in build/oracle
+	$(PYTHON) tests/rewards/fixtures/make_oracle.py $(ORACLE)
 
 # RLHF_T2I_WHEELS: the test installs what is in dist/, not wheels of its own.
 release: setup  ## both distributions in dist/, checked and tried in an empty environment

@@ -19,6 +19,7 @@ from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.reading import Override
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.utils import versions
 
 if TYPE_CHECKING:
     import torch
@@ -229,8 +230,10 @@ def reward(name: str, /, *, device: str | torch.device | None = None, **options:
         **options: The reward's own options.
 
     Raises:
-        UsageError: Unknown name or option, a model that cannot be loaded, or a reward of latents.
+        UsageError: Unknown name or option, a model that cannot be loaded, a reward of latents, or a torchvision of
+            another release than torch.
     """
+    versions.check_torchvision()
     from rlhf_t2i.evaluation import scorer
 
     return scorer.build(name, device, options)
@@ -260,6 +263,7 @@ _ARGUMENTS = {"resume": "resume=True", "allow-recipe-change": "allow_recipe_chan
 @contextmanager
 def _python_names() -> Iterator[None]:
     """Let errors in the block name arguments of Python's functions, where they name options of the commands."""
+    versions.check_torchvision()
     try:
         yield
     except (UsageError, RunError, Stopped) as error:

@@ -58,6 +58,9 @@ def _version(
 
         typer.echo(f"rlhf-t2i {__version__}")
         raise typer.Exit
+    from rlhf_t2i.utils.versions import check_torchvision
+
+    check_torchvision()
 
 
 def main() -> None:

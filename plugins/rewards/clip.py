@@ -122,7 +122,7 @@ class OpenClipScorer(nn.Module):
         except Exception as error:
             raise UsageError(
                 f"reward 'clip': open_clip {name!r} with {pretrained!r} needs the open_clip library "
-                f"(pip install 'rlhf-t2i[open-clip]'): {first_line(error)}"
+                f"(the extra open-clip: docs/install.md): {first_line(error)}"
             ) from error
         try:
             model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
