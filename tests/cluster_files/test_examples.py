@@ -6,6 +6,7 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -20,13 +21,15 @@ def test_the_slurm_script_parses_and_refuses_no_recipe(tmp_path: Path) -> None:
     assert "usage: sbatch" in refused.stderr
 
 
-def test_the_slurm_script_starts_every_node_and_returns_the_runs_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", ["", "rlhf-t2i.sif"])
+def test_the_slurm_script_starts_every_node_and_returns_the_runs_exit_code(image: str, tmp_path: Path) -> None:
     """With stand-ins for Slurm's, Ray's and this project's commands that write down how they were called."""
     calls = tmp_path / "calls"
     commands = {
         "scontrol": "printf 'n1\\nn2\\n'",
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@"',
         "hostname": "echo 10.0.0.1",
+        "apptainer": f'echo "$1 $2 $3" >> {tmp_path}/contained; shift 3; exec "$@"',
         "ray": f'echo "ray $*" >> {calls}',
         # Instead of a time, wait for the call that the script gives the time to.
         "sleep": f"echo >> {tmp_path}/naps; until [ $(grep -c ^ray {calls}) -ge $(wc -l < {tmp_path}/naps) ]; "
@@ -42,6 +45,7 @@ def test_the_slurm_script_starts_every_node_and_returns_the_runs_exit_code(tmp_p
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
         "RESUME": "1",
+        "IMAGE": image,
     }
     script = EXAMPLES / "slurm.sbatch"
     ran = subprocess.run(["bash", str(script), "r.yaml", "--out", "x"], env=env, cwd=tmp_path, timeout=60, check=False)
@@ -53,6 +57,10 @@ def test_the_slurm_script_starts_every_node_and_returns_the_runs_exit_code(tmp_p
         "rlhf-t2i plan r.yaml --address 10.0.0.1:6379",
         "rlhf-t2i run r.yaml --address 10.0.0.1:6379 --resume --out x",
     ]
+    contained = tmp_path / "contained"
+    assert contained.exists() == bool(image)
+    if image:  # two nodes, plan and run
+        assert contained.read_text().splitlines() == ["exec --nv rlhf-t2i.sif"] * 4
 
 
 def test_the_ray_job_is_whole() -> None:
