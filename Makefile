@@ -41,12 +41,13 @@ NODE_KILLS ?= 10
 chaos: setup  ## kill processes and nodes of a run, over and over
 	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --node-kills $(NODE_KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
 
+# -qq: errors alone. What pip warns of (indexes of the machine's own configuration, newer pips) helps nobody here.
 setup: $(VENV)/.ready  ## the environment in .venv
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "rlhf-t2i needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt '$(TORCH)' -e '.[dev,zoo,tensorboard]'
+	$(BIN)/python -m pip install -qq --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -qq -c constraints.txt '$(TORCH)' -e '.[dev,zoo,tensorboard]'
 	touch $@
 
 ORACLE ?= build/oracle
@@ -55,7 +56,7 @@ oracle:  ## the environment of the original reward packages, in build/oracle
 
 # RLHF_T2I_WHEELS: the test installs what is in dist/, not wheels of its own.
 release: setup  ## both distributions in dist/, checked and tried in an empty environment
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[release]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[release]'
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m build --outdir dist zoo/emoji64

@@ -21,6 +21,7 @@ relative to the recipe's folder. A model that is not a path is a hub id, `org/na
 they are: `zoo/emoji64` in a checkout, else the package that `pip install 'rlhf-t2i[demo]'` brings. The same names work
 on the command line and from Python.
 
+    source .venv/bin/activate
     rlhf-t2i recipes                        # the shipped recipes; show NAME prints one, copy NAME [DEST] copies it
     rlhf-t2i init mine.yaml --reference ./my_sdxl --generator ./my_one_step --prompts ./prompts.txt  # for your models
 

@@ -58,3 +58,18 @@ def test_the_readmes_recipe_is_one(tmp_path: Path) -> None:
     shipped = reading.load(ROOT / "recipes/quickstart.yaml")
     assert (recipe.models, recipe.data, recipe.steps) == (shipped.models, shipped.data, shipped.steps)
     assert recipe.algorithm.model_dump() == shipped.algorithm.model_dump()
+
+
+def test_every_page_activates_the_environment_before_its_first_command() -> None:
+    """A command copied from the middle of the documentation is found."""
+    command = re.compile(r"^(?:    |\$ )?(?:\w+=\S+ )?(?:rlhf-t2i|python|pip|sbatch|pytest) (?!3)", re.MULTILINE)
+    missing = []
+    for file, text in texts(".md"):
+        found = [
+            block.start() + place.start()
+            for block in re.finditer(r"^```.*?^```|(?:^    .*\n)+", text, re.MULTILINE | re.DOTALL)
+            if (place := command.search(block[0]))
+        ]
+        if found and "activate" not in text[: found[0]] and "tests" not in file.parts:
+            missing.append(str(file.relative_to(ROOT)))
+    assert missing == []
