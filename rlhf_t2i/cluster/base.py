@@ -15,6 +15,8 @@ from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.worker import Reading
 
+STEP_TIMEOUT_KEY = "placement.step_timeout_s"
+
 
 class Cluster(ABC):
     """The roles of a run, wherever they live."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,14 +16,15 @@ from ray.actor import ActorHandle
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rlhf_t2i.cluster.base import STEP_TIMEOUT_KEY
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 from rlhf_t2i.roles import dispatch
 from rlhf_t2i.roles.dispatch import Batched, Future, Method, P, T
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
 from rlhf_t2i.utils.device import move
 
-STEP_TIMEOUT_KEY = "placement.step_timeout_s"
 _CPU = torch.device("cpu")
+_CHECK_EVERY_S = 5.0
 _LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.OutOfMemoryError,  # Ray ends the largest process of a machine before the system does
@@ -96,10 +99,31 @@ class Limit:
     key: str = STEP_TIMEOUT_KEY
 
 
-def get(references: Sequence[ObjectRef], limit: Limit, role: str) -> list[object]:
-    """``ray.get`` that raises this project's own errors, see :func:`translate_ray_errors`."""
+def do_nothing() -> None:
+    """The check of clients in actors: their caller watches Ray."""
+
+
+def get(
+    references: Sequence[ObjectRef], limit: Limit, role: str, check: Callable[[], None] = do_nothing
+) -> list[object]:
+    """``ray.get`` that raises this project's own errors, see :func:`translate_ray_errors`.
+
+    Args:
+        references: Of the answers.
+        limit: How long they may take.
+        role: Who answers.
+        check: Called first and every 5 s; raises where waiting is useless.
+    """
+    deadline = math.inf if limit.seconds is None else time.monotonic() + limit.seconds
     with translate_ray_errors(role, limit):
-        return ray.get(references, timeout=limit.seconds)
+        while True:
+            check()
+            remaining = deadline - time.monotonic()
+            try:
+                return ray.get(references, timeout=max(0.0, min(remaining, _CHECK_EVERY_S)))
+            except ray.exceptions.GetTimeoutError:
+                if remaining <= _CHECK_EVERY_S:
+                    raise
 
 
 @dataclass
@@ -114,7 +138,7 @@ class RemoteFuture(Generic[T]):
     def result(self) -> T:
         """Wait for all parts and join them."""
         with stopwatch.span(WAIT), self.client.guard(self.client.role):
-            answers = get(self.references, self.limit, self.client.role)
+            answers = get(self.references, self.limit, self.client.role, self.client.check)
         return self.join(answers)
 
 
@@ -129,6 +153,7 @@ class RemoteClient:
         reward_limit: For one answer of a method that calls reward plugins.
         device: Where answers are moved.
         guard: Opened around every wait with the role's name; turns errors into others.
+        check: See :func:`get`.
     """
 
     role: str
@@ -137,6 +162,7 @@ class RemoteClient:
     reward_limit: Limit = Limit()
     device: torch.device | None = None
     guard: Callable[[str], AbstractContextManager[object]] = nullcontext
+    check: Callable[[], None] = do_nothing
 
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Split the batch over the servers; see :class:`rlhf_t2i.roles.dispatch.Client`."""

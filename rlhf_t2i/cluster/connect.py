@@ -94,8 +94,8 @@ def _out_of_reach() -> Iterator[None]:
         services.ConsolePopen = popen
 
 
-def join(address: str) -> None:
-    """Join the Ray cluster of ``--address``.
+def join(address: str) -> str:
+    """Join the Ray cluster of ``--address``; returns HOST:PORT of its head.
 
     Raises:
         UsageError: None answers there, or it refuses this process: its token or certificates are others.
@@ -109,6 +109,7 @@ def join(address: str) -> None:
         _introduce(place, address)
         with _own_sigterm():
             ray.init(address=address, log_to_driver=False, configure_logging=False, job_config=_JobConfig())
+        return place
     except ray.exceptions.AuthenticationError as error:
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise UsageError(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf_t2i.cluster.base import Cluster
+from rlhf_t2i.cluster.base import STEP_TIMEOUT_KEY, Cluster
+from rlhf_t2i.plugins.time_limit import limited
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.dispatch import Client, Future, Method, P, T
 from rlhf_t2i.roles.local_calls import Deferred
@@ -18,28 +19,34 @@ from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 class _WorkerClient:
     """The controller's client: answers come back on the CPU, as over Ray."""
 
-    worker: Worker
+    cluster: LocalCluster
     role: str
 
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See :class:`rlhf_t2i.roles.dispatch.Client`."""
-        return Deferred(partial(self.worker.call, self.role, method, *args, **kwargs))
+        return Deferred(partial(self.cluster.call, self.role, method, *args, **kwargs))
 
 
 class LocalCluster(Cluster):
     """One worker that holds all roles."""
 
     def __init__(self, recipe: Recipe, failures: Path | None = None) -> None:
+        self._timeout_s = recipe.placement.step_timeout_s
         self._worker = Worker(WorkerSpec(recipe, "local", ROLES, failures=failures))
         self._worker.connect({})
 
     def clients(self, role: str) -> Sequence[Client]:
         """The worker."""
-        return [_WorkerClient(self._worker, role)]
+        return [_WorkerClient(self, role)]
 
     def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Call a method on every rank of a role; here, one."""
-        return [self._worker.call(role, method, *args, **kwargs)]
+        return [self.call(role, method, *args, **kwargs)]
+
+    def call(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a method of a role, for at most ``placement.step_timeout_s``."""
+        with limited(f"{role}.{method.__name__}", self._timeout_s, STEP_TIMEOUT_KEY):
+            return self._worker.call(role, method, *args, **kwargs)
 
     def sync_generator(self) -> None:
         """Nothing to send: the generator is the learner's own network."""

@@ -23,6 +23,7 @@ from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.clients import Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
+from rlhf_t2i.cluster.control import RayMonitor
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.plugins import consent
 from rlhf_t2i.recipe import placement as geometry
@@ -57,6 +58,7 @@ class RayCluster(Cluster):
         self._specs = _specs(recipe, self._roles, failures)
         self._gpus = torch.cuda.is_available() if address is None else None
         self._started_ray = False
+        self._monitor = RayMonitor()
         self._share = 1.0  # of a device, for each process
         self._group: PlacementGroup | None = None
         self._weight_store: ActorHandle | None = None
@@ -74,7 +76,11 @@ class RayCluster(Cluster):
     def _connect_ray(self, address: str | None) -> None:
         if address is not None or not ray.is_initialized():
             self._started_ray = True  # also if a signal comes while it starts
-            join(address) if address is not None else start_local_ray(len(self._all_specs))
+            if address is None:
+                start_local_ray(len(self._all_specs))
+                self._monitor.own = True
+            else:
+                self._monitor.head = join(address)
         self._gpus = ray.cluster_resources().get("GPU", 0) > 0
 
     @property
@@ -180,7 +186,14 @@ class RayCluster(Cluster):
         """One for all processes of a role; for ``reward`` one per group of rewards."""
         groups = self._reward_groups() if role == "reward" else {self._roles[role][0]: self._limit}
         return [
-            RemoteClient(role, self._actors[group], self._limit, reward_limit, guard=self._classify_errors)
+            RemoteClient(
+                role,
+                self._actors[group],
+                self._limit,
+                reward_limit,
+                guard=self._classify_errors,
+                check=self._monitor.check,
+            )
             for group, reward_limit in groups.items()
         ]
 
@@ -197,7 +210,7 @@ class RayCluster(Cluster):
     def _wait(self, references: Sequence[ObjectRef], role: str, limit: Limit | None = None) -> list[object]:
         """The answers, with the errors of :meth:`_classify_errors`; ``limit`` defaults to ``step_timeout_s``."""
         with self._classify_errors(role):
-            return get(references, limit or self._limit, role)
+            return get(references, limit or self._limit, role, self._monitor.check)
 
     @contextmanager
     def _classify_errors(self, role: str) -> Iterator[None]:
@@ -260,6 +273,8 @@ class RayCluster(Cluster):
 
     def close(self) -> None:
         """End the actors, free their devices, and stop Ray if this run started it."""
+        if self._monitor.lost:  # nobody would answer, and stopping Ray is all that is left to do
+            self._actors, self._weight_store, self._group = {}, None, None
         for actor in [a for actors in self._actors.values() for a in actors] + [self._weight_store]:
             if actor is not None:
                 ray.kill(actor)

@@ -147,7 +147,7 @@ class RewardChoice(PluginChoice):
     )
     label: Name | None = Field(None, description="name in metrics; default: the plugin's name, or the class of a file")
     micro_batch: Size | None = Field(None, description="images per call of score(); default: all at once")
-    timeout_s: Positive = Field(600.0, description="seconds after which a call ends the run (over Ray only)")
+    timeout_s: Positive = Field(600.0, description="seconds after which a call ends the run")
 
     @property
     def key(self) -> str:
@@ -328,9 +328,7 @@ class Placement(Section):
     max_restarts: int = Field(
         3, ge=0, le=1000, description="how often a run that lost a training process restores itself"
     )
-    step_timeout_s: Positive = Field(
-        3600.0, description="seconds after which a call without an answer ends the run (over Ray only)"
-    )
+    step_timeout_s: Positive = Field(3600.0, description="seconds after which a call without an answer ends the run")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.families import adapters
 from rlhf_t2i.families.store import DTYPES, ModelStore
 from rlhf_t2i.recipe.placement import batch_geometry, callers_per_server
-from rlhf_t2i.recipe.schema import Optimizer, Recipe
+from rlhf_t2i.recipe.schema import Optimizer, Recipe, RewardChoice
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class WorkerSpec:
     def trains(self) -> bool:
         """Whether a role of this process has an optimizer."""
         return bool({"learner", "assistant"} & set(self.roles))
+
+    def timeouts(self, rewards: Sequence[RewardChoice]) -> dict[str, float]:
+        """Limits on these rewards' calls by label; {} where the caller is another process, which has them."""
+        return {} if self.distributed else {choice.key: choice.timeout_s for choice in rewards}
 
 
 class RankContext:

@@ -50,13 +50,18 @@ class LearnerRole(TrainedRole):
 
     def _build_latent_rewards(self) -> RewardRole | None:
         """Rewards that need the reference denoiser live here, beside its client."""
-        chosen = {}
-        for choice in self._recipe.algorithm.rewards:
-            if traits.resolve(self._recipe).reward(choice.key).on_latents:
-                chosen[choice.key] = registry.reward(choice.name, **choice.options)
-        if not chosen:
+        on_latents = [
+            c for c in self._recipe.algorithm.rewards if traits.resolve(self._recipe).reward(c.key).on_latents
+        ]
+        if not on_latents:
             return None
-        return RewardRole(chosen, None, device=self._context.device, failures_dir=self._context.spec.failures)
+        return RewardRole(
+            {choice.key: registry.reward(choice.name, **choice.options) for choice in on_latents},
+            None,
+            device=self._context.device,
+            failures_dir=self._context.spec.failures,
+            timeouts=self._context.spec.timeouts(on_latents),
+        )
 
     def connect(self, assistant: Client, reference: Client, rewards: Sequence[Client]) -> None:
         """Set where the other roles are called."""

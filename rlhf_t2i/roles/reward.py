@@ -21,6 +21,7 @@ from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
+from rlhf_t2i.plugins.time_limit import limited
 from rlhf_t2i.roles.dispatch import batched
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
 from rlhf_t2i.utils.device import send
@@ -62,6 +63,7 @@ class RewardRole:
         activation_checkpointing: Recompute the layers of rewards and decoder in the backward pass: less memory, about
             a third more time.
         trained: Labels of the rewards that train; all when None. The others are only measured.
+        timeouts: Seconds that a call of ``score`` and its gradient may take, by label; without a limit when absent.
     """
 
     def __init__(
@@ -75,11 +77,12 @@ class RewardRole:
         failures_dir: Path | None = None,
         activation_checkpointing: bool = False,
         trained: Sequence[str] | None = None,
+        timeouts: Mapping[str, float] | None = None,
     ) -> None:
         self._trained = list(rewards if trained is None else trained)
         self.rewards = {label: freeze(reward, device, dtype) for label, reward in rewards.items()}
         self.device, self.dtype, self.failures_dir = device, dtype, failures_dir
-        self._vae, self._micro_batch = vae, micro_batch
+        self._vae, self._micro_batch, self._timeouts = vae, micro_batch, timeouts or {}
         self._checks: list[tuple[Tensor, str, str, _Samples]] = []
         if activation_checkpointing:
             for module in [*self.rewards.values(), *([vae] if isinstance(vae, nn.Module) else [])]:
@@ -190,10 +193,10 @@ class RewardRole:
             # reward that writes into its images changes what no other reward sees.
             images = some.images.to(torch.promote_types(some.images.dtype, self.dtype), copy=True)
             images.requires_grad_(gradient)
-            with torch.set_grad_enabled(gradient):
+            with self._limited(label), torch.set_grad_enabled(gradient):
                 value = self._call(label, partial(reward.score, images, list(some.prompts)), some)
-            if gradient:
-                grads.append(self._gradient(label, value, images, some, "its gradient at the image"))
+                if gradient:
+                    grads.append(self._gradient(label, value, images, some, "its gradient at the image"))
             values.append(self._result(value))
         return torch.cat(values), torch.cat(grads) if grads else None
 
@@ -206,11 +209,17 @@ class RewardRole:
         if context is None:
             raise UsageError(f"reward {label!r} scores latents and needs the reference denoiser, which is not here")
         leaf = samples.latents.detach().clone().requires_grad_(gradient)
-        with torch.set_grad_enabled(gradient):
+        with self._limited(label), torch.set_grad_enabled(gradient):
             value = self._call(label, partial(reward.score_latents, leaf, list(samples.prompts), context), samples)
-        grad = self._gradient(label, value, leaf, samples, "its gradient") if gradient else torch.zeros(len(leaf), 0)
+            grad = (
+                self._gradient(label, value, leaf, samples, "its gradient") if gradient else torch.zeros(len(leaf), 0)
+            )
         self._read_checks()
         return self._result(value), grad
+
+    def _limited(self, label: str) -> AbstractContextManager[None]:
+        seconds = self._timeouts.get(label)
+        return nullcontext() if seconds is None else limited(f"reward {label!r}", seconds, f"timeout_s of {label}")
 
     def _call(self, label: str, call: Callable[[], Tensor], samples: _Samples) -> Tensor:
         """One call of the plugin's code, and every check of its answer."""

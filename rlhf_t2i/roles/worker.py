@@ -102,6 +102,7 @@ class Worker:
             device=self._context.device,
             dtype=self._context.dtype,
             micro_batch={choice.key: choice.micro_batch for choice in choices},
+            timeouts=self.spec.timeouts(choices),
             failures_dir=self.spec.failures,
             activation_checkpointing=self.spec.recipe.optimization.checkpoints("reward"),
             trained=[key for key in rewards if key in trained],

@@ -39,7 +39,7 @@ class Watcher(TrainCallback):
     """Tells which processes and ports the run has, and does something after its first step."""
 
     def __init__(self, after_step: Callable[[], None] = lambda: None) -> None:
-        self._after_step, self._told = after_step, False
+        self._after_step, self._told, self.restarts = after_step, False, list[str]()
 
     def on_phase(self, text: str) -> None:
         if self._told or not text.startswith("measuring"):
@@ -48,12 +48,14 @@ class Watcher(TrainCallback):
         say(started=[[p.pid, p.name(), listening(p)] for p in psutil.Process().children(recursive=True)])
 
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        if state.step == 1:
+        if state.step == 1 and not self.restarts:
             self._after_step()
 
     def on_message(self, text: str) -> None:
         if text.startswith("SIGINT"):  # the first Ctrl-C has been taken; only now: two at once would count as one
             os.kill(os.getpid(), signal.SIGINT)
+        if "(restart " in text:
+            self.restarts.append(text)
 
 
 def listening(process: psutil.Process) -> list[int]:
@@ -71,8 +73,16 @@ def send(number: int, to: Callable[[int, int], None] = os.kill) -> None:
     threading.Timer(0.1, to, (os.getpid(), number)).start()
 
 
+def kill_control() -> None:
+    """SIGKILL Ray's control store: the run starts another Ray."""
+    for process in psutil.Process().children(recursive=True):
+        if process.name() == "gcs_server":
+            process.kill()
+            process.wait()
+
+
 ENDINGS: dict[str, Callable[[], None]] = {
-    "done": lambda: None,
+    "done": kill_control,
     "failed": lambda: None,
     "SIGTERM to the group": lambda: send(signal.SIGTERM, os.killpg),  # as Slurm and systemd send it
     "second Ctrl-C": lambda: send(signal.SIGINT),
@@ -88,9 +98,10 @@ def main(recipe: Path, out: Path) -> None:
         changes = [f"placement={{mode: ray, groups: {GROUPS}}}", f"steps={2 if how == 'done' else 100000}"]
         if how == "failed":
             changes.append(f"algorithm.rewards=[{{name: '{plugin}:Bad', label: bad}}]")
-        ended, told = "done", ""
+        ended, told, watcher = "done", "", Watcher(after_step)
         try:
-            run.run(reading.load(recipe, changes), out / how.replace(" ", "_"), callback=Watcher(after_step))
+            run.run(reading.load(recipe, changes), out / how.replace(" ", "_"), callback=watcher)
+            told = " ".join(watcher.restarts)
         except (RunError, Stopped) as error:
             ended, told = type(error).__name__, str(error)
         say(ended=ended, told=told)

@@ -59,6 +59,8 @@ def test_nothing_is_left_of_a_run_however_it_ends(make_recipe: Callable[..., Rec
             folders = list(temporary.glob("rlhf-t2i-*"))
             assert len(folders) == (how == "SIGKILL"), how
             assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+            if how == "done":
+                assert "Ray's own process gcs_server died; starting again" in json.loads(ended)["told"]
             if how == "SIGTERM to the group":
                 assert "checkpoint" in json.loads(ended)["told"]
             if how != "SIGKILL":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import socket
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
@@ -10,7 +12,8 @@ import pytest
 import ray
 import torch
 
-from rlhf_t2i.cluster import clients, ray_cluster
+from rlhf_t2i.cluster import clients, control, ray_cluster
+from rlhf_t2i.cluster.control import RayMonitor
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError
 from rlhf_t2i.recipe import placement as geometry
@@ -39,6 +42,7 @@ def test_one_sentence(
     def get(_references: Any, timeout: float) -> None:
         raise raised
 
+    monkeypatch.setattr(clients, "_CHECK_EVERY_S", math.inf)
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(expected) as caught:
         clients.get([], clients.Limit(5.0), "learner")
@@ -53,7 +57,7 @@ def placed(make_recipe: Callable[..., Recipe]) -> RayCluster:
     groups = "{all: {devices: 2, roles: [learner, generator, assistant, reference, reward]}}"
     cluster = object.__new__(RayCluster)
     cluster._recipe = make_recipe(placement="{mode: ray, groups: " + groups + "}", algorithm__rewards__0__timeout_s=7)
-    cluster._weight_store = None
+    cluster._weight_store, cluster._monitor = None, RayMonitor()
     cluster._roles = geometry.check_placement(cluster._recipe)
     cluster._specs = ray_cluster._specs(cluster._recipe, cluster._roles, None)
     cluster._actors = {"all": [MagicMock(), MagicMock()]}
@@ -79,6 +83,7 @@ def test_what_an_evaluation_calls_tells_lost_and_stuck_processes_apart_too(
         raise EXCEPTIONS.RayTaskError("call", "", failed) if isinstance(failed, RuntimeError) else failed
 
     monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(clients, "_CHECK_EVERY_S", math.inf)
     monkeypatch.setattr(placed, "_lost", lambda: "all/1", raising=False)
     monkeypatch.setattr(placed, "_describe_processes", lambda: "all/0: idle", raising=False)
     with pytest.raises(ProcessLost, match="process all/1 died while the"):  # heard from a peer, in a collective
@@ -86,3 +91,41 @@ def test_what_an_evaluation_calls_tells_lost_and_stuck_processes_apart_too(
     limit = r"7 s \(timeout_s of pickscore\)" if call == "scores" else r"3600 s \(placement\.step_timeout_s\)"
     with pytest.raises(RunError, match=f"did not answer within {limit}; all/0: idle"):
         CALLS[call](placed)
+
+
+def test_a_long_call_looks_at_ray_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's control store is gone for a minute before Ray ends the process with a line of its own."""
+    node = MagicMock()
+    node.dead_processes.side_effect = [[], [("monitor", None)], [("gcs_server", None)]]
+    monkeypatch.setattr("ray._private.worker._global_node", node)
+    monkeypatch.setattr(ray, "get", MagicMock(side_effect=EXCEPTIONS.GetTimeoutError("no")))
+    monitor = RayMonitor(own=True)
+    with pytest.raises(ProcessLost, match="Ray's own process gcs_server died"):
+        clients.get([], clients.Limit(3600), "learner", monitor.check)
+    assert node.dead_processes.call_count == 3
+    assert monitor.lost
+
+
+def test_a_ray_that_is_gone_is_not_asked_to_free_anything(monkeypatch: pytest.MonkeyPatch, placed: RayCluster) -> None:
+    """Each question would wait for a minute."""
+    placed._monitor.lost, placed._group, placed._started_ray = True, MagicMock(), True
+    asked = MagicMock()
+    monkeypatch.setattr(ray, "kill", asked)
+    monkeypatch.setattr(ray_cluster, "remove_placement_group", asked)
+    monkeypatch.setattr(ray_cluster, "stop", stopped := MagicMock())
+    placed.close()
+    assert (asked.called, stopped.called) == (False, True)
+
+
+def test_a_head_node_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setattr(control, "_PROBE_EVERY_S", -1.0)
+    monitor = RayMonitor(head=address)
+    monitor.check()
+    listener.close()
+    monitor.check()  # not yet: it may come back
+    monkeypatch.setattr(control, "_HEAD_SILENT_S", 0.0)
+    with pytest.raises(RunError, match=f"the head node of the Ray cluster at {address} has not answered .* --resume"):
+        monitor.check()
+    assert monitor.lost
