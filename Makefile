@@ -35,11 +35,14 @@ format: setup  ## rewrite files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Half an hour of SIGKILLs on two cores; KILLS=6 NODE_KILLS=2 for a taste.
-KILLS ?= 60
-NODE_KILLS ?= 10
-chaos: setup  ## kill processes and nodes of a run, over and over
-	$(BIN)/python benchmarks/chaos.py --kills $(KILLS) --node-kills $(NODE_KILLS) --out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
+# Half an hour of SIGKILLs on two cores; LOCAL=7 RAY=6 NODES=0 for a taste.
+LOCAL ?= 70
+RAY ?= 24
+NODES ?= 6
+SEED ?= 0
+chaos: setup  ## kill processes and nodes of runs in every phase, over and over
+	$(BIN)/python benchmarks/chaos.py --local $(LOCAL) --ray $(RAY) --nodes $(NODES) --seed $(SEED) \
+		--out runs/chaos-$(shell date +%Y%m%d-%H%M%S)
 
 # -qq: errors alone. What pip warns of (indexes of the machine's own configuration, newer pips) helps nobody here.
 setup: $(VENV)/.ready  ## the environment in .venv
