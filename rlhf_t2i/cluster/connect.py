@@ -117,6 +117,11 @@ def join(address: str) -> str:
             "and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (docs/security.md)"
         ) from None
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        if "No node info found" in str(error):
+            raise UsageError(
+                f"--address {address}: the cluster answers, but this machine is no node of it: run `ray start "
+                f"--address={place}` here first, or this command on one of its nodes"
+            ) from None
         tls = os.environ.get("RAY_USE_TLS", "not set")
         raise UsageError(
             f"--address {address}: something listens there, but no Ray cluster that answers this process "
@@ -127,19 +132,6 @@ def join(address: str) -> str:
 def same_node() -> NodeAffinitySchedulingStrategy:
     """Place an actor on the node of this process, and nowhere else."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def cluster_resources(address: str) -> dict[str, float]:
-    """Number of CPUs and GPUs of a running Ray cluster, ``{"CPU": 3.0, "GPU": 0.0}``.
-
-    Raises:
-        UsageError: No cluster answers at the address, or it refuses this process.
-    """
-    join(address)
-    try:
-        return {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")}
-    finally:
-        ray.shutdown()
 
 
 def _place(address: str) -> str:

@@ -11,6 +11,7 @@ from rlhf_t2i.commands.output import RecipePath, SetOption
 from rlhf_t2i.errors import UsageError
 
 if TYPE_CHECKING:
+    from rlhf_t2i.cluster.node_check import ClusterState
     from rlhf_t2i.commands.plan_report import Report
     from rlhf_t2i.recipe.schema import Recipe
     from rlhf_t2i.tools.planning.devices import Device, Rates
@@ -23,7 +24,7 @@ def plan_command(
     set_: SetOption = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Compare with what this Ray cluster has.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Check this Ray cluster: devices, packages, files.")
     ] = None,
     device: Annotated[
         str | None,
@@ -55,13 +56,13 @@ def plan_command(
     if gpus is not None and profile is not None:
         loaded = _place(loaded, gpus, profile, device_memory, json_)
     from rlhf_t2i.commands.plan_report import Report
+    from rlhf_t2i.tools.planning import cluster as clusters
     from rlhf_t2i.tools.planning import plan as planning
 
     plan, cluster = planning.make(loaded), None
     if address is not None:
-        from rlhf_t2i.cluster.connect import cluster_resources
-
-        cluster = cluster_resources(address)
+        typer.echo("asking the nodes of the cluster ...", err=True)
+        cluster = clusters.inspect(loaded, address)
     rates = _rates(loaded, plan, name, profile)
     report = Report(
         loaded,
@@ -70,13 +71,13 @@ def plan_command(
         rates=rates,
         seconds=None if rates is None else planning.step_time(loaded, rates),
         fit=_fit(loaded, plan, device_memory or (profile.memory if profile else None)),
-        cluster=cluster,
+        cluster=None if cluster is None else cluster.resources,
     )
     if json_:
         typer.echo(json.dumps(report.as_json(), indent=2))
     else:
         report.show()
-    _check(report)
+    _check(report, cluster)
 
 
 def _place(recipe: Recipe, gpus: int, profile: Device, memory: float | None, quiet: bool) -> Recipe:
@@ -115,22 +116,17 @@ def _rates(recipe: Recipe, plan: Plan, name: str | None, profile: Device | None)
     return calibration.rates(recipe, plan.batch["learner"]["micro"])
 
 
-def _check(report: Report) -> None:
+def _check(report: Report, cluster: ClusterState | None) -> None:
     """Warn of missing prompt files, and end with an exit code where the run cannot start, or does not fit."""
     from rlhf_t2i.algorithm import prompts
+    from rlhf_t2i.tools.planning import cluster as clusters
 
-    plan, cluster = report.plan, report.cluster
     for key, file in (("prompts", report.recipe.data.prompts), ("held_out", report.recipe.data.held_out)):
         if file is not None and not prompts.exists(file):
             typer.echo(f"warning: data.{key}: no such prompt file: {file}; `rlhf-t2i run` will refuse this", err=True)
     if cluster is not None:
-        kind = "GPU" if cluster["GPU"] else "CPU"
-        needed = 1 if plan.share_devices and kind == "GPU" else plan.devices
-        if plan.mode == "ray" and cluster[kind] < needed:
-            sizes = ", ".join(f"{group.name}: {group.devices}" for group in plan.groups)
-            raise UsageError(
-                f"placement needs {plan.devices} {kind}s ({sizes}) but the cluster has {cluster[kind]:g}: "
-                "use fewer devices or let roles share a group"
-            )
+        for sentence in cluster.lost:
+            typer.echo(f"warning: {sentence}", err=True)
+        clusters.check(report.plan, cluster)
     if report.fit is not None and report.fit.group is not None:
         raise typer.Exit(1)

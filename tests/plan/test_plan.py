@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 import typer
 import yaml
+from click.testing import Result
 from typer.testing import CliRunner
 
+from rlhf_t2i.cluster.node_check import ClusterState
 from rlhf_t2i.commands import plan as command
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.store import ModelStore
@@ -360,16 +363,26 @@ def test_errors_are_usage_errors(file: Path, app: typer.Typer) -> None:
     assert "batch_size 9" in str(ran.exception)
 
 
-def test_a_cluster_that_is_too_small_is_refused(file: Path, app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_t2i.cluster.connect.cluster_resources", lambda address: {"CPU": 64.0, "GPU": 4.0})
-    ran = CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"])
+def test_a_cluster_that_cannot_take_the_run_is_refused(
+    file: Path, app: typer.Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(gpus: float, *more: str, problems: Sequence[str] = (), lost: Sequence[str] = ()) -> Result:
+        state = ClusterState({"CPU": 64.0, "GPU": gpus}, list(problems), list(lost))
+        monkeypatch.setattr("rlhf_t2i.cluster.node_check.inspect", lambda *asked: state)
+        return CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379", *more])
+
+    ran = ask(4)
     assert "cluster: 4 GPUs, 64 CPUs" in ran.output
     assert isinstance(ran.exception, UsageError)
     assert "needs 6 GPUs" in str(ran.exception)
-    shared = [str(file), "--address", "10.0.0.1:6379", "--set", "placement.share_devices=true"]
-    assert CliRunner().invoke(app, shared).exit_code == 0
-    monkeypatch.setattr("rlhf_t2i.cluster.connect.cluster_resources", lambda address: {"CPU": 64.0, "GPU": 0.0})
-    assert CliRunner().invoke(app, [str(file), "--address", "10.0.0.1:6379"]).exit_code == 0
+    assert ask(4, "--set", "placement.share_devices=true").exit_code == 0
+    assert ask(0).exit_code == 0
+    ran = ask(8, problems=["node 10.0.0.2 has other packages: torch 2.9 (here 2.13)", "node 10.0.0.3 does not answer"])
+    assert str(ran.exception) == (
+        "node 10.0.0.2 has other packages: torch 2.9 (here 2.13); node 10.0.0.3 does not answer"
+    )
+    ran = ask(8, lost=["node 10.0.0.4 has left the cluster"])
+    assert (ran.exit_code, "warning: node 10.0.0.4 has left the cluster" in ran.output) == (0, True)
 
 
 def test_no_ray_and_no_torch_before_they_are_needed(file: Path) -> None:
