@@ -130,6 +130,7 @@ def load(model: str | Drawing, device: torch.device | None = None, precision: st
     base, student = chosen.base or chosen.model, chosen.student
     models = Models(reference=base, generator=chosen.model, vae=chosen.vae, height=chosen.height, width=chosen.width)
     store = ModelStore(models, student or StudentSettings(), device or default_device(), precision)
+    store.verify()
     store.family.check()
     store.family.check_decoder(store.vae)
     _ = store.latent_shape

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm.student import StartNoise, Student, Transition
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families.sources import STUDENT
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.utils import files, manifest
 
-STUDENT = "student.json"
 _Side = Annotated[int, Field(ge=8, le=8192)]
 
 

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import shipped
-from rlhf_t2i.utils import files, inputs
+from rlhf_t2i.utils import files, fingerprints, inputs, manifest
 
 Config = dict[str, Any]
 """The JSON object of a configuration file, as its library wrote it."""
 INDEX, CONFIG = "model_index.json", "config.json"
 """The file of a pipeline that names its parts, and that of a network by itself."""
+STUDENT = "student.json"
+"""The file of an exported model that says how its generator is called."""
 _DEEPEST = 10_000
 _HASH = re.compile("[0-9a-f]{40}")
 _FILES = (".bin", ".safetensors", ".pt", ".pth")
@@ -76,6 +78,24 @@ def parse(text: str) -> ModelRef:
     place = "/".join(parts[:2])
     pinned = _revisions.get(f"{place}@{revision}" if revision else place)
     return ModelRef(place, pinned or revision or None, "/".join(parts[2:]) or None)
+
+
+def verify(source: ModelRef) -> None:
+    """Compare a model that this package exported, or a part of one, with its manifest; other models have none.
+
+    Raises:
+        UsageError: A file is missing or has changed, if only by a bit.
+    """
+    folder = Path(source.location)
+    for place in (folder, folder.parent) if source.is_local else ():
+        if not (place / manifest.NAME).is_file() or not (place / STUDENT).is_file():
+            continue
+        damage = manifest.damage(place, fingerprints.of_file)
+        if damage is not None:
+            raise UsageError(
+                f"{place}: {damage}, says its {manifest.NAME}: take a whole copy, or remove that file if the change is "
+                "yours"
+            )
 
 
 def use_revisions(revisions: Mapping[str, str]) -> None:

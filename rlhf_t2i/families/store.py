@@ -59,6 +59,7 @@ class ModelStore:
             UsageError: One sentence naming the folder or file.
         """
         vae = self.vae
+        self.verify()
         self.family.check()
         self.generator_family.check()
         self.family.check_decoder(vae)
@@ -71,6 +72,17 @@ class ModelStore:
             embeddings.check(files.expanded(self.models.embeddings))
         if self.models.vae_slicing or self.models.vae_tiling:
             self.family.build_decoder(vae).limit_memory(self.models.vae_slicing, self.models.vae_tiling)
+
+    def verify(self) -> None:
+        """Compare models that this package exported with their manifests.
+
+        Raises:
+            UsageError: A file is missing or has changed.
+        """
+        models = self.models
+        for text in dict.fromkeys((models.reference, models.generator, models.assistant, models.vae)):
+            if text is not None:
+                sources.verify(sources.parse(text))
 
     @cached_property
     def family(self) -> Family:

@@ -34,6 +34,7 @@ def encode_prompts(recipe: Recipe, progress: Progress) -> tuple[int, Path]:
     if folder is None:
         raise UsageError("models.embeddings: names no folder for prompt embeddings; set it, e.g. to ./embeddings")
     embeddings.check(folder.root)
+    store.verify()
     store.family.check()
     data, revisions = recipe.data, recipe.revisions
     lists = [prompts.read(path, data.column, revisions=revisions) for path in (data.prompts, data.held_out) if path]

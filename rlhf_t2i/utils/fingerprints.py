@@ -35,17 +35,17 @@ def of_path(location: str | Path) -> str:
         return of_text(str(location))
     found = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_of_file, found))
+        digests = list(pool.map(of_file, found))
     names = [path.relative_to(root).as_posix() for path in found]
     return of_text("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
-def _of_file(path: Path) -> str:
+def of_file(path: Path) -> str:
+    """The SHA-256 of a file's content, kept for this process while its size and times stay."""
     status = path.stat()
     return _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
 def _digest(path: Path, *changes: int) -> str:
-    """The digest of a file, kept for this process while its size and times stay."""
     return files.sha256(path)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.evaluation import models
+from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.state import TrainState
-from rlhf_t2i.utils import files, manifest
+from rlhf_t2i.utils import files, fingerprints, manifest
+from tests import tiny
 
 
 class Written:
@@ -94,6 +100,74 @@ def test_any_flipped_bit_in_any_file_is_named(tmp_path: Path) -> None:
         file.write_bytes(whole)
     assert accepted == []
     assert checkpoints.find(tmp_path) == (folder, state, [])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_sdxl: Path, tiny_prompts: Path) -> Path:
+    """A run of one step; whoever damages it mends it."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = tiny.recipe_dict(tiny_sdxl, tiny_prompts, steps=1, evaluation={"images": 2}, logging={"sample_count": 2})
+    (folder / "recipe.yaml").write_text(json.dumps(data), "utf-8")
+    run.run(reading.load(folder / "recipe.yaml"), folder / "out")
+    return folder / "out"
+
+
+def test_a_flipped_bit_in_weights_and_states_is_named(trained: Path) -> None:
+    """A sample of the bits of all files, each file with its share: most are those of the large ones."""
+    draw, accepted = random.Random(0), []
+    for folder in (trained / "checkpoints/step_000001", trained / "model"):
+        listed = {folder / name: entry["bytes"] for name, entry in manifest.read(folder)["files"].items()}
+        assert listed.keys() == {file for file in folder.rglob("*") if file.is_file()} - {folder / manifest.NAME}
+        for file in draw.choices(list(listed), list(listed.values()), k=100):
+            position, bit = draw.randrange(listed[file]), 1 << draw.randrange(8)
+            with flipped(file, position, bit):
+                if manifest.damage(folder, fingerprints.of_file) != f"{file.relative_to(folder)} has changed":
+                    accepted.append((file.name, position, bit))
+        assert manifest.damage(folder) is None
+    assert accepted == []
+
+
+@contextlib.contextmanager
+def flipped(file: Path, position: int, bit: int) -> Iterator[None]:
+    """A file of which one bit is flipped in the block."""
+
+    def flip() -> None:
+        with file.open("r+b") as opened:
+            opened.seek(position)
+            (byte,) = opened.read(1)
+            opened.seek(position)
+            opened.write(bytes([byte ^ bit]))
+
+    flip()
+    try:
+        yield
+    finally:
+        flip()
+
+
+def test_a_damaged_model_is_refused_wherever_it_is_read(trained: Path, make_recipe: Callable[..., Recipe]) -> None:
+    model, weights = trained / "model", "unet/diffusion_pytorch_model.safetensors"
+    sentence = f"model: {weights} has changed, says its manifest.json: take a whole copy, or remove that file"
+    recipes = [
+        make_recipe(models__generator=str(model / "unet")),
+        make_recipe(models__reference=str(model)),
+        make_recipe(models__vae=str(model / "vae")),
+    ]
+    with flipped(model / weights, 5000, 4):
+        for read in [
+            *[partial(run.run, recipe, trained.parent / "other") for recipe in recipes],
+            partial(models.load, str(trained)),
+        ]:
+            with pytest.raises(UsageError, match=re.escape(sentence)):
+                read()
+    assert not (trained.parent / "other").exists()
+    models.load(str(trained))
+    (model / weights).rename(model / "away")
+    try:
+        with pytest.raises(UsageError, match=r"safetensors is missing, says its manifest\.json"):
+            models.load(str(trained))
+    finally:
+        (model / "away").rename(model / weights)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.loop import Trainer
 from rlhf_t2i.training.state import TrainState
-from rlhf_t2i.utils import manifest
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -416,16 +415,3 @@ def test_model_loads_in_diffusers_and_equals_sample(
     ours = model.image("a red cat", torch.Generator().manual_seed(5))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert model.sample(["a red cat"], seed=5)[0].tobytes() == images.to_pil(ours[0]).tobytes()
-
-
-def test_the_model_has_a_manifest(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    run.run(make_recipe(steps=1), tmp_path / "out")
-    model = tmp_path / "out/model"
-    listed = manifest.read(model)["files"]
-    assert listed.keys() == {str(f.relative_to(model)) for f in model.rglob("*") if f.is_file()} - {manifest.NAME}
-    assert manifest.damage(model) is None
-    weights = model / "unet/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
-    assert manifest.damage(model) == "unet/diffusion_pytorch_model.safetensors has changed"
-    weights.unlink()
-    assert manifest.damage(model) == "unet/diffusion_pytorch_model.safetensors is missing"
