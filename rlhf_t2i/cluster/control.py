@@ -22,14 +22,19 @@ class RayMonitor:
     Attributes:
         own: Whether this run started Ray.
         head: HOST:PORT of the head of a cluster that it joined.
-        lost: Whether Ray is gone. Calls to it would then block.
     """
 
     own: bool = False
     head: str | None = None
-    lost: bool = False
+    _lost: bool = False
     _probed: float = field(default_factory=time.monotonic)
-    _answered: float = field(default_factory=time.monotonic)
+    _silent_since: float | None = None
+
+    def alive(self) -> bool:
+        """Whether Ray answers now; calls to one that is gone would block for a minute."""
+        if self._lost or self.own:
+            return not self._lost and not self._dead()
+        return self.head is None or _listens(self.head)
 
     def check(self) -> None:
         """Look at the processes, or now and then at the head's port.
@@ -43,18 +48,24 @@ class RayMonitor:
         elif self.head is not None and time.monotonic() - self._probed > _PROBE_EVERY_S:
             self._probe(self.head)
 
+    def _dead(self) -> list[str]:
+        node = worker._global_node  # None once it was stopped
+        return [] if node is None else [kind for kind, _ in node.dead_processes() if kind in _ESSENTIAL]
+
     def _check_processes(self) -> None:
-        dead = [kind for kind, _ in worker._global_node.dead_processes() if kind in _ESSENTIAL]
+        dead = self._dead()
         if dead:
-            self.lost = True
+            self._lost = True
             raise ProcessLost(f"Ray's own process {dead[0]} died")
 
     def _probe(self, head: str) -> None:
         self._probed = time.monotonic()
         if _listens(head):
-            self._answered = self._probed
-        elif self._probed - self._answered > _HEAD_SILENT_S:
-            self.lost = True
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = self._probed
+        elif self._probed - self._silent_since > _HEAD_SILENT_S:
+            self._lost = True
             raise RunError(
                 f"the head node of the Ray cluster at {head} has not answered for {_HEAD_SILENT_S:g} s: start the "
                 "cluster again, then continue with --resume"

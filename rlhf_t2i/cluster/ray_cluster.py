@@ -273,7 +273,7 @@ class RayCluster(Cluster):
 
     def close(self) -> None:
         """End the actors, free their devices, and stop Ray if this run started it."""
-        if self._monitor.lost:  # nobody would answer, and stopping Ray is all that is left to do
+        if not self._monitor.alive():  # stopping it is all that is left to do
             self._actors, self._weight_store, self._group = {}, None, None
         for actor in [a for actors in self._actors.values() for a in actors] + [self._weight_store]:
             if actor is not None:
