@@ -19,7 +19,7 @@ from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.reading import Override
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.utils import versions
+from rlhf_t2i.utils import files, versions
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ def train(
         loaded = read_recipe(recipe, overrides, keys)
         if out is None and not isinstance(recipe, str | Path):
             raise UsageError("a recipe that is no file has no name: give the run's folder, out=...")
-        folder = Path(out) if out is not None else Path("runs") / Path(str(recipe)).stem
+        folder = files.given(out) if out is not None else Path("runs") / Path(str(recipe)).stem
         from rlhf_t2i.tools import progress as printed
         from rlhf_t2i.tools import train as training
         from rlhf_t2i.training.callbacks import TrainCallback
@@ -190,7 +190,9 @@ def evaluate(
     from rlhf_t2i.evaluation import settings as evaluation_settings
     from rlhf_t2i.tools import progress as printed
 
-    folder = Path(out) if out is not None else Path("evaluations") / (Path(model).name or "model")
+    # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
+    name = files.expanded(str(model)).resolve().name or "model"
+    folder = files.given(out) if out is not None else Path("evaluations") / name
     with _python_names(), tempfile.TemporaryDirectory() as temporary:
         values = {"model": str(model), "metrics": [metrics] if isinstance(metrics, str) else metrics, **settings}
         if isinstance(prompts, str | Path):

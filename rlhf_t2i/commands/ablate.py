@@ -8,10 +8,14 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import given_path
+
 
 def ablate_command(
-    recipe: Annotated[Path, typer.Argument(help="The ablation's YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="Its folder [default: runs/RECIPE].")] = None,
+    recipe: Annotated[Path, typer.Argument(parser=given_path, metavar="FILE", help="The ablation's YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="DIR", help="Its folder [default: runs/RECIPE].")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every row's recipe.")
     ] = None,

@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands.output import SetOption
+from rlhf_t2i.commands.output import SetOption, given_path
 
 
 def encode_command(
-    recipe: Annotated[Path, typer.Argument(help="The recipe; models.embeddings names the folder.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(parser=given_path, metavar="FILE", help="The recipe; models.embeddings names the folder."),
+    ],
     set_: SetOption = None,
 ) -> None:
     """Encode a recipe's prompts once, for models.embeddings.

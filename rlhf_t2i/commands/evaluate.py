@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import given_path
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.utils.inputs import JsonObject
@@ -21,7 +22,12 @@ def eval_command(
     metrics: Annotated[
         str, typer.Option(help="Rewards (NAME or LABEL=NAME), diversity, fid, frechet_clip, class_entropy.")
     ] = "clip",
-    out: Annotated[Path | None, typer.Option(help="Folder for images and tables [default: evaluations/MODEL].")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path, metavar="DIR", help="Folder for images and tables [default: evaluations/MODEL]."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="METRIC.OPTION=VALUE", help="A reward's own option, e.g. pickscore.model=./dir."),
@@ -43,8 +49,14 @@ def eval_command(
     features: Annotated[
         str | None, typer.Option(help="CLIP for diversity and frechet_clip [default: CLIP ViT-B/32], or 'vae'.")
     ] = None,
-    real: Annotated[Path | None, typer.Option(help="Folder of real images for fid and frechet_clip.")] = None,
-    inception: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights for fid.")] = None,
+    real: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="DIR", help="Folder of real images for fid and frechet_clip."),
+    ] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="FILE", help="torch-fidelity's Inception weights for fid."),
+    ] = None,
     classes: Annotated[str | None, typer.Option(help="'label a|label b' or a probe's JSON, for class_entropy.")] = None,
     column: Annotated[str, typer.Option(help="Key or column of a jsonl, csv or tsv prompt file.")] = "prompt",
 ) -> None:

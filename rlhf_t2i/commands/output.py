@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from rlhf_t2i.tools.findings import Finding
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+
+def given_path(text: str | Path) -> Path:
+    """The parser of arguments and options that are paths."""
+    from rlhf_t2i.utils import files
+
+    return files.given(text)
+
+
+RecipePath = Annotated[Path, typer.Argument(parser=given_path, metavar="FILE", help="The recipe, a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
 ]

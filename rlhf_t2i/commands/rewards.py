@@ -55,7 +55,10 @@ def check(
 @rewards_app.command("new")
 def new(
     name: Annotated[str, typer.Argument(help="The name recipes will use, e.g. my_reward.")],
-    directory: Annotated[Path, typer.Option("--dir", help="Where to write the package's folder.")] = Path(),
+    directory: Annotated[
+        Path,
+        typer.Option("--dir", parser=output.given_path, metavar="DIR", help="Where to write the package's folder."),
+    ] = Path(),
 ) -> None:
     """Write an installable package with a reward and its test."""
     from rlhf_t2i.plugins import registry

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands.output import RecipePath, SetOption
+from rlhf_t2i.commands.output import RecipePath, SetOption, given_path
 
 
 def run_command(
     recipe: RecipePath,
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/RECIPE].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="DIR", help="The run's folder [default: runs/RECIPE].")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")] = False,
     allow_recipe_change: Annotated[
         bool, typer.Option("--allow-recipe-change", help="Resume with a recipe that changes what is trained.")

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import given_path
+
 
 def sample_command(
     model: Annotated[str, typer.Argument(help="A run's folder, its model/ folder, or a hub id.")],
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to draw; repeatable.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A PNG; several prompts make a grid.")] = Path(
-        "out.png"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", parser=given_path, metavar="FILE", help="A PNG; several prompts make a grid."),
+    ] = Path("out.png"),
     seed: Annotated[int, typer.Option(min=0, max=2**62, metavar="N", help="Image i uses seed + i.")] = 0,
 ) -> None:
     """Draw an image for each prompt."""

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.base import Decoder
 from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.families.sources import Config, printable
+
+
+def check_numbers(config: Config, channels: object, place: str) -> None:
+    """Check what scales the latents of an autoencoder, before it is built.
+
+    Args:
+        config: Of the autoencoder.
+        channels: Of its latents.
+        place: Its file, for the message.
+
+    Raises:
+        UsageError: Not a finite number, or not one per channel; a factor or deviation that is not positive.
+    """
+    scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")
+    if not _is_number(scale) or not scale > 0:
+        raise UsageError(f"{place}: scaling_factor is {printable(scale)}, not a positive number: the file is damaged")
+    if shift is not None and not _is_number(shift):
+        raise UsageError(f"{place}: shift_factor is {printable(shift)}, not a number: the file is damaged")
+    for key in ("latents_mean", "latents_std"):
+        numbers = config.get(key)
+        if numbers is None:
+            continue
+        if not isinstance(numbers, list) or len(numbers) != channels or not all(map(_is_number, numbers)):
+            raise UsageError(f"{place}: {key} is not one number per channel: the file is damaged")
+        if key == "latents_std" and not min(numbers) > 0:
+            raise UsageError(f"{place}: {key} holds numbers that are not positive: the file is damaged")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class VAEDecoder(Decoder):

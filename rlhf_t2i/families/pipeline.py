@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.families import snapshot, sources, weights
+from rlhf_t2i.families import decoders, snapshot, sources, weights
 from rlhf_t2i.families.base import Config, Decoder
 from rlhf_t2i.families.conditioning import PromptFamily
 from rlhf_t2i.families.sources import ModelRef
@@ -186,11 +186,8 @@ class PipelineFamily(PromptFamily):
         config, place = self.decoder_config(source), f"{self._decoder_place(source)}/config.json"
         if source is not None and source.is_local and not weights.are_in(Path(source.location)):
             raise UsageError(f"{self._decoder_place(source)} holds no weights: it is not the folder of a VAE")
-        scale, channels = config.get("scaling_factor", 1.0), self.latents_of(config)
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-            raise UsageError(
-                f"{place}: scaling_factor is {sources.printable(scale)}, not a positive number: the file is damaged"
-            )
+        channels = self.latents_of(config)
+        decoders.check_numbers(config, channels, place)
         if channels != self._channels:
             raise UsageError(
                 f"{place} decodes latents of {sources.printable(channels)} channels, but the network has "

@@ -42,15 +42,6 @@ class QwenImageFamily(PackedFlowFamily):
             if self.network_config.get(key):
                 raise UsageError(f"{self._network_place}: {key} is true, an input that a QwenImagePipeline cannot give")
 
-    def check_decoder(self, source: ModelRef | None) -> None:
-        """See :meth:`Family.check_decoder`."""
-        super().check_decoder(source)
-        config, place = self.decoder_config(source), f"{self._decoder_place(source)}/config.json"
-        for key in ("latents_mean", "latents_std"):
-            numbers = config.get(key)
-            if numbers is not None and (not isinstance(numbers, list) or len(numbers) != self.latents_of(config)):
-                raise UsageError(f"{place}: {key} is not one number per channel: the file is damaged")
-
     def latents_of(self, config: Config) -> object:
         """See :meth:`PipelineFamily.latents_of`."""
         return config.get("z_dim", 16)

@@ -240,6 +240,11 @@ class RewardRole:
         if not isinstance(value, Tensor) or tuple(value.shape) != (count,):
             shape = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             self._fail(label, f"score returned {shape}, not a tensor [{count}]", samples)
+        if value.is_complex() or value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = f"{value.dtype}, {value.layout} on {value.device}".replace("torch.", "")
+            self._fail(
+                label, f"score returned a tensor without plain numbers ({kind}); return real, dense ones", samples
+            )
         self._check_finite(value, label, "its value", samples)
         return value
 

@@ -35,6 +35,17 @@ def expanded(path: str) -> Path:
         raise UsageError(f"no such file or folder: {path} (no user has that home folder)") from None
 
 
+def given(path: str | Path) -> Path:
+    """A path on the command line or of a Python function. A shell leaves the ``~`` of ``--out=~/x`` as it is.
+
+    Raises:
+        UsageError: Empty, as of a variable that is not set, or ``~user`` names nobody.
+    """
+    if not str(path):
+        raise UsageError("the path of a file or folder is empty: is a variable not set? (the working folder is .)")
+    return expanded(str(path))
+
+
 def absolute(path: str | Path, folder: Path | None = None) -> Path:
     """An absolute path without ``~`` and ``..``, relative to ``folder`` or the working directory.
 

@@ -350,3 +350,24 @@ def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
         UsageError, match=r"transformer holds \d+ weights for which its config\.json has no place, e\.g\."
     ):
         store(folder).reference_network()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"latents_mean": [0.1] * 3, "latents_std": [1.0] * 4}, "latents_mean is not one number per channel"),
+        ({"latents_mean": [0.1] * 4, "latents_std": "1.0"}, "latents_std is not one number per channel"),
+        ({"latents_mean": [float("nan")] * 4}, "latents_mean is not one number per channel"),
+        ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "latents_std holds numbers that are not positive"),
+        ({"scaling_factor": float("inf")}, "scaling_factor is inf, not a positive number"),
+        ({"shift_factor": "x"}, "shift_factor is 'x', not a number"),
+    ],
+)
+def test_what_scales_the_latents_is_checked_before_anything_is_built(
+    numbers: dict[str, object], sentence: str, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    folder = copy(tiny_sdxl / "vae", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | numbers), "utf-8")
+    with pytest.raises(UsageError, match=f"config.json: {sentence}"):
+        store(tiny_sdxl).family.check_decoder(sources.parse(str(folder)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,24 @@ def test_a_repeated_failure_writes_one_folder(latents: Tensor, tmp_path: Path) -
 def test_a_broken_contract_stops_the_step(latents: Tensor, reward: Reward, reason: str) -> None:
     with pytest.raises(RewardFailure, match=reason):
         make_role({"broken": reward}).value_and_grad(latents, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda values: values + 1j, "complex64, strided on cpu"),
+        (lambda values: values.to_sparse(), "float32, sparse_coo on cpu"),
+        (lambda values: values.to("meta"), "float32, strided on meta"),
+    ],
+)
+def test_values_that_are_no_plain_numbers_are_named(latents: Tensor, change: Any, kind: str) -> None:
+    class Odd(faulty.Good):
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return change(super().score(images, prompts))
+
+    for call in ("value_and_grad", "score"):
+        with pytest.raises(RewardFailure, match=rf"without plain numbers \({kind}\); return real, dense ones"):
+            getattr(make_role({"odd": Odd()}), call)(latents, PROMPTS)
 
 
 def test_measuring_is_checked_too(latents: Tensor) -> None:
