@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +62,12 @@ class StudentFile(BaseModel):
             raise UsageError(f"{path} is damaged: it does not say how the generator is called") from None
 
 
-def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) -> None:
+def write_model(
+    store: ModelStore,
+    weights: Mapping[str, Tensor],
+    target: Path,
+    write_card: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Export the generator; the folder is whole or absent.
 
     Its network is float32 after a float32 run and float16 after a bf16 one, as published few-step models are. All
@@ -72,6 +77,7 @@ def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) 
         store: The run's models.
         weights: The network's state dict in float32.
         target: The folder.
+        write_card: Called with the folder; what it writes is covered by the manifest.
 
     Raises:
         RunError: It could not be written.
@@ -80,6 +86,7 @@ def write_model(store: ModelStore, weights: Mapping[str, Tensor], target: Path) 
     with files.atomic_dir(target) as folder:
         store.generator_family.export(folder, weights, store.student, dtype, store.vae)
         files.write_json(folder / STUDENT, StudentFile.of(store.student, *store.size).model_dump())
+        write_card(folder)
         manifest.write(folder)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.trained import Update
-from rlhf_t2i.training import checkpoints
+from rlhf_t2i.training import checkpoints, model_card
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.evaluator import Evaluator
 from rlhf_t2i.training.folder import RunFolder
@@ -204,7 +205,8 @@ class Trainer:
         recipe = self.recipe
         weights = self.cluster.call_all("learner", LearnerRole.weights, self._evaluator.weights)[0]
         store = ModelStore(recipe.models, recipe.student, torch.device("cpu"), recipe.optimization.precision)
-        export.write_model(store, weights, self.out.model)
+        card = partial(model_card.write_card, recipe, store, self.out.evaluation)
+        export.write_model(store, weights, self.out.model, card)
         trained = recipe.optimization.generator
         # The moving average of merged weights has no low-rank factors: then the merged model is all there is.
         if trained.lora is not None and store.generator_family.loads_adapters and self._evaluator.weights == "raw":

@@ -93,6 +93,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCa
     from rlhf_t2i.families.pins import pin
     from rlhf_t2i.families.store import ModelStore
     from rlhf_t2i.plugins import traits
+    from rlhf_t2i.training import model_card
 
     trackers.check(recipe.logging.trackers)
     traits.resolve(recipe).preflight()
@@ -102,6 +103,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCa
     for role in ("generator", "assistant"):
         store.timestep_range(recipe.algorithm.timesteps, role)
     _warn_of_other_steps(store, callback)
+    model_card.fetch_licenses(store)
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""Numbers formatted for reading."""
+"""Numbers formatted for reading, and positions spread over a list."""
 
 from __future__ import annotations
 
@@ -33,3 +33,10 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """At most ``wanted`` positions of ``count``, from the first to the last."""
+    if count <= wanted:
+        return list(range(count))
+    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]

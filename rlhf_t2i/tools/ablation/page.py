@@ -15,7 +15,7 @@ from rlhf_t2i.tools.report.plots import Plot, Point
 from rlhf_t2i.tools.report.training_plots import Rows, slug
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
-from rlhf_t2i.utils.numbers import DASH, duration
+from rlhf_t2i.utils.numbers import DASH, duration, evenly_spaced
 
 PROMPTS_SHOWN, PAIRS_SHOWN = 6, 8
 
@@ -104,7 +104,7 @@ def _gallery(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
         return []
     shown = next(iter(first.values()))
     members, found = list(shown.members.values()), []
-    for position in gallery.evenly_spaced(len(members), PROMPTS_SHOWN):
+    for position in evenly_spaced(len(members), PROMPTS_SHOWN):
         index = members[position][0]
         pictures = [(label, gallery.image(results, index, 160)) for label, results in first.items()]
         found.append((shown.prompts[index], [(label, uri) for label, uri in pictures if uri]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from rlhf_t2i.evaluation.results import Results
+from rlhf_t2i.utils import numbers
 
 MAX_SIDE = 256
 """Pixels; larger images are scaled down so that the page stays small enough to mail."""
@@ -45,17 +46,10 @@ class Extremes:
     worst: list[Pair]
 
 
-def evenly_spaced(count: int, wanted: int) -> list[int]:
-    """At most ``wanted`` positions of ``count``, from the first to the last."""
-    if count <= wanted:
-        return list(range(count))
-    return [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
-
-
 def pairs(before: Results, after: Results, prompts: int) -> list[Entry]:
     """Evenly spaced prompts of the list (none is picked by hand), each with its images before and after."""
     groups = list(before.members.values())
-    chosen = (groups[position][:IMAGES_PER_PROMPT] for position in evenly_spaced(len(groups), prompts))
+    chosen = (groups[position][:IMAGES_PER_PROMPT] for position in numbers.evenly_spaced(len(groups), prompts))
     return [Entry(before.prompts[indices[0]], found) for indices in chosen if (found := _pairs(before, after, indices))]
 
 

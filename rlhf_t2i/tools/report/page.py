@@ -119,7 +119,7 @@ def _summary(recipe: Recipe, steps: Rows) -> str:
 def _grids(folder: Path) -> list[tuple[int, str]]:
     """A few preview grids from the first to the last: the step and the image."""
     found = sorted(folder.glob("step_*.png"))
-    chosen = [found[index] for index in gallery.evenly_spaced(len(found), GRIDS_SHOWN)]
+    chosen = [found[index] for index in numbers.evenly_spaced(len(found), GRIDS_SHOWN)]
     grids = [(int(file.stem.removeprefix("step_") or 0), gallery.data_uri(file, 640)) for file in chosen]
     return [(step, uri) for step, uri in grids if uri]
 
