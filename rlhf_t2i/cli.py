@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rlhf_t2i.commands import ablate, demo, encode, evaluate, families, init, plan, push, recipes, rewards
+from rlhf_t2i.commands import app as app_module
 from rlhf_t2i.commands import run as run_module
 from rlhf_t2i.commands import sample as sample_module
 from rlhf_t2i.errors import RunError, Stopped, UsageError, printable
@@ -32,6 +33,7 @@ app.command("plan")(plan.plan_command)
 app.command("eval")(evaluate.eval_command)
 app.command("ablate")(ablate.ablate_command)
 app.add_typer(recipes.recipes_app, name="recipes")
+app.command("app")(app_module.app_command)
 app.command("push")(push.push_command)
 app.add_typer(rewards.rewards_app, name="rewards")
 app.add_typer(rewards.divergences_app, name="divergences")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class Settings(Drawing):
     @property
     def named(self) -> dict[str, str]:
         """Each metric's name by its label."""
-        return dict(map(_label, self.metrics))
+        return names_by_label(self.metrics)
 
 
 def check(settings: Settings) -> None:
@@ -120,6 +120,11 @@ def build(
         raise mistakes.explain(error, Settings, values, place, noun) from None
     check(settings)
     return settings
+
+
+def names_by_label(metrics: Sequence[str]) -> dict[str, str]:
+    """Each metric's name by its label, of ``NAME`` or ``LABEL=NAME``."""
+    return dict(map(_label, metrics))
 
 
 def _label(metric: str) -> tuple[str, str]:

@@ -35,11 +35,14 @@ class Browser:
         self.session = session
 
     def open(self, path: Path, width: int, scheme: str) -> None:
+        self.visit(path.resolve().as_uri(), width, scheme)
+
+    def visit(self, url: str, width: int, scheme: str) -> None:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.session.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.session.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        self.session.get(path.resolve().as_uri())
+        self.session.get(url)
 
     def script(self, code: str) -> Any:
         return self.session.execute_script(code)

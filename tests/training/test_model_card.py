@@ -200,7 +200,8 @@ def test_push_uploads_exactly_the_export(finished: Path, hub: type[Hub]) -> None
         for file in root.rglob("*") if file.is_file()
     }  # fmt: skip
     assert hub.received == local
-    assert hub.repository == {"name": "name", "organization": "org", "private": True}
+    assert hub.repository["visibility"] == "private"
+    assert (hub.repository["organization"], hub.repository["name"]) == ("org", "name")
     assert {token for _, token in hub.asked} == {"Bearer hf_of_the_test"}
 
 
