@@ -31,12 +31,13 @@ def train(
     check_placement(recipe)
     _check_free(folder, resume)
     from rlhf_t2i.tools import report
+    from rlhf_t2i.tools.live_report import LiveReport
     from rlhf_t2i.training import run as training
     from rlhf_t2i.utils import files
 
     result = training.run(
-        recipe, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address, callback=callback,
-        command=command,
+        recipe, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
+        callback=LiveReport(callback), command=command,
     )  # fmt: skip
     callback.on_phase("writing the report")
     with files.disk_errors(result.out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_t2i.training.state import TrainState
@@ -22,6 +23,14 @@ class TrainCallback:
         Args:
             state: After the step.
             metrics: The line of metrics.jsonl.
+        """
+
+    def on_preview(self, out: Path, step: int) -> None:
+        """A grid of samples was written, after step ``step``; the rows of metrics up to it are on the disk.
+
+        Args:
+            out: The run's folder.
+            step: Generator updates done.
         """
 
     def on_message(self, text: str) -> None:

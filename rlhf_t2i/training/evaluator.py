@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.cluster.base import Cluster
@@ -27,11 +28,19 @@ class Evaluator:
         cluster: The roles.
         callback: Receives the progress.
         stream: The held-out prompts, or the training prompts if there are none.
+        on_preview: Called with the step and the file of every preview.
     """
 
     def __init__(
-        self, recipe: Recipe, out: RunFolder, cluster: Cluster, callback: TrainCallback, stream: PromptStream
+        self,
+        recipe: Recipe,
+        out: RunFolder,
+        cluster: Cluster,
+        callback: TrainCallback,
+        stream: PromptStream,
+        on_preview: Callable[[int, Path], None],
     ) -> None:
+        self._on_preview = on_preview
         self._recipe, self._out, self._cluster, self._callback = recipe, out, cluster, callback
         self._held_out = HeldOut(recipe, cluster, stream)
         self._hacking = HackingMonitor(out.evaluation / "watch.jsonl", recipe)
@@ -45,7 +54,9 @@ class Evaluator:
     def preview(self, step: int) -> None:
         """Write a grid of samples."""
         self._load_ema()
-        self._held_out.preview(self.weights, self._out.samples / f"step_{step:06d}.png")
+        path = self._out.samples / f"step_{step:06d}.png"
+        self._held_out.preview(self.weights, path)
+        self._on_preview(step, path)
 
     def monitor(self, step: int) -> tuple[dict[str, float], list[str]] | None:
         """The monitors' values for the metrics, and their warnings; None unless ``logging.watch_every`` is due."""

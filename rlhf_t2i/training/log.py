@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+from rlhf_t2i.evaluation import compare
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
@@ -11,6 +13,8 @@ from rlhf_t2i.training.metrics import Metrics
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.training.trackers import Trackers
 from rlhf_t2i.utils import files, jsonl
+
+_COLUMNS = ["measure", "kind", "before", "after", "change", "standard_error", "ratio", "verdict"]
 
 
 class RunLog:
@@ -23,7 +27,7 @@ class RunLog:
     """
 
     def __init__(self, recipe: Recipe, out: RunFolder, callback: TrainCallback) -> None:
-        self._metrics, self._events, self._callback = out.metrics, out.events, callback
+        self._metrics, self._events, self._out, self._callback = out.metrics, out.events, out.path, callback
         self._trackers = Trackers(recipe.logging.trackers, out.path, callback.on_message)
 
     def resume(self, state: TrainState) -> None:
@@ -39,6 +43,20 @@ class RunLog:
         files.append_line(self._metrics, metrics)
         self._trackers.log(state.step, metrics)
         self._callback.on_step(state, metrics)
+
+    def preview(self, step: int, path: Path) -> None:
+        """Log a grid of samples, the file ``path``."""
+        self._trackers.log_image("samples", path, step)
+        self._callback.on_preview(self._out, step)
+
+    def evaluated(self, step: int) -> None:
+        """Log the before/after table, which both evaluations have now; none where their prompts differ."""
+        try:
+            rows = compare.of_run(self._out)
+        except ValueError:  # a changed recipe was accepted; the report says it, and a table must not end the run
+            return
+        cells = [[r.key, r.kind, r.before, r.after, r.difference, r.error, r.ratio, r.verdict] for r in rows]
+        self._trackers.log_table("before_after", _COLUMNS, cells, step)
 
     def warn(self, text: str, step: int, round_: int = 0) -> None:
         """Log a warning for the user and the report.

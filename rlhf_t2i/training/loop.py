@@ -81,10 +81,9 @@ class Trainer:
         train, held_out, seed = self.prompts.train, self.prompts.held_out, self.recipe.seed
         self._generator_prompts = prompts.PromptStream(train, seed, "generator")
         self._assistant_prompts = prompts.PromptStream(train, seed, "assistant")
-        self._evaluator = Evaluator(
-            self.recipe, self.out, self.cluster, self.callback, prompts.PromptStream(held_out, 0, "held out")
-        )
         self._log = RunLog(self.recipe, self.out, self.callback)
+        stream = prompts.PromptStream(held_out, 0, "held out")
+        self._evaluator = Evaluator(self.recipe, self.out, self.cluster, self.callback, stream, self._log.preview)
         self._checkpoint: tuple[tuple[int, int], Path] | None = None
         self._checkpoint_seconds: float | None = None
 
@@ -103,6 +102,7 @@ class Trainer:
                 self._train()
                 self._save()
                 self._evaluator.evaluate("after", self.state.step, self._stop_if_requested)
+                self._log.evaluated(self.state.step)
             self.callback.on_phase("writing the model")
             self._export()
         except ProcessLost as lost:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.training import tracker_media
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -32,7 +33,9 @@ def check(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Sends metrics to trackers. One that fails is reported once and not used any more: it never ends a run.
+    """Sends metrics, images and tables to trackers.
+
+    One that fails is reported once and not used any more: it never ends a run.
 
     Args:
         names: Of ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
@@ -54,6 +57,16 @@ class Trackers:
         values = {key: value for key, value in scalars(metrics) if key != "step"}
         for name, tracker in list(self._active.items()):
             self._call(name, partial(tracker.log, values, step=step))
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Record an image file."""
+        for tracker_name, tracker in list(self._active.items()):
+            self._call(tracker_name, partial(tracker_media.log_image, tracker, name, path, step))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str | float]], step: int) -> None:
+        """Record a table."""
+        for tracker_name, tracker in list(self._active.items()):
+            self._call(tracker_name, partial(tracker_media.log_table, tracker, name, columns, rows, step))
 
     def close(self) -> None:
         """Flush and close."""

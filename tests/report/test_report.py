@@ -7,7 +7,13 @@ import re
 
 import pytest
 
-from rlhf_t2i.tools.report import write_report
+from rlhf_t2i.evaluation import results
+from rlhf_t2i.evaluation.compare import compare
+from rlhf_t2i.tools.live_report import LiveReport
+from rlhf_t2i.tools.report import gallery, headline, training_plots, write_report
+from rlhf_t2i.tools.train import train
+from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.utils import numbers
 from tests.report.fake_run import PROMPTS, make_run
 from tests.report.headless import chromium
 
@@ -22,7 +28,7 @@ def test_page_holds_table_pictures_recipe_and_cost(run_folder):
         "2.13.0+cpu",
     ):
         assert text in page
-    assert page.count("data:image/") == 2 * 24 + 4 * 6 + 4
+    assert page.count("data:image/") == 2 * 24 + 4 * 6 + 4 + 2
     assert "--out &lt;out&gt;" in page
     assert "Infinity" not in page
 
@@ -44,6 +50,62 @@ def test_the_regularizer_loss_is_never_plotted(run_folder):
     page = write_report(run_folder).read_text("utf-8")
     assert "divergence_loss" not in page
     assert "loss/divergence" not in page
+
+
+def test_it_opens_with_the_unseen_scorer_and_the_image_that_gained_most_of_it(run_folder):
+    before, after = (results.read(run_folder / "evaluation" / when) for when in ("before", "after"))
+    rows = compare(before, after)
+    opening = headline.finished(before, after, rows)
+    assert opening.label == "clip"  # measured, never trained on
+    assert opening.number == numbers.signed(rows[1].difference)
+    gains = [b - a for a, b in zip(before.metrics["clip"].by_image, after.metrics["clip"].by_image, strict=True)]
+    best = gains.index(max(gains))
+    assert opening.before == gallery.image(before, best)
+    assert opening.after == gallery.image(after, best)
+    assert opening.caption.startswith(before.prompts[best])
+    trained_alone = headline.finished(before, after, [row for row in rows if row.kind != "eval"])
+    assert (trained_alone.label, "trained on" in trained_alone.note) == ("pickscore", True)
+    assert headline.finished(before, after, [row for row in rows if row.kind == "diversity"]) is None
+
+
+def test_a_running_page_says_how_far_it_is_and_reloads(tmp_path):
+    page = write_report(make_run(tmp_path, finished=False), live=True).read_text("utf-8")
+    assert "Step 60 of 60" in page
+    assert '<meta http-equiv="refresh"' in page
+    opening = headline.running(training_plots.read(tmp_path), tmp_path / "samples")
+    rewards = [
+        json.loads(line)["reward/pickscore"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:60]
+    ]
+    assert opening.number == numbers.signed(sum(rewards[-10:]) / 10 - sum(rewards[:10]) / 10)
+    assert opening.before == gallery.data_uri(tmp_path / "samples/step_000000.png", 768)
+    assert opening.after == gallery.data_uri(tmp_path / "samples/step_000060.png", 768)
+    assert '<meta http-equiv="refresh"' not in write_report(tmp_path).read_text("utf-8")
+
+
+def test_the_report_is_rewritten_at_every_preview_and_never_ends_a_run(make_recipe, tmp_path, monkeypatch):
+    class Callback(TrainCallback):
+        pages, said = [], []
+
+        def on_preview(self, out, step):
+            self.pages.append((step, (out / "report.html").read_text("utf-8")))
+
+        def on_message(self, text):
+            self.said.append(text)
+
+    callback, out = Callback(), tmp_path / "out"
+    more = {"resume": False, "allow_recipe_change": False, "address": None, "callback": callback}
+    train(make_recipe(steps=2, logging__samples_every=1), out, **more)
+    assert [step for step, _ in callback.pages] == [0, 1, 2, 2]
+    for step, page in callback.pages:
+        assert f"Step {step} of 2" in page
+    assert "reloads itself" not in (out / "report.html").read_text("utf-8")
+    monkeypatch.setattr(headline, "running", lambda *_: 1 / 0)
+    live = LiveReport(callback)
+    for step in (1, 2):
+        live.on_preview(out, step)
+    assert [text for text in callback.said if "report.html" in text] == [
+        "report.html could not be written while training (division by zero)"
+    ]
 
 
 def test_an_unfinished_run_says_so(tmp_path):
@@ -75,7 +137,7 @@ def test_prompts_are_escaped(run_folder):
 
 @pytest.mark.slow
 def test_page_in_a_browser(run_folder):
-    check_in_browser(write_report(run_folder), pictures=76)
+    check_in_browser(write_report(run_folder), pictures=78)
 
 
 def check_in_browser(page, pictures):

@@ -15,7 +15,7 @@ from rlhf_t2i.evaluation.compare import Comparison, compare
 from rlhf_t2i.evaluation.results import Results
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools.report import gallery, training_plots
+from rlhf_t2i.tools.report import gallery, headline, training_plots
 from rlhf_t2i.tools.report.training_plots import Rows
 from rlhf_t2i.utils import files, inputs, jsonl, numbers
 
@@ -43,10 +43,14 @@ class RunRecord(BaseModel):
             return cls()
 
 
-def write_report(out: Path) -> Path:
+def write_report(out: Path, live: bool = False) -> Path:
     """Write ``OUT/report.html`` from whatever files of a run's folder exist.
 
     The page holds everything it shows: it opens from a mail or a USB stick and sends no request.
+
+    Args:
+        out: The run's folder.
+        live: The run is going on: the page says how far it is, and reloads itself.
     """
     out = Path(out)
     before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
@@ -57,6 +61,8 @@ def write_report(out: Path) -> Path:
     plots = training_plots.training(steps, units)
     context: dict[str, object] = {
         "title": out.resolve().name,
+        "live": _position(recipe, steps) if live else "",
+        "headline": headline.running(steps, out / "samples"),
         "summary": "" if recipe is None else _summary(recipe, steps),
         "held_out": recipe is None or recipe.data.held_out is not None,
         "comparisons": comparisons,
@@ -70,6 +76,7 @@ def write_report(out: Path) -> Path:
     }
     if before and after and not problem:
         trained = next((c.key for c in comparisons if c.kind == "train"), None)
+        context["headline"] = headline.finished(before, after, comparisons)
         context["pairs"] = gallery.pairs(before, after, PROMPTS_SHOWN)
         context["extremes"] = gallery.extremes(before, after, trained) if trained else None
         context["plots"] = training_plots.tradeoff(before, after, comparisons) + plots
@@ -114,6 +121,12 @@ def _summary(recipe: Recipe, steps: Rows) -> str:
     guidance = f"{algorithm.cfg.mode} guidance {scale:g}" if scale else "no guidance"
     done = f"; {steps[-1]['step']:,.0f} generator updates" if steps else ""
     return f"Reward: {named}; divergence: {algorithm.divergence.name}; {guidance}{done}."
+
+
+def _position(recipe: Recipe | None, steps: Rows) -> str:
+    """How far a run is."""
+    done = f"{steps[-1]['step']:,.0f}" if steps else "0"
+    return f"Step {done} of {recipe.steps:,}" if recipe else f"Step {done}"
 
 
 def _grids(folder: Path) -> list[tuple[int, str]]:
