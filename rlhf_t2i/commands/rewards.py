@@ -59,17 +59,30 @@ def new(
         Path,
         typer.Option("--dir", parser=output.given_path, metavar="DIR", help="Where to write the package's folder."),
     ] = Path(),
+    model: Annotated[
+        str | None, typer.Option(help="A transformers model to score with: CLIP- and SigLIP-like, or a classifier.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The class of a classifier that scores [default: the first].")
+    ] = None,
 ) -> None:
     """Write an installable package with a reward and its test."""
     from rlhf_t2i.plugins import registry
-    from rlhf_t2i.plugins.scaffold import write_package
+    from rlhf_t2i.plugins.scaffold import Scaffold, write_package
 
     if name in registry.registered(registry.REWARDS):
         owner = registry.registered(registry.REWARDS)[name][0].package
         raise UsageError(f"a reward called {name!r} is installed already, by {owner}")
-    folder = write_package(name, directory)
+    if model is None and label is not None:
+        raise UsageError("--label is the class of a classifier: give the model, too, with --model")
+    scaffold = Scaffold()
+    if model is not None:
+        from rlhf_t2i.tools.model_reward import scaffold_of
+
+        scaffold = scaffold_of(model, label)
+    folder = write_package(name, directory, scaffold)
     typer.echo(f"Wrote {folder}. Next:")
-    typer.echo(f"  pip install -e {folder}")
+    typer.echo(f"  pip install -e '{folder}[dev]'")
     typer.echo(f"  rlhf-t2i rewards check {name}")
     typer.echo(f"  python -m pytest {folder}")
 

@@ -6,6 +6,7 @@ within their rounding, and with the same filter without rounding within 1e-3.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
@@ -148,15 +149,27 @@ _DEFAULTS: dict[str, _Processor] = {
     "ViT": _VIT,
     "Siglip": {**_VIT, "resample": 3},
     "Blip": {**_CLIP, "size": {"height": 384, "width": 384}, "do_center_crop": False},
+    "Bit": _CLIP,
 }
-"""Defaults by the beginning of ``image_processor_type``: what a configuration leaves out is its class's."""
+"""Defaults by ``image_processor_type`` without its ending: what a configuration leaves out is its class's."""
 
-_UNSUPPORTED = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_image_splitting", "do_flip")
+_KIND = re.compile(r"(.*?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)?")
+
+_UNSUPPORTED = (
+    "crop_pct",
+    "do_pad",
+    "do_thumbnail",
+    "do_align_long_axis",
+    "do_reduce_labels",
+    "do_image_splitting",
+    "do_flip",
+)
 
 
 def _with_defaults(config: Mapping[str, object]) -> _Processor:
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
-    defaults = next((known for name, known in _DEFAULTS.items() if str(kind).startswith(name)), None)
+    named = _KIND.fullmatch(str(kind))
+    defaults = _DEFAULTS.get(named[1]) if named else None
     if defaults is None:
         raise ValueError(f"the image processor {kind!r} is not supported: use one of {', '.join(_DEFAULTS)}")
     return cast(_Processor, {**defaults, **{key: value for key, value in config.items() if value is not None}})

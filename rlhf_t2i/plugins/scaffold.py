@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
+from typing import Literal
 
 from rlhf_t2i.errors import UsageError
 
 
-def write_package(name: str, parent: Path) -> Path:
+@dataclass(frozen=True)
+class Scaffold:
+    """What is written.
+
+    Attributes:
+        reward: ``own``: a small example. ``classifier``, ``pair``: around a transformers model.
+        words: What its templates need beyond names: ``model``, ``hf_class``, ``license``; of a classifier ``label``,
+            of a pair ``inputs``.
+        example: Options of the example in the README.
+    """
+
+    reward: Literal["own", "classifier", "pair"] = "own"
+    words: Mapping[str, str] = field(default_factory=dict)
+    example: str = "target: 0.6"
+
+    @property
+    def test(self) -> str:
+        """The template of its test."""
+        return "test_own.py.in" if self.reward == "own" else "test_model.py.in"
+
+
+_OWN = Scaffold()
+
+
+def write_package(name: str, parent: Path, scaffold: Scaffold = _OWN) -> Path:
     """Write the package ``parent/rlhf-t2i-NAME`` and return its folder.
 
     Raises:
@@ -25,9 +52,15 @@ def write_package(name: str, parent: Path) -> Path:
     module = f"rlhf_t2i_{name}"
     camel = "".join(part.capitalize() for part in name.split("_"))
     words = {"name": name, "package": package, "module": module, "cls": camel, "options": f"{camel}Options"}
-    places = {"reward.py": f"{module}/__init__.py", "test.py": f"tests/test_{name}.py"}
-    for template in (Path(__file__).parent / "template").glob("*.in"):
-        target = folder / places.get(template.stem, template.stem)
+    words |= {"example": scaffold.example, **scaffold.words}
+    for template, place in (
+        (f"reward_{scaffold.reward}.py.in", f"{module}/__init__.py"),
+        (scaffold.test, f"tests/test_{name}.py"),
+        ("README.md.in", "README.md"),
+        ("pyproject.toml.in", "pyproject.toml"),
+    ):
+        text = (Path(__file__).parent / "template" / template).read_text("utf-8")
+        target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(Template(template.read_text("utf-8")).substitute(words), "utf-8")
+        target.write_text(Template(text).substitute(words), "utf-8")
     return folder

@@ -55,7 +55,9 @@ class RunLog:
             rows = compare.of_run(self._out)
         except ValueError:  # a changed recipe was accepted; the report says it, and a table must not end the run
             return
-        cells = [[r.key, r.kind, r.before, r.after, r.difference, r.error, r.ratio, r.verdict] for r in rows]
+        cells: list[list[str | float]] = [
+            [r.key, r.kind, r.before, r.after, r.difference, r.error, r.ratio, r.verdict] for r in rows
+        ]
         self._trackers.log_table("before_after", _COLUMNS, cells, step)
 
     def warn(self, text: str, step: int, round_: int = 0) -> None:
