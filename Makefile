@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # takes another one.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: help demo check test-local test lint format chaos oracle release setup clean
+.PHONY: help demo check test-local test lint format docs chaos oracle release setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -34,6 +34,10 @@ lint: setup  ## style, types and layers
 format: setup  ## rewrite files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup  ## the documentation as a site, in site/; a broken link fails
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Half an hour of SIGKILLs on two cores; LOCAL=7 RAY=6 NODES=0 for a taste.
 LOCAL ?= 70
@@ -67,4 +71,4 @@ release: setup  ## both distributions in dist/, checked and tried in an empty en
 	RLHF_T2I_WHEELS=dist $(BIN)/python -m pytest -q -n 0 tests/project/test_wheels.py
 
 clean:  ## remove the environment and builds
-	rm -rf $(VENV) build dist *.egg-info zoo/emoji64/build zoo/emoji64/*.egg-info
+	rm -rf $(VENV) build dist site *.egg-info zoo/emoji64/build zoo/emoji64/*.egg-info

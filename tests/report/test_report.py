@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 
 from rlhf_t2i.evaluation import results
@@ -52,14 +53,16 @@ def test_the_regularizer_loss_is_never_plotted(run_folder):
     assert "loss/divergence" not in page
 
 
-def test_it_opens_with_the_unseen_scorer_and_the_image_that_gained_most_of_it(run_folder):
+def test_it_opens_with_the_unseen_scorer_and_the_image_that_all_scorers_call_better(run_folder):
     before, after = (results.read(run_folder / "evaluation" / when) for when in ("before", "after"))
     rows = compare(before, after)
     opening = headline.finished(before, after, rows)
     assert opening.label == "clip"  # measured, never trained on
     assert opening.number == numbers.signed(rows[1].difference)
-    gains = [b - a for a, b in zip(before.metrics["clip"].by_image, after.metrics["clip"].by_image, strict=True)]
-    best = gains.index(max(gains))
+    changes = {
+        key: np.subtract(after.metrics[key].by_image, before.metrics[key].by_image) for key in ("pickscore", "clip")
+    }
+    best = int(np.minimum(*(change / change.std() for change in changes.values())).argmax())
     assert opening.before == gallery.image(before, best)
     assert opening.after == gallery.image(after, best)
     assert opening.caption.startswith(before.prompts[best])

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from rlhf_t2i.evaluation.compare import Comparison
 from rlhf_t2i.evaluation.results import Results
 from rlhf_t2i.tools.report import gallery
@@ -42,7 +44,7 @@ class Headline:
 
 
 def finished(before: Results, after: Results, comparisons: Sequence[Comparison]) -> Headline | None:
-    """The change of the first unseen scorer, else of the trained reward; and the image that gained most of it."""
+    """The change of the first unseen scorer, else of the trained reward; and the image that improved most."""
     kinds = ("eval", "train")
     row = next((c for kind in kinds for c in comparisons if c.kind == kind and math.isfinite(c.difference)), None)
     if row is None:
@@ -53,13 +55,15 @@ def finished(before: Results, after: Results, comparisons: Sequence[Comparison])
         f"with the same noise; {numbers.signed(row.errors)} standard errors."
     )
     number = numbers.signed(row.difference)
-    index, gain = _most_improved(before, after, row.key)
+    keys = [c.key for c in comparisons if c.kind in kinds]
+    index = _most_improved(before, after, keys)
     images = [] if index is None else [gallery.image(results, index, _SIDE) for results in (before, after)]
     if index is None or not all(images):
         return Headline(number, row.key, note, row.outcome)
+    agree = " and ".join(keys)
     caption = (
-        f"{before.prompts[index]}. Of {len(before.images)} images the one whose {row.key} improved most "
-        f"({numbers.signed(gain)}); an even selection is below."
+        f"{before.prompts[index]}. Of {len(before.images)} images the one that improved most by {agree}; an even "
+        "selection is below."
     )
     return Headline(number, row.key, note, row.outcome, images[0], images[1], caption)
 
@@ -84,13 +88,22 @@ def running(rows: Rows, samples: Path) -> Headline | None:
     return Headline(numbers.signed(last - first), key.removeprefix("reward/"), note, "", images[0], images[1], caption)
 
 
-def _most_improved(before: Results, after: Results, key: str) -> tuple[int | None, float]:
-    """The image whose score improved most, and by how much it changed."""
-    old, new = before.metrics[key].by_image or [], after.metrics[key].by_image or []
-    sign = 1 if after.metrics[key].higher_is_better else -1
-    change = {i: b - a for i, (a, b) in enumerate(zip(old, new, strict=False)) if math.isfinite(b - a)}
-    index = max(change, key=lambda i: sign * change[i], default=None)
-    return index, math.nan if index is None else change[index]
+def _most_improved(before: Results, after: Results, keys: Sequence[str]) -> int | None:
+    """The image on whose improvement the scorers agree most: the largest of each image's smallest gain.
+
+    Gains are in standard deviations over the images; one scorer alone would often pick its own mistake.
+    """
+    smallest = np.full(len(before.images), np.inf)
+    for key in keys:
+        old, new = (results.metrics[key].by_image or [] for results in (before, after))
+        if not len(old) == len(new) == len(smallest):
+            return None
+        change = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)
+        spread = float(np.nanstd(change)) if np.isfinite(change).any() else 0.0
+        sign = 1.0 if after.metrics[key].higher_is_better else -1.0
+        smallest = np.minimum(smallest, sign * change / (spread or 1.0))
+    smallest[~np.isfinite(smallest)] = -np.inf
+    return int(smallest.argmax()) if np.isfinite(smallest).any() else None
 
 
 def _step(file: Path) -> str:
