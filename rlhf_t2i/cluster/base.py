@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.roles.dispatch import Client, Method, P, T
+from rlhf_t2i.roles.dispatch import Client, Future, Method, P, T
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.worker import Reading
@@ -44,6 +44,10 @@ class Cluster(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1]."""
         return self.clients("reward")[0].submit(RewardRole.decode, latents).result()
+
+    @abstractmethod
+    def submit_to_reward(self, label: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start a method of the one process that holds a reward that learns; ``RewardRole.learn``."""
 
     @abstractmethod
     def sync_generator(self) -> None:

@@ -143,6 +143,17 @@ class RemoteFuture(Generic[T]):
 
 
 @dataclass
+class First(Generic[T]):
+    """The answer of the only server."""
+
+    answers: Future[list[T]]
+
+    def result(self) -> T:
+        """Wait for it."""
+        return self.answers.result()[0]
+
+
+@dataclass
 class RemoteClient:
     """The client of a role that lives in other processes.
 

@@ -48,6 +48,10 @@ class LocalCluster(Cluster):
         with limited(f"{role}.{method.__name__}", self._timeout_s, STEP_TIMEOUT_KEY):
             return self._worker.call(role, method, *args, **kwargs)
 
+    def submit_to_reward(self, label: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Called when its result is asked for: this process has one device."""
+        return Deferred(partial(self._worker.call, "reward", method, *args, **kwargs))
+
     def sync_generator(self) -> None:
         """Nothing to send: the generator is the learner's own network."""
 

@@ -21,15 +21,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.cluster.clients import Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
+from rlhf_t2i.cluster.clients import First, Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
 from rlhf_t2i.cluster.control import RayMonitor
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
-from rlhf_t2i.plugins import consent
+from rlhf_t2i.plugins import consent, traits
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles import dispatch
-from rlhf_t2i.roles.dispatch import Method, P, T
+from rlhf_t2i.roles.dispatch import Future, Method, P, T
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Reading, WorkerSpec, hosted_rewards
@@ -121,8 +121,8 @@ class RayCluster(Cluster):
             actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
                 num_cpus=0 if self._gpus else 1,
                 num_gpus=self._share if self._gpus else 0,
-                max_restarts=0 if spec.trains else -1,
-                max_task_retries=0 if spec.trains else _CALL_RETRIES,
+                max_restarts=0 if spec.stateful else -1,
+                max_task_retries=0 if spec.stateful else _CALL_RETRIES,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, bundle),
                 runtime_env={"env_vars": _actor_environment(spec)},
             )
@@ -207,6 +207,14 @@ class RayCluster(Cluster):
             self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
         return self.clients(role)[0].submit_all(method, stored).result()
 
+    def submit_to_reward(self, label: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """See :meth:`Cluster.submit_to_reward`."""
+        choice = next(r for r in self._recipe.algorithm.rewards if r.key == label)
+        (actor,) = self._actors[self._roles[f"reward:{label}"][0]]
+        limit = Limit(choice.timeout_s, f"timeout_s of {label}")
+        client = RemoteClient("reward", [actor], limit, guard=self._classify_errors)
+        return First(client.submit_all(method, list(dispatch.bind(method, *args, **kwargs).values())))
+
     def _wait(self, references: Sequence[ObjectRef], role: str, limit: Limit | None = None) -> list[object]:
         """The answers, with the errors of :meth:`_classify_errors`; ``limit`` defaults to ``step_timeout_s``."""
         with self._classify_errors(role):
@@ -234,8 +242,8 @@ class RayCluster(Cluster):
             raise
 
     def _lost(self) -> str | None:
-        """The name of a trained process that is dead, if any."""
-        states = self._states([spec for spec in self._all_specs if spec.trains])
+        """The name of a process with training state that is dead, if any."""
+        states = self._states([spec for spec in self._all_specs if spec.stateful])
         return next((name for name, state in states.items() if state == _DEAD), None)
 
     def _describe_processes(self) -> str:
@@ -320,7 +328,7 @@ def _available(kind: str, needed: int) -> float:
 
 def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | None) -> dict[str, list[WorkerSpec]]:
     """One spec per process, by group."""
-    groups = recipe.placement.groups
+    groups, online = recipe.placement.groups, traits.resolve(recipe).online
     specs: dict[str, list[WorkerSpec]] = {}
     for name, group in groups.items():
         held = list(group.roles)
@@ -328,7 +336,8 @@ def _specs(recipe: Recipe, roles: dict[str, tuple[str, int]], failures: Path | N
             held.append("generator")
         specs[name] = [
             WorkerSpec(
-                recipe, name, tuple(held), rank, group.devices, group.threads, distributed=True, failures=failures
+                recipe, name, tuple(held), rank, group.devices, group.threads, distributed=True, failures=failures,
+                learns=any(choice.key in online for choice in hosted_rewards(recipe, held)),
             )
             for rank in range(group.devices)
         ]  # fmt: skip

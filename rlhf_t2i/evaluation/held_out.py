@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from rlhf_t2i.evaluation import diversity
 from rlhf_t2i.evaluation.results import Metric, Results
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.utils import files, images
+from rlhf_t2i.utils import files, images, stats
 
 _SEED = 0
 _THUMBNAIL = 256  # pixels: a run keeps thumbnails, not 1024-pixel images by the hundred
@@ -42,6 +43,10 @@ class Samples:
         """The first ``count`` samples."""
         scores = {label: values[:count] for label, values in self.scores.items()}
         return Samples(self.prompts[:count], self.latents[:count], scores)
+
+    def by_prompt(self, label: str) -> np.ndarray:
+        """A score's mean over each prompt's images [P]."""
+        return stats.by_unit(self.scores[label], self.prompts)
 
     def metrics(self, recipe: Recipe) -> dict[str, Metric]:
         """Every reward, and the diversity of the latents within each prompt: it needs no further model."""

@@ -18,13 +18,18 @@ if TYPE_CHECKING:
         shared,
         sharing,
     )
+    from rlhf_t2i.plugins.online import Lesson, OnlineReward, Schedule
 
-__all__ = ["Divergence", "Footprint", "LatentContext", "LatentReward", "Options", "Reward", "shared", "sharing"]
+_ONLINE = ("Lesson", "OnlineReward", "Schedule")
+__all__ = [
+    "Divergence", "Footprint", "LatentContext", "LatentReward", "Lesson", "OnlineReward", "Options", "Reward",
+    "Schedule", "shared", "sharing",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        from rlhf_t2i.plugins import base
+        from rlhf_t2i.plugins import base, online
 
-        return getattr(base, name)
+        return getattr(online if name in _ONLINE else base, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,9 @@ from functools import cached_property
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import guard, registry
 from rlhf_t2i.plugins.base import Footprint, LatentReward, Options, Reward
+from rlhf_t2i.plugins.online import OnlineReward, Schedule
 from rlhf_t2i.recipe.mistakes import KeyPath
+from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 
 _CACHED = 64
@@ -57,6 +59,11 @@ class RewardTraits:
         return issubclass(self.plugin, LatentReward)
 
     @property
+    def schedule(self) -> Schedule | None:
+        """How many samples it learns from while the generator trains; None of a reward that does not learn."""
+        return self.plugin.schedule(self.options) if issubclass(self.plugin, OnlineReward) else None
+
+    @property
     def reference_calls(self) -> int:
         """Calls of the reference per score, two predictions each; 0 for a reward on images."""
         return self.plugin.reference_calls if issubclass(self.plugin, LatentReward) else 0
@@ -93,6 +100,11 @@ class Traits:
     def trained(self) -> tuple[RewardTraits, ...]:
         """The rewards that train."""
         return tuple(reward for reward in self.rewards if reward.trains)
+
+    @property
+    def online(self) -> dict[str, Schedule]:
+        """The schedules of the rewards that learn while the generator trains, by label."""
+        return {reward.key: reward.schedule for reward in self.rewards if reward.schedule is not None}
 
     @property
     def trained_on_images(self) -> tuple[RewardTraits, ...]:
@@ -175,6 +187,8 @@ def _reward(recipe: Recipe, choice: RewardChoice, section: KeyPath) -> RewardTra
                 f"algorithm.eval_rewards: {choice.name!r} is computed on latents beside the learner: "
                 "it can train, but not be measured here"
             )
+        if issubclass(cls, OnlineReward):
+            _check_online(choice, cls, trains)
     place = f"{key}: reward {choice.name!r}"
     options = registry.parse_options(
         cls, place, choice.options, lambda name: recipe.where((*section, "options", *name))
@@ -182,3 +196,28 @@ def _reward(recipe: Recipe, choice: RewardChoice, section: KeyPath) -> RewardTra
     with guard.building(f"{key}: reward {choice.name!r}: its unit cannot be told", cls):
         unit = cls.unit_of(options)
     return RewardTraits(choice.key, choice.name, trains, unit, options, cls)
+
+
+def _check_online(choice: RewardChoice, cls: type[Reward], trains: bool) -> None:
+    """Refuse a reward that learns where it cannot."""
+    if not trains:
+        raise UsageError(
+            f"algorithm.eval_rewards: {choice.name!r} learns while it trains: put the scorer itself into eval_rewards"
+        )
+    if cls.pip:
+        raise UsageError(f"algorithm.rewards: {choice.name!r} learns, and cannot have an environment of its own (pip)")
+
+
+def check_online_placement(recipe: Recipe) -> None:
+    """Refuse a placement that puts a reward that learns into several processes: each would learn something else.
+
+    Raises:
+        UsageError: Names the reward, its group and the fix.
+    """
+    for key in resolve(recipe).online:
+        group, devices = check_placement(recipe)[f"reward:{key}"]
+        if devices > 1:
+            raise UsageError(
+                f"placement.groups.{group}.devices: {devices}, but reward {key!r} learns and needs a group of one "
+                f"device: add a group with the role reward:{key}"
+            )

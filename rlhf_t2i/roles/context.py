@@ -32,6 +32,7 @@ class WorkerSpec:
         neighbors: Processes of the run on the same node, this one included.
         distributed: Whether trained roles use DeepSpeed.
         failures: Where a failing sample is saved.
+        learns: Whether it holds a reward that learns.
     """
 
     recipe: Recipe
@@ -43,6 +44,7 @@ class WorkerSpec:
     neighbors: int = 1
     distributed: bool = False
     failures: Path | None = None
+    learns: bool = False
 
     @property
     def trains(self) -> bool:
@@ -52,6 +54,11 @@ class WorkerSpec:
     def timeouts(self, rewards: Sequence[RewardChoice]) -> dict[str, float]:
         """Limits on these rewards' calls by label; {} where the caller is another process, which has them."""
         return {} if self.distributed else {choice.key: choice.timeout_s for choice in rewards}
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the run must go back to a checkpoint when this process is lost."""
+        return self.trains or self.learns
 
 
 class RankContext:

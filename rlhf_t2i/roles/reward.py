@@ -1,8 +1,8 @@
-"""The reward role: one stateless value-and-gradient call on latents, for any number of rewards. No Ray in here.
+"""The reward role: one value-and-gradient call on latents, for any number of rewards. No Ray in here.
 
 Latents are decoded once for all rewards. Each reward's gradient is taken at the decoded images first, so that its own
 activations are gone before the decoder's backward pass starts, and then pulled back to the latents. Every call can be
-repeated: nothing is kept between calls but cached text features.
+repeated: nothing is kept between calls but cached text features, and what a reward that learns has learned.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_t2i.engines import pickles
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
 from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
+from rlhf_t2i.plugins.online import Lesson, OnlineReward, predicted
 from rlhf_t2i.plugins.time_limit import limited
 from rlhf_t2i.roles.dispatch import batched
 from rlhf_t2i.roles.reward_failure import RewardFailure, save_sample
@@ -28,6 +30,7 @@ from rlhf_t2i.utils.device import send
 from rlhf_t2i.utils.images import to_8_bits
 
 ValueAndGrad = tuple[Tensor, Tensor]
+Score = Callable[[Tensor, Sequence[str]], Tensor]
 
 
 class Decoder(Protocol):
@@ -113,7 +116,10 @@ class RewardRole:
 
     @batched("latents", "prompts", timeout="reward")
     def score(self, latents: Tensor, prompts: Sequence[str], context: LatentContext | None = None) -> dict[str, Tensor]:
-        """Values [B] of all rewards, float32, without gradient; arguments and errors as :meth:`value_and_grad`."""
+        """Values [B] of all rewards, float32, without gradient; arguments and errors as :meth:`value_and_grad`.
+
+        The value of a reward that learns is its scorer's; its own is there as ``LABEL (predicted)``.
+        """
         results = self._run(latents, prompts, list(self.rewards), context, gradient=False)
         return {label: values for label, (values, _) in results.items()}
 
@@ -124,9 +130,43 @@ class RewardRole:
             RewardFailure: An exception, a wrong shape, or a value that is not finite.
         """
         samples = _Samples(prompts, self._to_device(images), None)
-        scores = {label: self._image_reward(label, samples, False)[0].to(images.device) for label in self.rewards}
+        measured = {k: v for label in self.rewards for k, v in self._measure(label, samples).items()}
         self._read_checks()
-        return scores
+        return {name: values.to(images.device) for name, values in measured.items()}
+
+    def learn(self, label: str, lesson: int, latents: Tensor, prompts: Sequence[str], seed: int) -> Lesson:
+        """One lesson of a reward that learns; arguments as :meth:`OnlineReward.learn`, but latents [B, C, h, w].
+
+        Raises:
+            RewardFailure: It raised.
+        """
+        images = to_8_bits(self.decode(latents)).float().to(self.device) / 255
+        reward = self._online(label)
+        try:
+            with torch.enable_grad():
+                return reward.learn(lesson, images, prompts, seed)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also a scorer's sys.exit()
+            self._fail(label, guard.describe(error, type(reward)), _Samples(prompts, images, latents), cause=error)
+
+    def save(self, label: str, file: str) -> None:
+        """Write what a reward has learned into a new file."""
+        torch.save(self._online(label).training_state(), file)
+
+    def load(self, label: str, file: str) -> None:
+        """Continue from :meth:`save`, bit for bit.
+
+        Raises:
+            RunError: The file holds more than tensors and plain values; nothing of it was run.
+        """
+        with pickles.explained(Path(file)):
+            self._online(label).load_training_state(torch.load(file, map_location=self.device, weights_only=True))
+
+    def _online(self, label: str) -> OnlineReward:
+        reward = self.rewards[label]
+        assert isinstance(reward, OnlineReward)
+        return reward
 
     @batched("latents")
     @torch.no_grad()
@@ -150,15 +190,16 @@ class RewardRole:
         if on_images:
             micro_batches = [samples[part] for part in self._parts(len(latents), on_images)]
             parts = [self._decoded_rewards(on_images, micro, gradient) for micro in micro_batches]
-            for label in on_images:
-                values, grads = zip(*(part[label] for part in parts), strict=True)
-                results[label] = (torch.cat(values), torch.cat(grads))
+            for name in parts[0]:
+                values, grads = zip(*(part[name] for part in parts), strict=True)
+                results[name] = (torch.cat(values), torch.cat(grads))
         for label in labels:
             if label not in results:
                 # Not micro-batched: the noise of a call belongs to the whole request, and the reference batches itself.
                 results[label] = self._latent_reward(label, samples, context, gradient)
         device, dtype = latents.device, torch.promote_types(latents.dtype, torch.float32)
-        return {label: (results[label][0].to(device), results[label][1].to(device, dtype)) for label in labels}
+        names = [*labels, *(name for name in results if name not in labels)]
+        return {name: (results[name][0].to(device), results[name][1].to(device, dtype)) for name in names}
 
     def _decoded_rewards(self, labels: Sequence[str], samples: _Samples, gradient: bool) -> dict[str, ValueAndGrad]:
         """Rewards on images of one micro-batch: decode once, score, pull each gradient back to the latents."""
@@ -168,13 +209,13 @@ class RewardRole:
             images = self._decode(leaf)
         self._check_finite(images, "decoder", "the decoded image", samples)
         if not gradient:  # measured is the picture as it is saved, with 8 bits (docs/evaluation.md)
-            images = to_8_bits(images).to(images.dtype) / 255
+            decoded = _Samples(samples.prompts, to_8_bits(images).to(images.dtype) / 255, samples.latents)
+            measured = {k: v for label in labels for k, v in self._measure(label, decoded).items()}
+            return {name: (values, torch.zeros(len(values), 0)) for name, values in measured.items()}
         decoded, results = _Samples(samples.prompts, images.detach(), samples.latents), {}
         for position, label in enumerate(labels):
             values, pixel_grad = self._image_reward(label, decoded, gradient)
-            if pixel_grad is None:
-                results[label] = (values, torch.zeros(len(values), 0))
-                continue
+            assert pixel_grad is not None
             (grad,) = torch.autograd.grad(
                 images, leaf, pixel_grad.to(images.dtype), retain_graph=position + 1 < len(labels)
             )
@@ -183,9 +224,21 @@ class RewardRole:
         self._read_checks()
         return results
 
-    def _image_reward(self, label: str, samples: _Samples, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def _measure(self, label: str, samples: _Samples) -> dict[str, Tensor]:
+        """Values [B] of a reward on images; of one that learns its scorer's, and what it predicts."""
+        reward = self.rewards[label]
+        if not isinstance(reward, OnlineReward):
+            return {label: self._image_reward(label, samples, False)[0]}
+        true = self._image_reward(label, samples, False, reward.true_score)[0]
+        if not reward.ready:
+            return {label: true}
+        return {label: true, predicted(label): self._image_reward(label, samples, False)[0]}
+
+    def _image_reward(
+        self, label: str, samples: _Samples, gradient: bool, score: Score | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Values [B] and, if wanted, the gradient at the images."""
-        reward, values, grads = self.rewards[label], [], []
+        values, grads, score = [], [], score or self.rewards[label].score
         for part in self._parts(len(samples.prompts), [label]):
             some = samples[part]
             assert some.images is not None
@@ -194,7 +247,7 @@ class RewardRole:
             images = some.images.to(torch.promote_types(some.images.dtype, self.dtype), copy=True)
             images.requires_grad_(gradient)
             with self._limited(label), torch.set_grad_enabled(gradient):
-                value = self._call(label, partial(reward.score, images, list(some.prompts)), some)
+                value = self._call(label, partial(score, images, list(some.prompts)), some)
                 if gradient:
                     grads.append(self._gradient(label, value, images, some, "its gradient at the image"))
             values.append(self._result(value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_t2i.cluster.base import Cluster
@@ -22,8 +22,21 @@ def name_of(state: TrainState) -> str:
     return f"step_{state.step:06d}" + (f"_round_{state.round:03d}" if state.round else "")
 
 
-def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) -> Path:
+def save(
+    cluster: Cluster,
+    out: Path,
+    state: TrainState,
+    policy: Checkpoints,
+    also: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """Write a checkpoint and prune old ones.
+
+    Args:
+        cluster: The roles.
+        out: The run's folder.
+        state: Of the run.
+        policy: Which checkpoints are kept.
+        also: Writes more into the checkpoint's folder.
 
     Raises:
         RunError: The disk is full or the folder cannot be written; the last whole checkpoint is intact.
@@ -37,6 +50,7 @@ def save(cluster: Cluster, out: Path, state: TrainState, policy: Checkpoints) ->
             for role in TRAINED_ROLES.values():
                 (folder / role).mkdir()
                 cluster.call_all(role, TrainedRole.save, str(folder / role))
+            also(folder)
             manifest.write(folder, state=state.to_json(), reward=state.mean_reward())
         _prune(out, target, policy)
     except OSError as error:

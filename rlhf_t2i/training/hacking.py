@@ -19,6 +19,8 @@ import numpy as np
 
 from rlhf_t2i.evaluation.compare import KEPT
 from rlhf_t2i.evaluation.held_out import Samples
+from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins.online import predicted
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.utils import files, jsonl, stats
 
@@ -135,19 +137,27 @@ class HackingMonitor:
         return measurement.metrics(), self._detector.update(measurement)
 
     def _measurement(self, step: int, samples: Samples) -> Measurement | None:
-        """The measurement; None if no trained reward can be measured, so that none can be hacked."""
+        """The measurement; None if no trained reward can be measured, so that none can be hacked.
+
+        A reward that learns counts with what it predicts, and its scorer is one of the signals. Before its first lesson
+        it predicts nothing.
+        """
         metrics = samples.metrics(self._recipe)
         rewards = self._recipe.algorithm.rewards
-        trained = [r.scale * np.array(metrics[r.key].by_prompt) for r in rewards if r.key in metrics]
-        if not trained:
+        trained = {r.key: np.array(metrics[r.key].by_prompt) for r in rewards if r.key in metrics}
+        online = traits.resolve(self._recipe).online
+        if not trained or any(predicted(key) not in samples.scores for key in online):
             return None
+        predictions = {key: samples.by_prompt(predicted(key)) for key in online}
+        term = [r.scale * (trained | predictions)[r.key] for r in rewards if r.key in trained]
         signals = {
             m.key: m.by_prompt if m.higher_is_better else [-value for value in m.by_prompt]
             for m in metrics.values()
             if m.kind == "eval"
         }
+        signals |= {f"true {key}": metrics[key].by_prompt for key in online}
         signals[DIVERSITY] = metrics["latent_distance"].by_prompt
-        return Measurement(step, np.sum(trained, axis=0).tolist(), signals)
+        return Measurement(step, np.sum(term, axis=0).tolist(), signals)
 
 
 def _line(measurement: Measurement) -> str:

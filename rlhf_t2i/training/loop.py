@@ -27,6 +27,7 @@ from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
 from rlhf_t2i.training.log import RunLog
 from rlhf_t2i.training.metrics import reward_term, step_metrics
+from rlhf_t2i.training.online import OnlineRewards
 from rlhf_t2i.training.state import TrainState
 
 
@@ -84,7 +85,8 @@ class Trainer:
         self._log = RunLog(self.recipe, self.out, self.callback)
         stream = prompts.PromptStream(held_out, 0, "held out")
         self._evaluator = Evaluator(self.recipe, self.out, self.cluster, self.callback, stream, self._log.preview)
-        self._checkpoint: tuple[tuple[int, int], Path] | None = None
+        self._online = OnlineRewards(self.recipe, self.cluster, train, self.state, self.callback.on_phase)
+        self._checkpoint: tuple[tuple[int, int, int], Path] | None = None
         self._checkpoint_seconds: float | None = None
 
     def run(self) -> None:
@@ -113,14 +115,19 @@ class Trainer:
             self._log.close()
 
     def _train(self) -> None:
-        """Algorithm 1: K assistant rounds on fresh samples, then one generator update on fresh prompts."""
+        """Algorithm 1: K assistant rounds on fresh samples, then one generator update on fresh prompts.
+
+        Rewards that learn do so beside the assistant.
+        """
         algorithm, state = self.recipe.algorithm, self.state
         while state.step < self.recipe.steps:
             began = time.perf_counter()
+            self._online.start(self._stop_if_requested)
             rounds = algorithm.assistant_steps + (algorithm.assistant_warmup if state.step == 0 else 0)
             while state.round < rounds:
                 self._assistant_round()
                 self._stop_if_requested()
+            self._online.finish()
             middle = time.perf_counter()
             reports = self._generator_step()
             ended = time.perf_counter()
@@ -154,6 +161,8 @@ class Trainer:
         """Advance the state; then metrics, monitors, previews and checkpoints where they are due."""
         recipe, state = self.recipe, self.state
         assistant, state.reports = state.reports, []
+        learned, state.learned = state.learned, {}
+        warnings, state.lesson_warnings = state.lesson_warnings, []
         state.step, state.round = state.step + 1, 0
         if self._checkpoint_seconds is not None:
             seconds["checkpoint"], self._checkpoint_seconds = self._checkpoint_seconds, None
@@ -161,11 +170,11 @@ class Trainer:
         watched = self._evaluator.monitor(state.step)
         if watched is not None:
             seconds["watch"] = time.perf_counter() - began
-        values, warnings = watched or ({}, [])
-        metrics = step_metrics(recipe, state, learner, assistant, seconds, readings) | values
+        values, watch_warnings = watched or ({}, [])
+        metrics = step_metrics(recipe, state, learner, assistant, seconds, readings) | learned | values
         state.add_reward(reward_term(recipe, metrics), recipe.checkpoints.every)
         self._log.step(state, metrics)
-        for text in warnings:
+        for text in [*warnings, *watch_warnings]:
             self._log.warn(text, state.step)
         if state.step % recipe.logging.samples_every == 0:
             self._evaluator.preview(state.step)
@@ -194,10 +203,11 @@ class Trainer:
 
     def _save(self) -> Path:
         """Write a checkpoint unless this state has one; the next step's metrics say how long that took."""
-        position = (self.state.step, self.state.round)
+        self._online.finish()
+        position = (self.state.step, self.state.round, sum(self.state.lessons.values()))
         if self._checkpoint is None or self._checkpoint[0] != position:
             began = time.perf_counter()
-            path = checkpoints.save(self.cluster, self.out.path, self.state, self.recipe.checkpoints)
+            path = checkpoints.save(self.cluster, self.out.path, self.state, self.recipe.checkpoints, self._online.save)
             self._checkpoint, self._checkpoint_seconds = (position, path), time.perf_counter() - began
         return self._checkpoint[1]
 

@@ -81,6 +81,11 @@ def _timing(step: float, readings: Mapping[str, Reading]) -> Metrics:
 
 
 def reward_term(recipe: Recipe, metrics: Metrics) -> float | None:
-    """``sum_i alpha_i r_i`` of (3.3), the mean over the step's batch; None for a recipe without rewards."""
+    """``sum_i alpha_i r_i`` of (3.3), the mean over the step's batch; None for a recipe without rewards.
+
+    For a reward that learns: its scorer's mean over the lesson before the step, not what it predicts.
+    """
     rewards = recipe.algorithm.rewards
-    return sum(reward.scale * metrics[f"reward/{reward.key}"] for reward in rewards) if rewards else None
+    named = {r.key: f"online/{r.key}/true" for r in rewards}
+    names = {key: name if name in metrics else f"reward/{key}" for key, name in named.items()}
+    return sum(reward.scale * metrics[names[reward.key]] for reward in rewards) if rewards else None

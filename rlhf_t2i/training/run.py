@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training import checkpoints, trackers
+from rlhf_t2i.training import checkpoints, online, trackers
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
@@ -97,6 +97,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCa
 
     trackers.check(recipe.logging.trackers)
     traits.resolve(recipe).preflight()
+    traits.check_online_placement(recipe)
     recipe = pin(recipe, revisions)
     store = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
     store.check()
@@ -211,6 +212,7 @@ class _Run:
             if saved is not None:
                 for message in checkpoints.restore(cluster, saved):
                     self.callback.on_message(message)
+                online.restore(self.recipe, cluster, saved)
                 cluster.sync_generator()
                 self.callback.on_message(f"resuming from {saved.name}")
             # Only now: a checkpoint that fails to load leaves the recorded recipe as it was.

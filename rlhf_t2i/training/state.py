@@ -28,6 +28,9 @@ class TrainState:
         bad_steps: Updates of generator or assistant skipped in total because their gradient was not finite.
         bad_in_a_row: Skipped updates of each network since its last good one.
         rewards: The reward term of the last steps, oldest first; checkpoints are compared by its mean.
+        lessons: Lessons done in total, of each reward that learns.
+        learned: Measurements of the lessons since the last line of metrics.
+        lesson_warnings: Warnings of the same lessons.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
@@ -39,6 +42,9 @@ class TrainState:
     bad_steps: NonNegativeInt = 0
     bad_in_a_row: dict[str, NonNegativeInt] = field(default_factory=dict)
     rewards: list[FiniteFloat] = field(default_factory=list)
+    lessons: dict[str, NonNegativeInt] = field(default_factory=dict)
+    learned: dict[str, FiniteFloat] = field(default_factory=dict)
+    lesson_warnings: list[str] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: object) -> TrainState:
