@@ -60,7 +60,7 @@ class Reward(nn.Module):
     value_range: tuple[float, float] = (float("-inf"), float("inf"))
     """Smallest and largest possible score."""
     higher_is_better: ClassVar[bool] = True
-    uses_prompt: ClassVar[bool] = True
+    uses_prompt: bool = True
     """False: the score does not depend on the prompt (an aesthetic score)."""
     license: ClassVar[str] = ""
     """License of the published weights."""

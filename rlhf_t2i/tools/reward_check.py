@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_t2i.plugins import guard
 from rlhf_t2i.plugins.base import LatentReward, Reward
+from rlhf_t2i.plugins.online import OnlineReward
 from rlhf_t2i.roles.reward import RewardRole, freeze
 from rlhf_t2i.roles.reward_failure import RewardFailure
 from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
@@ -76,6 +77,8 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[F
         ("time", checker.time),
         ("memory", checker.memory),
     ]
+    if isinstance(reward, OnlineReward):
+        checks.append(("training", checker.training))
     needs = {name: _NEEDS.get(name, ("shape",)) for name, _ in checks[1:]}
 
     def describe(error: BaseException) -> str:
@@ -196,7 +199,9 @@ class _Checker:
     def gradient(self) -> str:
         """Directional derivatives in float64 against central differences at the best of four step sizes."""
         if not self.reward.differentiable:
-            raise CheckSkipped("declares none: it can measure (eval_rewards) but not train")
+            raise CheckSkipped("declares none: it can measure (eval_rewards), and train as `of` of a surrogate")
+        if isinstance(self.reward, OnlineReward):
+            raise CheckSkipped("it is learned while the generator trains")
         inputs = self.inputs.double()
         role = self._role(torch.float64)
         try:
@@ -265,6 +270,13 @@ class _Checker:
             used, kind = _saved_bytes(call), "saved for the gradient"
         weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
         return f"{used / len(PROMPTS) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
+
+    def training(self) -> str:
+        """What a reward that learns will ask of its scorer, by the measured time of one call."""
+        assert isinstance(self.reward, OnlineReward)
+        started = time.perf_counter()
+        self.reward.true_score(self.inputs.to(self.device), PROMPTS)
+        return self.reward.needs((time.perf_counter() - started) / len(PROMPTS))
 
     def _call(self) -> Callable[[], object]:
         role = self._role()
