@@ -77,9 +77,9 @@ class SurrogateOptions(plugins.Options):
     rank_weight: float = Field(1.0, ge=0, le=1e6, description="weight of the pairwise term beside the regression")
     noise: float = Field(0.5, ge=0, le=10, description="noise on the standardized features while learning")
     window: int = Field(
-        256, ge=16, le=1_000_000, description="newest pairs of fresh samples, over which the order is compared"
+        128, ge=16, le=1_000_000, description="newest pairs of fresh samples, over which the order is compared"
     )
-    pause_below: float = Field(0.0, ge=-1, le=1, description="rank correlation at which the pull is paused")
+    pause_below: float = Field(-0.1, ge=-1, le=1, description="rank correlation at which the pull is paused")
     full_above: float = Field(0.1, ge=-1, le=1, description="rank correlation from which the pull is whole")
 
     @model_validator(mode="after")

@@ -149,7 +149,7 @@ def test_it_pauses_with_a_warning_when_it_cannot_order_fresh_samples(clip_folder
 
 
 def test_the_pull_shrinks_between_the_thresholds_and_returns(clip_folder: str) -> None:
-    reward = build(clip_folder, warmup=1)
+    reward = build(clip_folder, warmup=1, pause_below=0.0)
     reward._pairs = [1] * 13 + [-1] * 12  # 0.04
     assert reward._set_pull(5) == ("pulls again: on fresh samples its rank correlation with "
                                    f"{FILE}:Redness is 0.04",)  # fmt: skip
