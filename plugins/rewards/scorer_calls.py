@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,9 +13,18 @@ import torch
 from torch import Tensor
 
 from rlhf_t2i.plugins import Reward
+from rlhf_t2i.utils import files
 from rlhf_t2i.utils.images import to_8_bits
 
 _REMEMBERED = 65_536
+
+
+def cache_file() -> Path:
+    """The SQLite file of scores of all runs of this user: ``~/.cache/rlhf-t2i/scores.sqlite``.
+
+    Not a path in the recipe: what a recipe's options name must not change while it runs.
+    """
+    return files.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlhf-t2i" / "scores.sqlite"
 
 
 class ScorerCalls:
@@ -24,13 +34,13 @@ class ScorerCalls:
         scorer: The reward.
         identity: Names the scorer and its options: a file may serve several.
         batch: Images per call; all at once when None.
-        file: An SQLite file that keeps the values for later runs, and for steps that are repeated after a kill.
+        keep: Keep the values in :func:`cache_file`, for later runs and for steps that are repeated after a kill.
     """
 
-    def __init__(self, scorer: Reward, identity: str, batch: int | None = None, file: str | None = None) -> None:
+    def __init__(self, scorer: Reward, identity: str, batch: int | None = None, keep: bool = False) -> None:
         self._scorer, self._identity, self._batch = scorer, identity, batch
         self._known: dict[str, float] = {}
-        self._file = None if file is None else Path(file).expanduser()
+        self._file = cache_file() if keep else None
         self.asked = 0
         """Images that the scorer has been asked for."""
 

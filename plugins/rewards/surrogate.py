@@ -65,8 +65,8 @@ class SurrogateOptions(plugins.Options):
     )
     warmup: int = Field(32, ge=1, le=100_000, description="lessons before the first generator update")
     batch: int | None = Field(None, ge=1, le=4096, description="images per call of the scorer; default: all at once")
-    cache: str | None = Field(
-        None, description="SQLite file of scores, read by later runs and by repeated steps; default: memory alone"
+    cache: bool = Field(
+        False, description="keep scores in ~/.cache/rlhf-t2i/scores.sqlite, for later runs and for repeated steps"
     )
     buffer: int = Field(4096, ge=1, le=10_000_000, description="prompts whose samples are kept to learn from")
     updates: int = Field(20, ge=1, le=100_000, description="optimizer updates per lesson")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.errors import UsageError, printable
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Divergence, LatentReward, Reward
+from rlhf_t2i.plugins.online import OnlineReward
 from rlhf_t2i.utils.terminal import PlainConsole
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def rows(group: str) -> Iterator[PluginRow]:
 
 
 def gradient(cls: type[Reward]) -> str:
-    """Source of a reward's gradient: ``yes`` (its score), ``reference`` or ``no``."""
+    """Source of a reward's gradient: ``yes`` (its score), ``learned``, ``reference`` or ``no``."""
+    if issubclass(cls, OnlineReward):
+        return "learned"
     if not cls.differentiable:
         return "no"
     return "reference" if issubclass(cls, LatentReward) else "yes"

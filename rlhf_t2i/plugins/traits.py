@@ -180,7 +180,8 @@ def _reward(recipe: Recipe, choice: RewardChoice, section: KeyPath) -> RewardTra
         cls = registry.load_class(registry.REWARDS, choice.name)
         if trains and not cls.differentiable:
             raise UsageError(
-                f"algorithm.rewards: {choice.name!r} has no gradient, so it cannot train: move it to eval_rewards"
+                f"algorithm.rewards: {choice.name!r} has no gradient: put it into eval_rewards, or let a "
+                "surrogate learn it (docs/rewards.md, Without a gradient)"
             )
         if issubclass(cls, LatentReward) and not trains:
             raise UsageError(

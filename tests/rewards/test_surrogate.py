@@ -170,22 +170,26 @@ def test_equal_scores_are_no_order(clip_folder: str) -> None:
     assert bool(reward.score(*samples(3)).isfinite().all())
 
 
-def test_calls_are_batched_counted_and_not_repeated(clip_folder: str, tmp_path: Path) -> None:
+def test_calls_are_batched_counted_and_not_repeated(
+    clip_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     images, prompts = samples(1)
-    reward = build(clip_folder, batch=6, cache=str(tmp_path / "a/scores.sqlite"))
+    reward = build(clip_folder, batch=6, cache=True)
     calls = type(reward.scorer).calls  # of the file, which is loaded as a module of its own
     calls.clear()
     assert reward.learn(0, images, prompts, seed=0).metrics["scored"] == 16
     assert calls == [6, 6, 4]
     again = reward.true_score(images, prompts)
     assert calls == [6, 6, 4]
-    another = build(clip_folder, cache=str(tmp_path / "a/scores.sqlite"))  # a later run
+    another = build(clip_folder, cache=True)  # a later run
     assert torch.equal(another.true_score(images, prompts), again)
     assert calls == [6, 6, 4]
-    negative = build(clip_folder, scorer={"sign": -1.0}, cache=str(tmp_path / "a/scores.sqlite"))
+    negative = build(clip_folder, scorer={"sign": -1.0}, cache=True)
     assert torch.equal(negative.true_score(images, prompts), -again)  # another scorer: not from the file
     assert float(another.true_score(images, ["a new prompt"] * 16)[0]) == float(again[0])
     assert calls[3:] == [16, 16]
+    assert (tmp_path / "cache/rlhf-t2i/scores.sqlite").is_file()
 
 
 def test_a_buffer_forgets_its_oldest_prompts(clip_folder: str) -> None:

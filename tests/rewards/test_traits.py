@@ -87,7 +87,10 @@ def test_traits_of_a_recipe(tiny_sdxl: Path) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ({"rewards": [{"name": "http", "options": {"url": "http://127.0.0.1:1"}}]}, "no gradient, so it cannot train"),
+        (
+            {"rewards": [{"name": "http", "options": {"url": "http://127.0.0.1:1"}}]},
+            "has no gradient: put it into eval_rewards, or let a surrogate learn it",
+        ),
         ({"eval_rewards": [{"name": "cfg_implicit"}]}, "computed on latents beside the learner"),
         (
             {"divergence": {"name": "kl", "options": {"c": 1}}},

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf_t2i.errors import RunError, Stopped, UsageError
+from rlhf_t2i.evaluation.held_out import Samples
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import run
 from rlhf_t2i.training.folder import RunFolder
+from rlhf_t2i.training.hacking import HackingMonitor
 from tests.training import online_reward
 from tests.training.test_run import StopAt, metrics, model_bytes
 
@@ -120,6 +123,23 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     with pytest.raises(UsageError, match=sentence):
         run.run(make_recipe(**overrides), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prediction_that_rises_while_its_scorer_falls_is_hacking(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    monitor = HackingMonitor(tmp_path / "watch.jsonl", learns(make_recipe))
+    prompts, draw = [f"prompt {i}" for i in range(8) for _ in range(2)], np.random.default_rng(0)
+
+    def scores(mean: float) -> list[float]:
+        return (mean + 0.01 * draw.normal(size=16)).tolist()
+
+    told = []
+    for step in range(1, 6):
+        latents = torch.randn(16, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        found = {"learned": scores(-0.1 * step), "learned (predicted)": scores(0.1 * step)}
+        told += monitor.update(step, Samples(prompts, latents, found))[1]
+    (text,) = told
+    assert "true learned, which no step trains on, fell" in text
+    assert monitor.update(6, Samples(prompts, latents, {"learned": scores(0)})) == ({}, [])  # it predicts nothing yet
 
 
 def test_traits_of_a_reward_that_learns(make_recipe: MakeRecipe) -> None:
