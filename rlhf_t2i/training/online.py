@@ -7,7 +7,7 @@ with them where the reward has a process of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -40,7 +40,7 @@ class OnlineRewards:
 
     recipe: Recipe
     cluster: Cluster
-    train: list[str]
+    train: Sequence[str]
     state: TrainState
     phase: Callable[[str], None]
     _running: dict[str, Future[Lesson]] = field(default_factory=dict)
