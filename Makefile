@@ -22,7 +22,7 @@ test-local: setup  ## all tests of one process, 7 minutes: before a pull request
 	$(BIN)/python -m pytest -q -n 2 -m "fast or local"
 
 # Three workers for two cores: tests over Ray mostly wait.
-test: setup  ## every test, 22 minutes on two cores: what CI runs
+test: $(VENV)/.tested  ## every test, 22 minutes on two cores: what CI runs
 	$(BIN)/python -m pytest -n 3
 
 lint: setup  ## style, types and layers
@@ -35,8 +35,7 @@ format: setup  ## rewrite files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## the documentation as a site, in site/; a broken link fails
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+docs: $(VENV)/.tested  ## the documentation as a site, in site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Half an hour of SIGKILLs on two cores; LOCAL=7 RAY=6 NODES=0 for a taste.
@@ -55,6 +54,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install -qq -c constraints.txt '$(TORCH)' -e '.[dev,zoo,tensorboard]'
+	touch $@
+
+# Extras that only their own tests need, 350 MB.
+$(VENV)/.tested: $(VENV)/.ready
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[app,docs,ocr]'
 	touch $@
 
 ORACLE ?= build/oracle
