@@ -7,8 +7,7 @@ import html
 import importlib.util
 import os
 import secrets
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.tools.side_by_side import Picture, SideBySide
@@ -16,6 +15,8 @@ from rlhf_t2i.utils import images, numbers
 
 if TYPE_CHECKING:
     import gradio
+    from starlette.middleware import Middleware
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HOST = "127.0.0.1"
 _MOST_SEEDS = 4
@@ -116,17 +117,12 @@ def build(board: SideBySide) -> gradio.Blocks:
         if len(board.prompts) > 1:
             gradio.Examples(board.prompts, prompt, label="Prompts of the run")
         shown = gradio.HTML(elem_id="pictures", padding=False)
-        given: list[Any] = [prompt, seed, count, rewards]
-        _on([button.click, prompt.submit], draw, given, shown)
+        given = [prompt, seed, count, rewards]
+        gradio.on([button.click, prompt.submit], draw, given, shown, api_visibility="private")
         other.click(lambda: secrets.randbelow(2**31), None, seed, api_visibility="private").then(
             draw, given, shown, api_visibility="private"
         )
     return page
-
-
-def _on(events: Sequence[Callable[..., Any]], call: Callable[..., str], given: list[Any], shown: Any) -> None:
-    for event in events:
-        event(call, given, shown, api_visibility="private")
 
 
 def _row(drawn: dict[str, Picture], seed: int, prompt: str) -> str:
@@ -152,7 +148,7 @@ def _score(label: str, value: float, before: float | None) -> str:
     return f'<dt>{html.escape(label)}</dt><dd>{numbers.number(value)}</dd><dd class="{kind}">{change}</dd>'
 
 
-def _middleware() -> list[Any]:
+def _middleware() -> list[Middleware]:
     """Answer only requests for this machine's own names, and forbid the page to load anything from elsewhere."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -163,11 +159,11 @@ def _middleware() -> list[Any]:
 class _SamePage:
     """Adds the page's content security policy to every answer."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        async def with_policy(message: dict[str, Any]) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
             await send(message)

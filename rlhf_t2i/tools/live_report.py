@@ -21,7 +21,7 @@ class LiveReport(TrainCallback):
     """
 
     def __init__(self, callback: TrainCallback) -> None:
-        self._callback, self._failed = callback, False
+        self._callback, self._failed, self._step = callback, False, -1
 
     def on_phase(self, text: str) -> None:
         """See :class:`TrainCallback`."""
@@ -38,7 +38,9 @@ class LiveReport(TrainCallback):
     def on_preview(self, out: Path, step: int) -> None:
         """See :class:`TrainCallback`."""
         try:
-            report.write_report(out, live=True)
+            if step != self._step:  # the evaluation after training previews the last step again
+                report.write_report(out, live=True)
+            self._step = step
         except Exception as error:  # of matplotlib, jinja or the disk: the run goes on, and ends with its own report
             if not self._failed:
                 self._callback.on_message(f"report.html could not be written while training ({first_line(error)})")

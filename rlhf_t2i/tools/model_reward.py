@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from types import ModuleType
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import sources
@@ -83,7 +83,7 @@ def _pair_class(kind: str) -> str | None:
     return str(name) if both else None
 
 
-def _transformers() -> Any:
+def _transformers() -> ModuleType:
     import transformers
 
     return transformers

@@ -20,6 +20,8 @@ from rlhf_t2i.tools.report.training_plots import Rows
 from rlhf_t2i.utils import files, inputs, jsonl, numbers
 
 PROMPTS_SHOWN, GRIDS_SHOWN = 12, 4
+STEPS_FOR_CURVES = 10
+"""Below, a running page has no curves: they say nothing yet, and drawing them takes a second."""
 
 
 class RunRecord(BaseModel):
@@ -58,7 +60,7 @@ def write_report(out: Path, live: bool = False) -> Path:
     steps, run = training_plots.read(out), RunRecord.read(out)
     text, recipe = _recipe(out / "recipe.yaml")
     units = {m.key: m.unit for evaluation in (before, after) if evaluation for m in evaluation.metrics.values()}
-    plots = training_plots.training(steps, units)
+    plots = training_plots.training(steps, units) if not live or len(steps) >= STEPS_FOR_CURVES else []
     context: dict[str, object] = {
         "title": out.resolve().name,
         "live": _position(recipe, steps) if live else "",
