@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # takes another one.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch,torch==2.13.0)
 
-.PHONY: help demo check test-local test lint format docs chaos oracle release setup clean
+.PHONY: help demo check test-local test lint format docs notebooks chaos oracle release setup clean
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
 
@@ -37,6 +37,9 @@ format: setup  ## rewrite files in the project's style
 
 docs: $(VENV)/.tested  ## the documentation as a site, in site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebooks: setup  ## run the notebooks of examples/ and store their outputs
+	$(BIN)/python examples/execute_notebooks.py
 
 # Half an hour of SIGKILLs on two cores; LOCAL=7 RAY=6 NODES=0 for a taste.
 LOCAL ?= 70
