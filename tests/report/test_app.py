@@ -93,6 +93,22 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch: pytest.Mon
     assert "pip install 'rlhf-t2i[app]'" in str(result.exception)
 
 
+def test_the_command_opens_what_it_is_given(finished: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = list[tuple[SideBySide, int | None]]()
+    monkeypatch.setattr(app, "check", lambda: None)
+    monkeypatch.setattr(app, "serve", lambda board, port: served.append((board, port)))
+    arguments = ["app", str(finished), str(finished / "model"), "--metrics", "mine=clip", "--port", "7999"]
+    result = CliRunner().invoke(cli, [*arguments, "--set", f"mine.model={tiny_clip}", "--device", "cpu"])
+    assert result.exception is None
+    ((board, port),) = served
+    assert port == 7999
+    assert list(board.models) == ["night <1>, before", "night <1>, after", "model"]
+    assert board.rewards["mine"] == RewardSpec("clip", {"model": str(tiny_clip)})
+    for wrong, sentence in ((["--set", "other.model=x"], "'other' is not among --metrics"),
+                            (["--precision", "fp8"], "--precision 'fp8'")):  # fmt: skip
+        assert sentence in str(CliRunner().invoke(cli, [*arguments, *wrong]).exception)
+
+
 @pytest.fixture
 def addresses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Addresses to which this process opens connections."""

@@ -17,8 +17,10 @@ import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import rlhf_t2i
+from rlhf_t2i.cli import app
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
@@ -201,6 +203,11 @@ def test_push_uploads_exactly_the_export(finished: Path, hub: type[Hub]) -> None
     }  # fmt: skip
     assert hub.received == local
     assert hub.repository["visibility"] == "private"
+    hub.received.clear()
+    result = CliRunner().invoke(app, ["push", str(finished / "model"), "org/name"])
+    assert result.stdout == f"{constants.ENDPOINT}/org/name\n"
+    assert hub.received == local
+    assert hub.repository["visibility"] != "private"
     assert (hub.repository["organization"], hub.repository["name"]) == ("org", "name")
     assert {token for _, token in hub.asked} == {"Bearer hf_of_the_test"}
 
