@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from rlhf_t2i import __version__
@@ -37,7 +37,7 @@ _HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 def fetch_licenses(store: ModelStore) -> None:
     """Download the model cards of a run's hub models into the hub's cache; one that is out of reach is left out."""
     for _, source in _parts(store):
-        if not source.is_local and sources.cached(source, README) is None:
+        if not source.is_local and sources.cached(source, README) is None and _has_card(source):
             with contextlib.suppress(UsageError):
                 sources.hub_file(source, README)
 
@@ -82,6 +82,15 @@ def stated_license(source: ModelRef) -> str | None:
     license_, name = data.get("license"), data.get("license_name")
     stated = name if license_ == "other" and name else license_
     return stated if isinstance(stated, str) and stated else None
+
+
+def _has_card(source: ModelRef) -> bool:
+    """Whether the hub answers and the repository has a card: one request, while a download retries for 23 s offline."""
+    try:
+        files = HfApi().model_info(source.location, revision=source.revision, timeout=10).siblings or []
+    except Exception:  # offline, unknown, refused: the client's HTTP library, and so the errors, differ by version
+        return False
+    return any(file.rfilename == README for file in files)
 
 
 def _parts(store: ModelStore) -> Iterator[tuple[str, ModelRef]]:

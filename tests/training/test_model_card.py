@@ -9,12 +9,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -109,17 +110,27 @@ def test_a_stated_license_is_found_beside_a_network_and_in_the_cache(
 
 
 def test_cards_of_hub_models_are_fetched_at_the_start_where_the_hub_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, known = [], {"org/network": ["README.md", "weights.bin"], "org/reference": ["model_index.json"]}
+
+    def model_info(self: HfApi, repository: str, **_: Any) -> SimpleNamespace:
+        if repository not in known:
+            raise ConnectionError("out of reach")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in known[repository]])
 
     def hub_file(source: ModelRef, file: str) -> str:
         asked.append((source.location, file))
         raise UsageError("out of reach")
 
+    monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr(sources, "hub_file", hub_file)
     monkeypatch.setattr(sources, "cached", lambda source, file: Path() if source.location == "org/vae" else None)
     models = Models(reference="org/reference", generator="org/network/weights.bin", vae="org/vae")
     model_card.fetch_licenses(ModelStore(models, StudentSettings(), torch.device("cpu")))
-    assert asked == [("org/network", "README.md"), ("org/reference", "README.md")]
+    assert asked == [("org/network", "README.md")]
+    known["org/reference"].append("README.md")
+    del known["org/network"]
+    model_card.fetch_licenses(ModelStore(models, StudentSettings(), torch.device("cpu")))
+    assert asked[1:] == [("org/reference", "README.md")]
 
 
 def test_the_kohya_form_of_the_adapter_names_every_layer(finished: Path, tmp_path: Path) -> None:
