@@ -26,7 +26,7 @@ def targets() -> set[str]:
 def test_ci_runs_commands_of_the_makefile() -> None:
     workflow = load(".github/workflows/ci.yml")
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    assert sorted(commands) == ["make lint", "make test"]
+    assert sorted(commands) == ["make docs", "make lint", "make test"]
     assert {command.removeprefix("make ") for command in commands} <= targets()
     assert workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"] == ["3.11", "3.12"]
     assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads the key `on` as true
