@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import IO, Final, cast
 
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.utils import inputs
@@ -198,10 +198,9 @@ def _parquet(path: Path, column: str, place: str) -> Iterator[str]:
             f"{place}{path}: reading parquet needs pyarrow: pip install 'rlhf-t2i[parquet]', or convert it to .jsonl"
         ) from None
     with _binary(path, place) as file, ExitStack() as stack:
-        if isinstance(file, gzip.GzipFile):  # a parquet file is read from its end
-            unpacked = stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(file, unpacked)
-            file = cast("IO[bytes]", unpacked)
+        if path.name.lower().endswith(".gz"):  # a parquet file is read from its end
+            packed, file = file, stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(packed, file)
         try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
@@ -244,11 +243,12 @@ def _line(text: io.TextIOWrapper, where: str, number: int) -> str:
 
 
 @contextmanager
-def _binary(path: Path, place: str) -> Iterator[Any]:
+def _binary(path: Path, place: str) -> Iterator[IO[bytes]]:
     """A regular file, unpacked if its name ends in ``.gz``; errors while it is read are sentences."""
     with inputs.open_regular(path, "prompt file", inputs.PROMPTS, place) as file:
         try:
-            yield gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
+            packed = path.name.lower().endswith(".gz")
+            yield cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if packed else file
         except UnicodeDecodeError:
             raise UsageError(f"{place}{path} is not UTF-8 text: save it as UTF-8") from None
         except (gzip.BadGzipFile, EOFError, zlib.error):

@@ -92,7 +92,7 @@ def recipe_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[
         ("bad.jsonl", b'{"prompt": "a"}\n{"prompt": 1}\n', "line 2"),
         ("deep.jsonl", b"[" * 100_000, "line 1"),
         ("bad.csv", b"text\na\n", "no column 'prompt'"),
-        ("folder.txt", None, "is a directory"),
+        ("folder.txt", None, "is a folder without files"),
     ],
 )
 def test_prompt_files(
