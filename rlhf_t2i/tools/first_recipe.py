@@ -59,18 +59,18 @@ _SCALES = (
         "  assistant: {lr: 2.0e-4, warmup_steps: 10}",
     )),
     _Scale(3e9, 2000, 128, (
-        "  micro_batch: 1                            # images per GPU at once; more are faster where memory allows",
-        "  precision: bf16                           # of the computation; trained weights stay in float32",
-        "  zero_stage: 2                             # gradients and optimizer states are split over the GPUs",
-        "  gradient_checkpointing: true              # false: faster, with several times the memory",
+        "  micro_batch: 1                          # images per GPU at once; more are faster where memory allows",
+        "  precision: bf16                         # of the computation; trained weights stay in float32",
+        "  zero_stage: 2                           # gradients and optimizer states are split over the GPUs",
+        "  gradient_checkpointing: true            # false: faster, with several times the memory",
         "  generator: {lr: 1.0e-6, warmup_steps: 500}",
         "  assistant: {lr: 1.0e-6, warmup_steps: 500}",
     )),
     _Scale(float("inf"), 2000, 128, (
-        "  micro_batch: 1                            # images per GPU at once; more are faster where memory allows",
-        "  precision: bf16                           # of the computation; trained weights stay in float32",
-        "  zero_stage: 2                             # gradients and optimizer states are split over the GPUs",
-        "  gradient_checkpointing: true              # false: faster, with several times the memory",
+        "  micro_batch: 1                          # images per GPU at once; more are faster where memory allows",
+        "  precision: bf16                         # of the computation; trained weights stay in float32",
+        "  zero_stage: 2                           # gradients and optimizer states are split over the GPUs",
+        "  gradient_checkpointing: true            # false: faster, with several times the memory",
         "  # Adapters instead of the whole network: one copy of the base serves all three roles.",
         "  generator: {lr: 1.0e-5, warmup_steps: 100, lora: {rank: 64}}",
         "  assistant: {lr: 1.0e-5, warmup_steps: 100, lora: {rank: 64}}",
@@ -140,15 +140,15 @@ def _lines(wanted: Wanted, folder: Path) -> Iterator[str]:
     yield "\ndata:"
     yield f"  prompts: {_shown(wanted.prompts, folder)}"
     if wanted.held_out is None:
-        yield "  # held_out: ./held_out.txt               # prompts that are not in it, for the table before and after"
+        yield "  # held_out: ./held_out.txt              # prompts that are not in it, for the table before and after"
     else:
         yield _noted(f"  held_out: {_shown(wanted.held_out, folder)}", "not trained on: for the table before and after")
     yield "\nalgorithm:"
-    yield "  divergence: {name: pseudo_huber}          # DI*; kl makes it DI++"
-    yield "  rewards:                                  # scale: more pulls harder, and at some point spoils the images"
+    yield "  divergence: {name: pseudo_huber}        # DI*; kl makes it DI++"
+    yield "  rewards:                                # scale: more pulls harder, and at some point spoils the images"
     for reward in wanted.rewards:
         yield f"    - {_reward(reward, folder)}"
-    yield "  # eval_rewards:                           # measured, never trained on: they catch reward hacking"
+    yield "  # eval_rewards:                         # measured, never trained on: they catch reward hacking"
     yield "  #   - {name: clip}"
     yield from _guidance_lines(store)
     yield "\noptimization:"
@@ -156,7 +156,7 @@ def _lines(wanted: Wanted, folder: Path) -> Iterator[str]:
     yield _noted(f"  batch_size: {batch}", "images per update, over all GPUs")
     yield from scale.lines
     yield "\nplacement:"
-    yield "  groups:                                   # `rlhf-t2i plan FILE --device h100 --gpus N` finds the fastest"
+    yield "  groups:                                 # `rlhf-t2i plan FILE --device h100 --gpus N` finds the fastest"
     yield f"    all: {{devices: {devices}, roles: [learner, generator, assistant, reference, reward]}}"
     yield f"\nlogging: {{samples_every: {max(scale.steps // 8, 10)}, sample_count: 16}}"
     yield f"checkpoints: {{every: {max(scale.steps // 8, 10)}, keep: 1}}"
@@ -179,7 +179,7 @@ def _student(generator: str, steps: int | None) -> StudentSettings:
 
 def _student_lines(store: ModelStore, student: StudentSettings) -> Iterator[str]:
     taus = ", ".join(f"{tau:g}" for tau in store.student.timesteps)
-    yield "student:                                    # must be what the generator was distilled for"
+    yield "student:                                  # must be what the generator was distilled for"
     if student.timesteps is None:
         yield _noted(f"  steps: {student.steps}", f"called at {taus}, the family's own")
         return
