@@ -169,6 +169,11 @@ class PromptFamily(Family):
                 f"{self.reference.location}/{part} has {len(tokenizer)} tokens but the text encoder knows "
                 f"{config.vocab_size}: the tokenizer's files are missing or foreign"
             )
+        own = tokenizer.model_max_length
+        if isinstance(own, bool) or not isinstance(own, int | float) or own < 1:
+            raise UsageError(
+                f"{self.reference.location}/{part}: model_max_length is {sources.printable(own)}, not a positive number"
+            )
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None:
             tokenizer.model_max_length = min(tokenizer.model_max_length, longest)

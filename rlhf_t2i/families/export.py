@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from rlhf_t2i.algorithm.student import StartNoise, Student, Transition
@@ -37,6 +38,12 @@ class StudentFile(BaseModel):
     input: StartNoise
     height: _Side
     width: _Side
+
+    @model_validator(mode="after")
+    def _falling(self) -> StudentFile:
+        if any(a <= b for a, b in pairwise(self.timesteps)):
+            raise ValueError("timesteps must fall from step to step")
+        return self
 
     @classmethod
     def of(cls, student: Student, height: int, width: int) -> StudentFile:

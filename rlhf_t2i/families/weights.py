@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -25,7 +26,7 @@ def load_part(
         source: The pipeline, or the network itself.
         subfolder: The part's folder in it.
         cls: The class.
-        exact: Also refuse weights for which the configuration has no place.
+        exact: Refuse all weights for which the configuration has no place, not only those of further layers.
         kwargs: Passed on.
 
     Raises:
@@ -54,13 +55,32 @@ def load_part(
     if missing:
         raise UsageError(f"{where} lacks {len(missing)} weights of its {type(model).__name__}, e.g. {missing[0]}")
     # A damaged number of layers would drop the rest without a word. Fixed positions are stored in some versions only.
-    stray = sorted(key for key in info["unexpected_keys"] if not key.endswith("pos_embed")) if exact else []
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith("pos_embed"))
+    stray = unexpected if exact else _of_further_layers(model, unexpected)
     if stray:
         raise UsageError(
             f"{where} holds {len(stray)} weights for which its config.json has no place, e.g. {stray[0]}: one of "
             "the two is damaged or of another model"
         )
     return model
+
+
+def _of_further_layers(model: nn.Module, keys: Sequence[str]) -> list[str]:
+    """The keys of layers behind the last one of a list of layers in the model."""
+    lengths = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    # Files of transformers' older versions begin with the name of the model inside, which newer ones lack.
+    inner = ("text_model.", f"{getattr(model, 'base_model_prefix', '')}.")
+    lengths |= {f"{prefix}{name}": length for name, length in list(lengths.items()) for prefix in inner}
+    lengths |= {name.removeprefix(prefix): length for name, length in list(lengths.items()) for prefix in inner}
+
+    def is_further(key: str) -> bool:
+        parts = key.split(".")
+        return any(
+            part.isdigit() and int(part) >= lengths.get(".".join(parts[:place]), math.inf)
+            for place, part in enumerate(parts)
+        )
+
+    return [key for key in keys if is_further(key)]
 
 
 def weight_file(source: ModelRef) -> Path | None:

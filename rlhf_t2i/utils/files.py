@@ -147,9 +147,17 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in _DISK_ERRORS and not _was_removed(error, path):
             raise
         raise not_written(Path(error.filename or path), error.strerror) from error
+
+
+def _was_removed(error: OSError, path: Path) -> bool:
+    """Whether a file could not be made in the place that is written to: its folder was removed meanwhile."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR) or not isinstance(error.filename, str):
+        return False
+    file = Path(error.filename)
+    return file.parent == path.parent or file.is_relative_to(path)
 
 
 def not_written(path: Path, why: str | None) -> RunError:

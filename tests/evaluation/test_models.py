@@ -163,8 +163,12 @@ def test_a_seed_out_of_range_is_one_sentence(seed: int, tiny_sdxl: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"timesteps": []}', '{"timesteps": ["x"]}', '{"timesteps": [399], "height": -1}']
-)
+    "text",
+    [
+        "", "{", "[]", '{"timesteps": []}', '{"timesteps": ["x"]}', '{"timesteps": [399], "height": -1}',
+        '{"timesteps": [200, 399], "transition": "stochastic", "input": "unit", "height": 16, "width": 16}',
+    ],
+)  # fmt: skip
 def test_a_damaged_student_file_is_one_sentence(text: str, tiny_sdxl: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_sdxl, tmp_path / "model")
     (tmp_path / "model" / "student.json").write_text(text)

@@ -353,6 +353,31 @@ def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("text_encoder", {"num_hidden_layers": 2}),  # of 3; another picture, without a word
+        ("text_encoder_2", {"num_hidden_layers": 0}),
+        ("vae", {"up_block_types": []}),
+    ],
+)
+def test_further_layers_of_any_part_are_refused(
+    part: str, changes: dict[str, object], tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    config = folder / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | changes), "utf-8")
+    refuse(folder, part, f"{part} holds", "weights for which its config.json has no place")
+
+
+@pytest.mark.parametrize("length", [-1, 0, "77", [77]])
+def test_a_tokenizer_of_no_length_is_refused(length: object, tiny_sdxl: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_sdxl, tmp_path / "m")
+    config = folder / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"model_max_length": length}), "utf-8")
+    refuse(folder, "tokenizer", "tokenizer: model_max_length is", "not a positive number")
+
+
+@pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
         ({"latents_mean": [0.1] * 3, "latents_std": [1.0] * 4}, "latents_mean is not one number per channel"),
