@@ -197,7 +197,11 @@ def strike(victim: str, run: Watched, nodes: Nodes | None) -> bool:
         return process is not None and nodes.kill_under(process)
     deadline = time.monotonic() + 60  # in start-up it may come only later
     while not run.ended() and time.monotonic() < deadline:
-        process = _find(victim, psutil.Process(run.pid).children(recursive=True))
+        try:
+            below = psutil.Process(run.pid).children(recursive=True)
+        except psutil.NoSuchProcess:  # it has just ended
+            return False
+        process = _find(victim, below)
         if process is not None:
             process.send_signal(signal.SIGKILL)
             return True

@@ -277,7 +277,7 @@ class RayCluster(Cluster):
     def readings(self) -> dict[str, Reading]:
         """See :meth:`Cluster.readings`."""
         named = {f"{g}/{i}": a.reading.remote() for g, actors in self._actors.items() for i, a in enumerate(actors)}
-        return dict(zip(named, cast(list[Reading], self._wait(list(named.values()), "process")), strict=True))
+        return dict(zip(named, cast(list[Reading], self._wait(list(named.values()), "run")), strict=True))
 
     def close(self) -> None:
         """End the actors, free their devices, and stop Ray if this run started it."""

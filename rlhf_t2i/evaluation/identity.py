@@ -111,11 +111,12 @@ def _of_value(value: object) -> str:
     if not isinstance(value, str) or not value:
         return repr(value)
     try:
-        if files.expanded(value).exists():
-            return fingerprints.of_path(value)
-        return of_model(value)
+        path = files.expanded(value)
+        if not path.exists():
+            return of_model(value)
     except (UsageError, OSError):  # neither a path nor a hub id
         return repr(value)
+    return fingerprints.of_path(path)
 
 
 def _code(cls: type) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.utils import files
 
 
@@ -28,11 +29,13 @@ def of_path(location: str | Path) -> str:
     """A digest of the names and contents in a local file or folder; of the text itself where no such path exists.
 
     Raises:
-        UsageError: ``~user`` names nobody.
+        UsageError: A pipe or a device, which may never end; ``~user`` names nobody.
     """
     root = files.expanded(str(location))
     if not root.exists():
         return of_text(str(location))
+    if not root.is_dir() and not root.is_file():
+        raise UsageError(f"{location} is a pipe or a device: name a file or folder")
     found = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(of_file, found))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import identity
+from rlhf_t2i.utils import fingerprints
 
 
 @pytest.fixture
@@ -38,3 +42,14 @@ def test_imports_are_found_at_any_depth():
     source = b"import a, b.c\ndef f():\n    from .d import e\n    from g import h\n"
     assert identity._imports(source) == ("a", "b.c", "d", "d.e", "g", "g.h")
     assert identity._imports(b"not python") == ()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero"])
+def test_what_never_ends_is_not_read(place: str, tmp_path: Path) -> None:
+    """Cases G.8: a reward's option that names a pipe or a device hung the run before it had begun."""
+    os.mkfifo(tmp_path / "pipe")
+    path = str(tmp_path / place)
+    for read in (fingerprints.of_path, identity._of_value):
+        with pytest.raises(UsageError, match="is a pipe or a device: name a file or folder"):
+            read(path)

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import models
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
+from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files, fingerprints, manifest
 from tests import tiny
@@ -100,6 +101,22 @@ def test_any_flipped_bit_in_any_file_is_named(tmp_path: Path) -> None:
         file.write_bytes(whole)
     assert accepted == []
     assert checkpoints.find(tmp_path) == (folder, state, [])
+
+
+class Remove(TrainCallback):
+    """Removes the run's folder after its first step, as a tidy colleague does."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        shutil.rmtree(self.out)
+
+
+def test_a_folder_that_is_removed_meanwhile_is_one_sentence(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(evaluation__images=2, logging__sample_count=2)
+    with pytest.raises(RunError, match=rf"{tmp_path}/out/\S+ could not be written: No such file or directory"):
+        run.run(recipe, tmp_path / "out", callback=Remove(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")
