@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import guard
 from rlhf_t2i.recipe import mistakes
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 
 if TYPE_CHECKING:
     from rlhf_t2i.plugins.base import Divergence, Options, Reward
@@ -94,6 +94,7 @@ def _from_file(name: str, kind: str) -> object:
     path = files.absolute(file)
     if not os.path.isfile(path):  # noqa: PTH113 - no error for names too long, or loops of links
         raise UsageError(f"{kind} {mistakes.shown(name)!r}: no such file: {mistakes.shown(str(path))}")
+    inputs.read_bytes(path, "plugin file", inputs.SOURCE, f"{kind} {mistakes.shown(name)!r}: ")  # Python has no limit
     # The module name is derived from the path, so that every process agrees on it and two files never collide.
     module_name = f"rlhf_t2i_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     module = sys.modules.get(module_name)

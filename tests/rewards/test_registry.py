@@ -182,3 +182,11 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module or "")
     return modules
+
+
+def test_a_plugin_file_that_is_no_source_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """Cases G.8: Python itself would read a file of any size."""
+    with (tmp_path / "large.py").open("wb") as file:
+        file.truncate(10**10)
+    with pytest.raises(UsageError, match=r"large.py has 10,000,000,000 bytes: a plugin file has at most 10,000,000"):
+        registry.load_class(registry.REWARDS, f"{tmp_path}/large.py:R")
