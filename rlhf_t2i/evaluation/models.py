@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.student import Noise, keyed_noise
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.evaluation.settings import Drawing
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.export import STUDENT, StudentFile
@@ -200,6 +200,15 @@ class PipelineModel(ImageModel):
         return self._draw([prompt], [generator])
 
     def _draw(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
+        try:
+            return self._draw_with_pipeline(prompts, generators)
+        except ValueError as error:  # its scheduler has no such number of steps
+            raise UsageError(
+                f"{self.store.models.reference}: its pipeline does not draw in {self._steps} steps "
+                f"({first_line(error)}): give another number of steps; of a few-step generator put its {STUDENT} beside model_index.json"
+            ) from error
+
+    def _draw_with_pipeline(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         height, width = self.store.size
         call = partial(
             self._pipeline, prompt=list(prompts), num_inference_steps=self._steps, height=height, width=width,

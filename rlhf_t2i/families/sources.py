@@ -88,7 +88,7 @@ def verify(source: ModelRef) -> None:
     """
     folder = Path(source.location)
     for place in (folder, folder.parent) if source.is_local else ():
-        if not (place / manifest.NAME).is_file() or not (place / STUDENT).is_file():
+        if not (place / manifest.NAME).is_file() or not _is_exported(place):
             continue
         damage = manifest.damage(place, fingerprints.of_file)
         if damage is not None:
@@ -96,6 +96,17 @@ def verify(source: ModelRef) -> None:
                 f"{place}: {damage}, says its {manifest.NAME}: take a whole copy, or remove that file if the change is "
                 "yours"
             )
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a folder's manifest is that of an export; others have files of that name, too."""
+    if (folder / STUDENT).exists():
+        return True
+    try:
+        listed = manifest.read(folder).get("files")
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(listed, dict) and STUDENT in listed
 
 
 def use_revisions(revisions: Mapping[str, str]) -> None:

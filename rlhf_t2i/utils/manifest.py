@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter
 
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import Json, JsonObject
 
 NAME = "manifest.json"
@@ -47,6 +47,8 @@ def read(folder: Path) -> JsonObject:
         OSError: The file is missing.
         ValueError: It is not byte for byte what was written.
     """
+    if (folder / NAME).stat().st_size > inputs.CONFIG:
+        raise ValueError(f"{folder / NAME} is too large to be a manifest")
     text = (folder / NAME).read_bytes().decode()
     found: Json = json.loads(text)
     if not isinstance(found, dict):

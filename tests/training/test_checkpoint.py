@@ -187,6 +187,19 @@ def test_a_damaged_model_is_refused_wherever_it_is_read(trained: Path, make_reci
         (model / "away").rename(model / weights)
 
 
+def test_an_export_without_its_steps_is_one_sentence(trained: Path, tmp_path: Path) -> None:
+    """Its pipeline would be asked for 50 steps, and its scheduler has one."""
+    model = Path(shutil.copytree(trained / "model", tmp_path / "model"))
+    (model / "student.json").unlink()
+    with pytest.raises(UsageError, match=r"student\.json is missing, says its manifest\.json"):
+        models.load(str(model))
+    (model / "manifest.json").unlink()
+    with pytest.raises(
+        UsageError, match=r"does not draw in 50 steps .* put its student\.json beside model_index\.json"
+    ):
+        models.load(str(model)).sample("a cat")
+
+
 @pytest.mark.parametrize(
     "change",
     [
