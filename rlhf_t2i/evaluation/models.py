@@ -205,7 +205,8 @@ class PipelineModel(ImageModel):
         except ValueError as error:  # its scheduler has no such number of steps
             raise UsageError(
                 f"{self.store.models.reference}: its pipeline does not draw in {self._steps} steps "
-                f"({first_line(error)}): give another number of steps; of a few-step generator put its {STUDENT} beside model_index.json"
+                f"({first_line(error)}): give another number of steps; of a few-step generator put its {STUDENT} "
+                "beside model_index.json"
             ) from error
 
     def _draw_with_pipeline(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
