@@ -1,8 +1,9 @@
 """A scorer without a gradient, learned while the generator trains: a small network on CLIP features of its pictures.
 
-Before each update of the generator the scorer values a few fresh samples, some of each prompt. How the network orders
-a prompt's samples before it has learned from them says whether its gradient can be trusted: below a threshold the pull
-on the generator is scaled down, then paused. docs/rewards.md, "Without a gradient"; measured in docs/black_box.md.
+Before each update of the generator the scorer values a few fresh samples, some of each prompt. What the network says of
+them before it has learned from them says whether its gradient can be trusted: if it orders a prompt's samples wrongly,
+or values all of them too highly, the pull on the generator is scaled down, then paused. docs/rewards.md, "Without a
+gradient"; measured in docs/black_box.md.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.precision import without_autocast
+from rlhf_t2i.utils import stats
 
 _FEWEST_PAIRS = 16
+_NEWEST = 32  # prompts over which the bias is measured: it must be noticed within a few lessons
+_SURE = 2.0  # standard errors from which a bias counts
 
 
 class Scorer(plugins.Options):
@@ -71,6 +75,9 @@ class SurrogateOptions(plugins.Options):
     buffer: int = Field(4096, ge=1, le=10_000_000, description="prompts whose samples are kept to learn from")
     updates: int = Field(20, ge=1, le=100_000, description="optimizer updates per lesson")
     rows: int = Field(16, ge=1, le=4096, description="prompts per optimizer update")
+    recent: int = Field(
+        64, ge=1, le=10_000_000, description="newest prompts, from which half of those of an update are drawn"
+    )
     width: int = Field(64, ge=1, le=8192, description="of the network's hidden layer")
     lr: float = Field(5e-4, gt=0, le=1, description="AdamW's learning rate")
     weight_decay: float = Field(1.0, ge=0, le=100, description="AdamW's")
@@ -106,8 +113,9 @@ class Surrogate(plugins.OnlineReward):
         self.head = Head(self.clip.model.config.projection_dim, chosen.width)
         self._optimizer = torch.optim.AdamW(self.head.parameters(), chosen.lr, weight_decay=chosen.weight_decay)
         self._replay = Replay(chosen.buffer)
-        self._fit = Fit(chosen.updates, chosen.rows, chosen.rank_weight, chosen.noise)
+        self._fit = Fit(chosen.updates, chosen.rows, chosen.recent, chosen.rank_weight, chosen.noise)
         self._lessons, self._pairs, self.pull = 0, list[int](), 0.0
+        self._errors: list[float] = []  # prediction minus value of the newest prompts, each the mean of its images
 
     @classmethod
     def preflight(cls, options: SurrogateOptions) -> None:
@@ -169,6 +177,7 @@ class Surrogate(plugins.OnlineReward):
         values = self._calls.values(images, prompts)
         if self.ready:
             self._pairs = [*self._pairs, *concordance(found, values.reshape(-1, k))][-self.options.window :]
+            self._errors = [*self._errors, *(found - values.reshape(-1, k)).mean(1).tolist()][-_NEWEST:]
         self._replay.add(lesson, features.reshape(-1, k, features.shape[1]), values.reshape(-1, k), prompts[::k])
         texts = self.text_features(self._replay.prompts)
         self.head.set_statistics(self._replay.images.flatten(0, 1), texts, self._replay.values.flatten())
@@ -182,7 +191,16 @@ class Surrogate(plugins.OnlineReward):
         return plugins.Lesson(float(values.mean()), metrics | self._agreement(), warnings)
 
     def _agreement(self) -> dict[str, float]:
-        return {} if not self._pairs else {"rank_correlation": sum(self._pairs) / len(self._pairs)}
+        measured = {} if not self._pairs else {"rank_correlation": sum(self._pairs) / len(self._pairs)}
+        return measured | ({} if not self._errors else {"bias": sum(self._errors) / len(self._errors)})
+
+    def _optimism(self) -> float:
+        """By how much fresh samples are overvalued, in standard deviations within a prompt; 0 if that may be chance.
+
+        The order within prompts cannot tell: a generator that exploits the network moves all of its samples.
+        """
+        bias, within = stats.mean(self._errors), self._replay.within
+        return bias.value / within if within > 0 and bias.t_statistic > _SURE else 0.0
 
     def _set_pull(self, lesson: int) -> tuple[str, ...]:
         """Set how much of the gradient counts; a warning if that pauses or resumes the reward."""
@@ -191,18 +209,23 @@ class Surrogate(plugins.OnlineReward):
             self.pull = 0.0
             return ()
         tau, low, high = sum(self._pairs) / len(self._pairs), self.options.pause_below, self.options.full_above
-        self.pull = min(max((tau - low) / (high - low), 0.0), 1.0)
+        optimism = self._optimism()
+        self.pull = min(max((tau - low) / (high - low), 0.0), 1.0) * max(1.0 - optimism, 0.0)
         first = lesson == self.options.warmup
         if lesson < self.options.warmup or (not first and (before > 0) == (self.pull > 0)) or (first and self.pull > 0):
             return ()
         state = "pulls again" if self.pull else "is paused"
-        return (f"{state}: on fresh samples its rank correlation with {self.options.of.name} is {tau:.2f}",)
+        return (
+            f"{state}: on fresh samples its rank correlation with {self.options.of.name} is {tau:.2f}, and it "
+            f"overvalues them by {optimism:.2f} standard deviations within a prompt",
+        )
 
     def training_state(self) -> dict[str, object]:
         """See :meth:`rlhf_t2i.plugins.OnlineReward.training_state`."""
         return {
             "head": self.head.state_dict(), "optimizer": self._optimizer.state_dict(), "replay": self._replay.state(),
-            "lessons": self._lessons, "pairs": self._pairs, "pull": self.pull, "ready": self.ready,
+            "lessons": self._lessons, "pairs": self._pairs,
+            "errors": self._errors, "pull": self.pull, "ready": self.ready,
         }  # fmt: skip
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
@@ -210,7 +233,7 @@ class Surrogate(plugins.OnlineReward):
         self.head.load_state_dict(state["head"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._replay.load(state["replay"])
-        self._lessons, self._pairs = state["lessons"], list(state["pairs"])
+        self._lessons, self._pairs, self._errors = state["lessons"], list(state["pairs"]), list(state["errors"])
         self.pull, self.ready = state["pull"], state["ready"]
 
     def needs(self, seconds_per_image: float) -> str:

@@ -95,6 +95,11 @@ class Replay:
         self.prompts = [*self.prompts, *prompts][-self.capacity :]
         self.keys = [*self.keys, *(f"{lesson}.{row}" for row in range(len(prompts)))][-self.capacity :]
 
+    @property
+    def within(self) -> float:
+        """The standard deviation of the values within a prompt; 0 if all are equal."""
+        return float((self.values - self.values.mean(1, keepdim=True)).std(unbiased=False))
+
     def state(self) -> dict[str, object]:
         """For a checkpoint."""
         return {"images": self.images, "values": self.values, "prompts": self.prompts, "keys": self.keys}
@@ -111,13 +116,15 @@ class Fit:
 
     Attributes:
         updates: Of the optimizer.
-        rows: Prompts per update.
+        rows: Prompts per update; half of them are drawn from the newest ``recent``, as the generator moves.
+        recent: See above.
         rank_weight: Of the pairwise term beside the regression.
         noise: Standard deviation of noise on scaled image vectors: some hundred samples are soon learned by heart.
     """
 
     updates: int
     rows: int
+    recent: int
     rank_weight: float
     noise: float
 
@@ -134,11 +141,14 @@ class Fit:
             seed: Of rows and noise.
         """
         draw = torch.Generator().manual_seed(seed)
-        inner = float((replay.values - replay.values.mean(1, keepdim=True)).std()) or 1.0
-        scale = float(head.value_std) / inner
+        scale = float(head.value_std) / (replay.within or 1.0)
+        total_rows, half = len(replay.prompts), self.rows // 2
+        newest = max(total_rows - self.recent, 0)
         total = 0.0
         for _ in range(self.updates):
-            rows = torch.randint(len(replay.prompts), (self.rows,), generator=draw).to(texts.device)
+            old = torch.randint(total_rows, (self.rows - half,), generator=draw)
+            new = torch.randint(newest, total_rows, (half,), generator=draw)
+            rows = torch.cat([old, new]).to(texts.device)
             images, values = head.scaled(replay.images[rows]), replay.values[rows]
             noise = torch.randn(images.shape, generator=draw).to(images)
             words = texts[rows].repeat_interleave(images.shape[1], 0)

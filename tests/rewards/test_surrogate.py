@@ -37,13 +37,14 @@ class Redness(Reward):
     uses_prompt = False
     unit = "red"
     calls: list[int] = []  # noqa: RUF012 - of all instances
+    fall = 0.0
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         Redness.calls.append(len(prompts))
         red = (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2)).numpy()  # leaves torch
         if self.options.noise:
             red = [hash_of(image) for image in images]
-        return torch.tensor([self.options.sign * float(value) for value in red])
+        return torch.tensor([self.options.sign * float(value) - self.fall for value in red])
 
 
 def hash_of(image: Tensor) -> float:
@@ -149,16 +150,34 @@ def test_it_pauses_with_a_warning_when_it_cannot_order_fresh_samples(clip_folder
 
 
 def test_the_pull_shrinks_between_the_thresholds_and_returns(clip_folder: str) -> None:
-    reward = build(clip_folder, warmup=1, pause_below=0.0)
+    reward = build(clip_folder, warmup=2, pause_below=0.0)
+    teach(reward, 0, 1)
     reward._pairs = [1] * 13 + [-1] * 12  # 0.04
-    assert reward._set_pull(5) == ("pulls again: on fresh samples its rank correlation with "
-                                   f"{FILE}:Redness is 0.04",)  # fmt: skip
+    (text,) = reward._set_pull(5)
+    assert "pulls again: on fresh samples its rank correlation" in text
+    assert "is 0.04, and it overvalues them by 0.00" in text
     assert reward.pull == pytest.approx(0.4)
     reward._pairs = [1] * 12 + [-1] * 13
     (text,) = reward._set_pull(6)
     assert "is paused" in text
     assert reward._set_pull(7) == ()
     assert reward.pull == 0.0
+
+
+def test_a_generator_that_exploits_it_pauses_it_though_the_order_is_right(taught: Any) -> None:
+    """All fresh samples are worth less than predicted; once it has learned that, it pulls again."""
+    reward, _ = copy.deepcopy(taught)
+    reward.scorer.fall = 0.5
+    fallen = reward.learn(24, *samples(24), seed=24)
+    assert fallen.metrics["rank_correlation"] > 0.6
+    told = [*fallen.warnings]
+    for lesson in range(25, 60):
+        report = reward.learn(lesson, *samples(lesson), seed=lesson)
+        told += report.warnings
+    paused, resumed = told
+    assert "is paused: " in paused
+    assert "pulls again: " in resumed
+    assert report.metrics["pull"] > 0
 
 
 def test_equal_scores_are_no_order(clip_folder: str) -> None:
