@@ -68,7 +68,9 @@ class SurrogateOptions(plugins.Options):
         2, ge=2, le=64, description="images of each: the scorer's budget per update is prompts x images_per_prompt"
     )
     warmup: int = Field(32, ge=1, le=100_000, description="lessons before the first generator update")
-    batch: int | None = Field(None, ge=1, le=4096, description="images per call of the scorer; default: all at once")
+    batch: int | None = Field(
+        None, ge=1, le=4096, description="images that scorer and features see at once; default: all"
+    )
     cache: bool = Field(
         False, description="keep scores in ~/.cache/rlhf-t2i/scores.sqlite, for later runs and for repeated steps"
     )
@@ -172,7 +174,8 @@ class Surrogate(plugins.OnlineReward):
             raise ValueError(f"lesson {lesson} cannot follow {self._lessons} lessons")
         k, asked = self.options.images_per_prompt, self._calls.asked
         with torch.no_grad():
-            features, words = self.clip.image_features(images), self.text_features(prompts)
+            parts = images.split(self.options.batch or len(images))
+            features, words = torch.cat([self.clip.image_features(p) for p in parts]), self.text_features(prompts)
             found = self.head(features, words).reshape(-1, k)
         values = self._calls.values(images, prompts)
         if self.ready:
@@ -204,20 +207,24 @@ class Surrogate(plugins.OnlineReward):
 
     def _set_pull(self, lesson: int) -> tuple[str, ...]:
         """Set how much of the gradient counts; a warning if that pauses or resumes the reward."""
-        before = self.pull
-        if len(self._pairs) < _FEWEST_PAIRS:
-            self.pull = 0.0
-            return ()
-        tau, low, high = sum(self._pairs) / len(self._pairs), self.options.pause_below, self.options.full_above
+        before, (self.pull, reason) = self.pull, self._trust()
+        if lesson == self.options.warmup:  # before the first update; what was before does not matter
+            changed = self.pull == 0
+        else:
+            changed = lesson > self.options.warmup and (before > 0) != (self.pull > 0)
+        return (f"{'pulls again' if self.pull else 'is paused'}: {reason}",) if changed else ()
+
+    def _trust(self) -> tuple[float, str]:
+        """How much of the gradient counts, in [0, 1], and why."""
+        name, pairs = self.options.of.name, self._pairs
+        if len(pairs) < _FEWEST_PAIRS:
+            return 0.0, f"{name} has ordered {len(pairs)} pairs of fresh samples of a prompt, not {_FEWEST_PAIRS}"
+        tau, low, high = sum(pairs) / len(pairs), self.options.pause_below, self.options.full_above
         optimism = self._optimism()
-        self.pull = min(max((tau - low) / (high - low), 0.0), 1.0) * max(1.0 - optimism, 0.0)
-        first = lesson == self.options.warmup
-        if lesson < self.options.warmup or (not first and (before > 0) == (self.pull > 0)) or (first and self.pull > 0):
-            return ()
-        state = "pulls again" if self.pull else "is paused"
-        return (
-            f"{state}: on fresh samples its rank correlation with {self.options.of.name} is {tau:.2f}, and it "
-            f"overvalues them by {optimism:.2f} standard deviations within a prompt",
+        pull = min(max((tau - low) / (high - low), 0.0), 1.0) * max(1.0 - optimism, 0.0)
+        return pull, (
+            f"on fresh samples its rank correlation with {name} is {tau:.2f}, and it overvalues them by {optimism:.2f} "
+            "standard deviations within a prompt"
         )
 
     def training_state(self) -> dict[str, object]:

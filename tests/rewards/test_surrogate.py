@@ -181,11 +181,14 @@ def test_a_generator_that_exploits_it_pauses_it_though_the_order_is_right(taught
 
 
 def test_equal_scores_are_no_order(clip_folder: str) -> None:
-    """A scorer that values every sample alike teaches nothing, and the reward does not pull."""
-    reward = build(clip_folder, scorer={"sign": 0.0})
-    report = teach(reward, 0, 5)
-    assert "rank_correlation" not in report.metrics
-    assert report.metrics["pull"] == 0.0
+    """A scorer that values every sample alike teaches nothing; the reward says so and does not pull."""
+    reward = build(clip_folder, scorer={"sign": 0.0}, warmup=2, updates=2)
+    reports = [reward.learn(lesson, *samples(lesson), seed=lesson) for lesson in range(4)]
+    assert [len(report.warnings) for report in reports] == [0, 0, 1, 0]
+    assert "is paused: " in reports[2].warnings[0]
+    assert "has ordered 0 pairs of fresh samples of a prompt, not 16" in reports[2].warnings[0]
+    assert "rank_correlation" not in reports[3].metrics
+    assert reports[3].metrics["pull"] == 0.0
     assert bool(reward.score(*samples(3)).isfinite().all())
 
 
