@@ -196,3 +196,14 @@ def test_prompts_that_were_trained_on_are_not_called_held_out(run_folder):
     page = write_report(run_folder).read_text("utf-8")
     assert "on held-out prompts" not in page
     assert "training saw these prompts" in page
+
+
+def test_a_reward_that_learns_is_shown_with_its_scorer_and_its_trust():
+    online = {"online/a/true": 0.4, "online/a/pull": 1.0, "online/a/rank_correlation": 0.2}
+    rows = [{"step": n, "reward/a": 0.5, "reward/b": 0.1, **online} for n in range(1, 4)]
+    plots = {plot.title: plot.svg for plot in training_plots.training(rows, {})}
+    assert list(plots) == ["Reward: a", "Trust in the learned a", "Reward: b"]
+    assert "scored, fresh samples" in plots["Reward: a"]
+    assert "scored" not in plots["Reward: b"]
+    assert "gradient that counts" in plots["Trust in the learned a"]
+    assert "rank correlation" in plots["Trust in the learned a"]

@@ -34,7 +34,11 @@ def training(rows: Rows, units: Mapping[str, str]) -> list[Plot]:
     for key in _below(rows, "reward/"):
         name = key.removeprefix("reward/")
         axis = _axis(name, units.get(name, ""))
-        found += _plot(f"Reward: {name}", _REWARD, pick(rows, {key: name}), axis, f"reward-{slug(name)}")
+        learned = any(f"online/{name}/true" in row for row in rows)
+        labels = {key: "predicted", f"online/{name}/true": "scored, fresh samples"} if learned else {key: name}
+        found += _plot(f"Reward: {name}", _REWARD, pick(rows, labels), axis, f"reward-{slug(name)}")
+        trust = {f"online/{name}/{measured}": label for measured, label in _TRUST.items()}
+        found += _plot(f"Trust in the learned {name}", _TRUST_NOTE, pick(rows, trust), "share", f"trust-{slug(name)}")
     for title, note, names, ylabel in _PLOTS:
         keys = [key for name in names for key in (_below(rows, name) if name.endswith("/") else [name])]
         labels = {key: "all" if f"{key}/" in names else _words(key.partition("/")[2] or key) for key in keys}
@@ -112,6 +116,8 @@ def _words(key: str) -> str:
 
 
 _REWARD = "Mean over the step's training images. Judge the gain by the held-out table above, not by this curve."
+_TRUST = {"pull": "gradient that counts", "rank_correlation": "rank correlation"}
+_TRUST_NOTE = "How a prompt's fresh samples are ordered before they are learned, and how much of the gradient counts."
 _PLOTS: list[tuple[str, str, tuple[str, ...], str]] = [
     (
         "Forces on an image",
