@@ -110,6 +110,8 @@ def _of_value(value: object) -> str:
         return str([_of_value(item) for item in value])
     if not isinstance(value, str) or not value:
         return repr(value)
+    if ".py:" in value:  # a plugin inside a plugin's options: what a surrogate learns
+        value = value.rpartition(":")[0]
     try:
         path = files.expanded(value)
         if not path.exists():

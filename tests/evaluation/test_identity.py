@@ -12,6 +12,7 @@ import pytest
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import identity
+from rlhf_t2i.plugins import registry
 from rlhf_t2i.utils import fingerprints
 
 
@@ -53,3 +54,14 @@ def test_what_never_ends_is_not_read(place: str, tmp_path: Path) -> None:
     for read in (fingerprints.of_path, identity._of_value):
         with pytest.raises(UsageError, match="is a pipe or a device: name a file or folder"):
             read(path)
+
+
+def test_the_code_of_a_scorer_inside_a_surrogate_counts(tmp_path: Path) -> None:
+    scorer = tmp_path / "scorer.py"
+    code = "from rlhf_t2i.plugins import Reward\n\nclass Mine(Reward):\n    differentiable = False\n"
+    scorer.write_text(code, "utf-8")
+    options = {"of": {"name": f"{scorer}:Mine"}}
+    before = identity.of_plugin(registry.REWARDS, "surrogate", options)
+    assert identity.of_plugin(registry.REWARDS, "surrogate", options) == before
+    scorer.write_text(code + "    unit = 'points'\n", "utf-8")
+    assert identity.of_plugin(registry.REWARDS, "surrogate", options) != before
