@@ -3,7 +3,8 @@
 ``python benchmarks/black_box.py runs/black_box`` runs every method with every seed, as many at once as there are
 processes, and writes the table and the plot of docs/black_box.md; finished runs are not repeated. All methods make
 ``STEPS`` updates. Both estimates ask the scorer for 16 images per update; the surrogate for 8, and before the first
-update for as many as that saves. The true gradient is one call per image of the batch.
+update for as many as that saves. "surrogate long" has a warm-up of 688 images. The true gradient is one call per image
+of the batch.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from rlhf_t2i.utils import files, jsonl
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo/emoji64"
-STEPS, BATCH, WARMUP = 14, 8, 14
+STEPS, BATCH, WARMUP, LONG = 14, 8, 14, 86
 SURROGATE = 400.0
 """The surrogate's scale. Its gradient is about a fifth of the true one, whose scale is 100: a regression shrinks."""
-METHODS = ("true gradient", "surrogate", "score function", "zeroth order")
+METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "surrogate long")
 CURVE = "curve.jsonl"
 
 
@@ -91,17 +92,24 @@ class Estimate(plugins.LatentReward):
 
 def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
     """The method's recipe, its scorer calls before the first update, and per update."""
+    warmup = LONG if method == "surrogate long" else WARMUP
     pick = {"name": "pickscore", "scale": 100.0, "options": {"model": str(ZOO / "pickscore")}}
     learned = {
-        "prompts": BATCH // 2, "images_per_prompt": 2, "warmup": WARMUP,
+        "prompts": BATCH // 2, "images_per_prompt": 2, "warmup": warmup,
         "features": str(ZOO / "features"), "of": {key: pick[key] for key in ("name", "options")},
     }  # fmt: skip
-    first, each = {"true gradient": (0, BATCH), "surrogate": (WARMUP * BATCH, BATCH)}.get(method, (0, 2 * BATCH))
+    asked = {
+        "true gradient": (0, BATCH),
+        "surrogate": (warmup * BATCH, BATCH),
+        "surrogate long": (warmup * BATCH, BATCH),
+    }
+    first, each = asked.get(method, (0, 2 * BATCH))
     rewards = {
         "true gradient": {**pick, "label": "trained"},
         "surrogate": {"name": "surrogate", "label": "trained", "scale": SURROGATE, "options": learned},
     }
     estimate = {"name": f"{__file__}:Estimate", "label": "trained", "scale": 100.0}
+    rewards["surrogate long"] = rewards["surrogate"]
     reward = rewards.get(method) or {**estimate, "options": {"antithetic": method == "zeroth order"}}
     keys = {
         "seed": seed, "steps": STEPS, "placement": "local",
