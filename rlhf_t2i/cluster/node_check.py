@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -61,7 +60,7 @@ def inspect(address: str, versions: Mapping[str, str], paths: Sequence[str]) -> 
         ray.shutdown()
 
 
-def _problems(nodes: Sequence[dict[str, Any]], versions: Mapping[str, str], paths: Sequence[str]) -> list[str]:
+def _problems(nodes: Sequence[Mapping[str, object]], versions: Mapping[str, str], paths: Sequence[str]) -> list[str]:
     """Ask all nodes at once; those that do not answer are waited for together."""
     task = ray.remote(num_cpus=0, max_retries=0)(answer)
     asked = {
@@ -106,7 +105,7 @@ def _differences(name: str, ours: Mapping[str, str], theirs: Mapping[str, str], 
     return problems
 
 
-def _name(node: Mapping[str, Any]) -> str:
+def _name(node: Mapping[str, object]) -> str:
     host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
     return f"node {address}" if host == address else f"node {address} ({host})"
 
