@@ -33,3 +33,9 @@ def test_the_architecture_page_repeats_each_folders_sentence() -> None:
         first = file.read_text("utf-8").split('"""')[1].splitlines()[0].replace("`", "")
         row = next((line for line in page.splitlines() if line.startswith("|") and f"{file.parent.name}/" in line), "")
         assert row.endswith(f"| {first} |"), f"docs/architecture.md: the row of {file.parent.name}/ should say: {first}"
+
+
+def test_no_module_is_longer_than_400_lines() -> None:
+    files = [*(ROOT / "rlhf_t2i").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
+    assert len(files) > 200
+    assert [str(file) for file in files if len(file.read_text("utf-8").splitlines()) > 400] == []

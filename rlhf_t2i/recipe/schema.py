@@ -272,10 +272,7 @@ class Optimization(Section):
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage of learner and assistant")
     offload_optimizer: bool = Field(False, description="ZeRO-Offload: optimizer states in host memory")
     max_bad_steps: int = Field(
-        3,
-        ge=0,
-        le=1_000_000,
-        description="consecutive updates that may be skipped because their gradient is not finite",
+        3, ge=0, le=1_000_000, description="consecutive updates that may be skipped for a gradient that is not finite"
     )
     gradient_checkpointing: bool | Annotated[list[Checkpointed], Field(min_length=1)] = Field(
         False, description="recompute activations in the backward pass, of all roles or of a list of roles"
@@ -325,9 +322,7 @@ class Placement(Section):
     share_devices: bool = Field(
         False, description="let several groups share a GPU if there are fewer GPUs than processes; small models only"
     )
-    max_restarts: int = Field(
-        3, ge=0, le=1000, description="how often a run that lost a training process restores itself"
-    )
+    max_restarts: int = Field(3, ge=0, le=1000, description="how often a run restores itself after a lost process")
     step_timeout_s: Positive = Field(3600.0, description="seconds after which a call without an answer ends the run")
 
     @model_validator(mode="before")
