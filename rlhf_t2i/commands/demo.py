@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from rlhf_t2i.commands.output import SetOption
+from rlhf_t2i.commands.output import SetOption, given_path
 from rlhf_t2i.commands.run import run_command
 
 
 def demo_command(
     set_: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: runs/quickstart-DATE].")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="DIR", help="The run's folder [default: runs/quickstart-DATE]."),
+    ] = None,
 ) -> None:
     """Train a one-step generator on the shipped small models: a few minutes on two CPU cores.
 

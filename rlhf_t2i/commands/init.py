@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import given_path
+
 
 def init_command(
     reference: Annotated[str, typer.Option(help="The frozen reference: a diffusers folder or a hub id.")],
     prompts: Annotated[str, typer.Option(help="The prompts to train on: any file that docs/recipes.md lists.")],
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The recipe to write.")] = Path("recipe.yaml"),
+    file: Annotated[Path, typer.Argument(parser=given_path, metavar="[FILE]", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
     generator: Annotated[
         str | None, typer.Option(help="The network to align [default: the reference, which is distilled as it trains].")
     ] = None,

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import given_path
+
 
 def push_command(
-    run: Annotated[Path, typer.Argument(help="The run's folder, or its model/ folder.")],
+    run: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="RUN", help="The run's folder, or its model/ folder.")
+    ],
     repository: Annotated[
         str, typer.Argument(metavar="ORG/NAME", help="The repository on the hub; created if absent.")
     ],

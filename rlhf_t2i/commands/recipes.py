@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from rlhf_t2i.commands.output import given_path
+
 recipes_app = typer.Typer(help="List, print and copy the shipped recipes.", invoke_without_command=True)
 Name = Annotated[str, typer.Argument(help="As `recipes` lists it, e.g. quickstart or sd15/sim.")]
 
@@ -40,7 +42,9 @@ def show(name: Name) -> None:
 @recipes_app.command("copy")
 def copy(
     name: Name,
-    destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="A file or a folder.")] = Path(),
+    destination: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="[DEST]", help="A file or a folder.")
+    ] = Path(),
 ) -> None:
     """Copy a recipe to change it; an ablation brings the recipe that it is based on."""
     from rlhf_t2i.tools import starting

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,10 +38,15 @@ class Sending(TorchFunctionMode):
     """Inside, a library's own ``tensor.to(device)`` does not wait where the tensor leaves the CPU; see :func:`send`."""
 
     def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         """Change the one call."""
-        kwargs = dict(kwargs or {})
-        if func is Tensor.to and args[0].device.type == "cpu" and not any(isinstance(arg, bool) for arg in args):
-            kwargs["non_blocking"] = True
-        return func(*args, **kwargs)
+        named = dict(kwargs or {})
+        leaves = func is Tensor.to and isinstance(args[0], Tensor) and args[0].device.type == "cpu"
+        if leaves and not any(isinstance(arg, bool) for arg in args):  # non_blocking by position
+            named["non_blocking"] = True
+        return func(*args, **named)

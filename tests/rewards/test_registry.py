@@ -153,9 +153,11 @@ def test_plugins_do_not_touch_the_distributed_side() -> None:
         "rlhf_t2i.plugins.preprocessing",
         "rlhf_t2i.plugins.consent",
         "rlhf_t2i.families.sources",
+        "rlhf_t2i.utils.device",
         "rlhf_t2i.utils.files",
         "rlhf_t2i.utils.images",
         "rlhf_t2i.utils.quiet",
+        "rlhf_t2i.utils.stats",
     }
     files = sorted((ROOT / "plugins").rglob("*.py"))
     assert len(files) > 10
