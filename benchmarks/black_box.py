@@ -4,7 +4,7 @@
 processes, and writes the table and the plot of docs/black_box.md; finished runs are not repeated. All methods make
 ``STEPS`` updates. Both estimates ask the scorer for 16 images per update; the surrogate for 8, and before the first
 update for as many as that saves. "surrogate long" has a warm-up of 688 images. The true gradient is one call per image
-of the batch.
+of the batch; "no reward" is the divergence alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ZOO = ROOT / "zoo/emoji64"
 STEPS, BATCH, WARMUP, LONG = 14, 8, 14, 86
 SURROGATE = 400.0
 """The surrogate's scale. Its gradient is about a fifth of the true one, whose scale is 100: a regression shrinks."""
-METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "surrogate long")
+METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "surrogate long", "no reward")
 CURVE = "curve.jsonl"
 
 
@@ -99,6 +99,7 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
         "features": str(ZOO / "features"), "of": {key: pick[key] for key in ("name", "options")},
     }  # fmt: skip
     asked = {
+        "no reward": (0, 0),
         "true gradient": (0, BATCH),
         "surrogate": (warmup * BATCH, BATCH),
         "surrogate long": (warmup * BATCH, BATCH),
@@ -116,7 +117,7 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
         "models": {"reference": str(ZOO / "reference"), "generator": str(ZOO / "generator")},
         "data": {"prompts": str(ZOO / "prompts/train.txt"), "held_out": str(ZOO / "prompts/held_out.txt")},
         "algorithm": {
-            "rewards": [reward], "cfg": {"guidance_scale": 3.0},
+            "rewards": [] if method == "no reward" else [reward], "cfg": {"guidance_scale": 3.0},
             "eval_rewards": [
                 {"name": "pickscore", "label": "true", "options": pick["options"]},
                 {"name": "pickscore", "label": "judge", "options": {"model": str(ZOO / "judge")}},
@@ -219,21 +220,21 @@ def _plot(found: dict[tuple[str, int], list[dict[str, object]]], page: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.8), constrained_layout=True)
     for axis, (name, title) in zip(
         axes, (("true", "true reward (PickScore)"), ("judge", "unseen judge"), ("latent_distance", "diversity")),
         strict=True,
     ):  # fmt: skip
         for number, method in enumerate(METHODS):
             curves = [gains(curve, name) for (label, _), curve in found.items() if label == method]
-            if not curves:
+            if not curves or not curves[0][0][-1]:
                 continue
             calls, means = curves[0][0], np.array([change.mean(1) for _, change in curves])
             axis.plot(calls, means.mean(0), color=f"C{number}", label=method)
             axis.fill_between(calls, means.min(0), means.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
         axis.axhline(0, color="gray", linewidth=0.7)
         axis.set(title=title, xlabel="images scored", ylabel="change on held-out prompts")
-    axes[0].legend(frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
     page.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(page, dpi=110)
 
