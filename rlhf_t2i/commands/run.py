@@ -60,7 +60,7 @@ def _summary(folder: Path, kind: str) -> None:
             (f"x {row.ratio:.2f}", "") if row.kind == "diversity" else (f"{row.difference:+.4f}", f"{row.errors:+.1f}")
         )
         table.add_row(f"{row.key} ({row.kind})", f"{row.before:.4f}", f"{row.after:.4f}", *changed)
-    console.print(table)
+    console.print(table if rows else "No table: before and after were not measured on the same prompts.")
     for row in rows:
         console.print(f"- {row.key}: {row.verdict}")
     console.print("\nLook at:")

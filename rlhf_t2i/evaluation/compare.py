@@ -54,9 +54,12 @@ class Comparison:
 
 
 def of_run(out: Path) -> list[Comparison]:
-    """The before/after table of a run's folder: trained rewards, unseen scorers, diversity; [] before both exist."""
+    """The before/after table of a run's folder: trained rewards, unseen scorers, diversity.
+
+    [] before both exist, and where a changed recipe had the second measured on other prompts; the report says so.
+    """
     before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
-    return [] if before is None or after is None else compare(before, after)
+    return [] if before is None or after is None or before.units != after.units else compare(before, after)
 
 
 def compare(before: Results, after: Results) -> list[Comparison]:

@@ -50,10 +50,9 @@ class RunLog:
         self._callback.on_preview(self._out, step)
 
     def evaluated(self, step: int) -> None:
-        """Log the before/after table, which both evaluations have now; none where their prompts differ."""
-        try:
-            rows = compare.of_run(self._out)
-        except ValueError:  # a changed recipe was accepted; the report says it, and a table must not end the run
+        """Log the before/after table."""
+        rows = compare.of_run(self._out)
+        if not rows:
             return
         cells: list[list[str | float]] = [
             [r.key, r.kind, r.before, r.after, r.difference, r.error, r.ratio, r.verdict] for r in rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,14 @@ def test_degenerate_evaluations():
 def test_different_prompts_cannot_be_paired():
     with pytest.raises(ValueError, match="different prompts"):
         compare(evaluation([1.0], ["a"]), evaluation([1.0], ["b"]))
+
+
+def test_a_run_whose_prompts_changed_has_no_table(tmp_path):
+    """After --allow-recipe-change: a traceback at the end of a finished run would hide its model."""
+    for when, prompt in (("before", "a"), ("after", "b")):
+        (tmp_path / "evaluation" / when).mkdir(parents=True)
+        replace(evaluation([1.0], [prompt]), folder=tmp_path / "evaluation" / when).write()
+    assert of_run(tmp_path) == []
 
 
 def test_comparison_of_a_folder(run_folder, tmp_path):
