@@ -29,7 +29,7 @@ def push(run: Path, repository: str, *, private: bool = False) -> str:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    parts = _exports(files.expanded(str(run)))
+    parts = _exports(files.given(run))
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -65,4 +65,11 @@ def _exports(run: Path) -> dict[str | None, Path]:
         link = next((path for path in folder.rglob("*") if path.is_symlink()), None)
         if link is not None:
             raise UsageError(f"{link} is a link, possibly to a file of yours: replace it by the file before uploading")
+        stray = next((path for path in _found(folder) if path not in manifest.covered(folder)), None)
+        if stray is not None:
+            raise UsageError(f"{stray} is not of the run, and an upload is public for good: move it elsewhere first")
     return parts
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

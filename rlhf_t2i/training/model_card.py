@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image
 
 from rlhf_t2i import __version__
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, printable
 from rlhf_t2i.evaluation import results
 from rlhf_t2i.evaluation.compare import Comparison, compare
 from rlhf_t2i.evaluation.results import Results, markdown_table
@@ -125,7 +125,7 @@ def _introduction(recipe: Recipe, store: ModelStore) -> str:
     calls = "one network call" if steps == 1 else f"{steps} network calls"
     return (
         f"# An aligned text-to-image generator\n\nDraws {width} x {height} images in {calls}. Aligned with rlhf-t2i "
-        f"({_PAPERS}): reward {_code(rewards)}, divergence {_code(algorithm.divergence.name)}, reference "
+        f"({_PAPERS}): reward {_code(rewards)}, divergence {_code(_short(algorithm.divergence.name))}, reference "
         f"{_named(sources.parse(store.models.reference))}."
     )
 
@@ -166,11 +166,12 @@ def _snippet(store: ModelStore, prompt: str) -> str:
     if (height, width) != family.native_size():
         call |= {"height": height, "width": width}
     arguments = "".join(f", {name}={value!r}" for name, value in call.items())
+    written = printable(json.dumps(prompt, ensure_ascii=False))  # its escapes are Python's, too
     return (
         "## Draw\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'model = "."  # this folder, or its id on the hub: "org/name"\n'
         "pipe = DiffusionPipeline.from_pretrained(model)\n"
-        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}, num_inference_steps={steps}{arguments}).images[0]\n```"
+        f"image = pipe({written}, num_inference_steps={steps}{arguments}).images[0]\n```"
     )
 
 
@@ -181,7 +182,7 @@ def _training(recipe: Recipe) -> str:
     facts = {
         "generator updates": f"{recipe.steps:,} of {recipe.optimization.batch_size} images",
         "rewards": rewards,
-        "divergence": algorithm.divergence.name,
+        "divergence": _short(algorithm.divergence.name),
         "guidance of the reference": f"{algorithm.cfg.mode}, {algorithm.cfg.guidance_scale:g}",
         "trained": f"{weights}, {recipe.optimization.precision}",
         "learning rate": f"{optimizer.lr:g}",
@@ -231,7 +232,8 @@ def _short(name: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is; control characters, and those that turn the direction of text, are escaped."""
+    text = printable(" ".join(text.split()))
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if "`" in text else ""
-    return f"{fence}{pad}{' '.join(text.split())}{pad}{fence}"
+    return f"{fence}{pad}{text}{pad}{fence}"

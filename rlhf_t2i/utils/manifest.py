@@ -59,6 +59,12 @@ def read(folder: Path) -> JsonObject:
     return content
 
 
+def covered(folder: Path) -> set[Path]:
+    """The files that a folder's manifest names, and the manifest; errors as :func:`read`."""
+    listed = read(folder).get("files")
+    return {folder / NAME, *(folder / name for name in (listed if isinstance(listed, dict) else ()))}
+
+
 def damage(folder: Path, digest: Callable[[Path], str] = files.sha256) -> str | None:
     """Which file is missing or has changed, as a phrase; None when all are as written."""
     if not (folder / NAME).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import re
@@ -26,6 +27,7 @@ from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Models, StudentSettings
 from rlhf_t2i.tools.push import push
 from rlhf_t2i.training import model_card
@@ -87,6 +89,35 @@ def test_nothing_exported_names_a_folder_of_this_machine(finished: Path) -> None
         for file in (finished / part).rglob("*"):
             if file.suffix in (".json", ".md"):
                 assert "/tmp" not in file.read_text("utf-8"), file
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<img src=x onerror=alert(1)>", "a | b", "```\n# head", "`", "[a](http://b)", "a\n---\nlicense: x\n---",
+        "\x1b]0;owned\x07", "\u202egnp.exe", "say \"hi\" \\", "{x} %s $y", "\u2028line",
+    ],
+    ids=range(11),
+)  # fmt: skip
+def test_a_prompt_is_text_in_the_card_whatever_it_holds(prompt: str, tiny_sdxl: Path) -> None:
+    models = Models(reference=str(tiny_sdxl), generator=str(tiny_sdxl))
+    snippet = model_card._snippet(ModelStore(models, StudentSettings(), torch.device("cpu")), prompt)
+    (source,) = re.findall(r"\A## Draw\n\n```python\n(.*)\n```\Z", snippet, re.DOTALL)
+    assert not re.search("^```", source, re.MULTILINE)
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    assert prompt in [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
+    code = model_card._code(prompt)
+    fence = re.match("`+", code)
+    assert fence is not None
+    assert code.endswith(fence[0])
+    assert fence[0] not in code[len(fence[0]) : -len(fence[0])]
+    assert code.isprintable()
+
+
+def test_a_divergence_of_a_file_goes_by_its_file_name() -> None:
+    recipe = reading.build({**RECIPE, "data": {"prompts": "p.txt"}, "models": {"reference": "a/b", "generator": "a/b"},
+                            "algorithm": {"divergence": {"name": "/home/me/secret/mine.py:D"}}})  # fmt: skip
+    assert "| divergence | mine.py:D |" in model_card._training(recipe)
 
 
 def test_a_stated_license_is_found_beside_a_network_and_in_the_cache(
@@ -243,6 +274,11 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(
     with pytest.raises(UsageError, match=r"README\.md has changed"):
         push(finished, "org/name")
     damaged.write_text(text, "utf-8")
+    secret = finished / "adapter/.env"
+    secret.write_text("TOKEN=1", "utf-8")
+    with pytest.raises(UsageError, match=r"adapter/\.env is not of the run"):
+        push(finished, "org/name")
+    secret.unlink()
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UsageError, match="the hub needs a token"):
