@@ -82,14 +82,27 @@ def rows(path: Path, column: str, place: str, *, tabs: bool) -> Iterator[dict[st
             reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")
         else:
             reader = csv.DictReader(lines, strict=True)
+        csv.field_size_limit(_LINE)
         try:
             names = list(reader.fieldnames or ())
-            if column not in names:
-                raise _no_column(path, column, names, place)
+            _check_column(path, column, names, place)
             for row in reader:
+                if None in row:  # the rest of a prompt with a comma that nobody quoted
+                    raise UsageError(
+                        f"{place}{path}, line {reader.line_num}: has {len(names) + len(row[None])} fields, the header "
+                        f"{len(names)}: write a text that holds the delimiter or a quote in double quotes"
+                    )
                 yield {name: _unquoted(value) for name, value in row.items()} if tabs else row
         except csv.Error as error:
-            raise UsageError(f"{place}{path}, line {reader.line_num}: {error}") from None
+            # DictReader's own line_num is that of the last row that it could read.
+            raise UsageError(f"{place}{path}, line {reader.reader.line_num}: {error}") from None
+
+
+def _check_column(path: Path, column: str, names: list[str], place: str) -> None:
+    if column not in names:
+        raise _no_column(path, column, names, place)
+    if names.count(column) > 1:
+        raise UsageError(f"{place}{path} has {names.count(column)} columns {column!r}: rename or remove one")
 
 
 def _no_column(path: Path, column: str, names: list[str], place: str) -> UsageError:
@@ -204,8 +217,7 @@ def _parquet(path: Path, column: str, place: str) -> Iterator[str]:
         try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
-            if column not in names:
-                raise _no_column(path, column, names, place)
+            _check_column(path, column, names, place)
             kind = table.schema_arrow.field(column).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
@@ -239,7 +251,8 @@ def _line(text: io.TextIOWrapper, where: str, number: int) -> str:
     try:
         return text.readline(_LINE)
     except UnicodeDecodeError:
-        raise UsageError(f"{where} is not UTF-8 text after line {number}: save it as UTF-8") from None
+        after = f" after line {number}" if number else ""
+        raise UsageError(f"{where} is not UTF-8 text{after}: save it as UTF-8") from None
 
 
 @contextmanager

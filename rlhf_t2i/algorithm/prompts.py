@@ -84,7 +84,7 @@ def _checked(found: Iterator[str], where: str) -> Iterator[str]:
     """
     number = total = 0
     for raw in found:
-        prompt = raw.strip()
+        prompt = raw.strip().strip("\ufeff").strip()  # the byte order marks of files that were joined
         if not prompt:
             continue
         number += 1

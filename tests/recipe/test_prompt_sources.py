@@ -93,6 +93,12 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
         ("p.json", b"[" * 100_000, "not valid JSON"),
         ("p.json", b'["' + b"a" * 3_000_000, "not valid JSON"),
         ("p.csv", b'n,prompt\n1,a\n1,"open', r"p\.csv, line \d"),
+        ("p.csv", b"prompt\na,b\na cat, red\n", r"p\.csv, line 2: has 2 fields, the header 1"),
+        ("p.tsv", b"n\tprompt\n1\ta\tb\n", r"p\.tsv, line 2: has 3 fields, the header 2"),
+        ("p.csv", b'prompt,n\na,1\n"a" cat,1\n', r"p\.csv, line 3: "),
+        ("p.csv", b"prompt,n,prompt\na,1,b\n", "has 2 columns 'prompt'"),
+        ("p.txt", "a cat".encode("utf-16"), r"p\.txt is not UTF-8 text: save"),
+        ("p.txt.gz", gzip.compress(gzip.compress(b"a cat\n")), "is not UTF-8 text"),
         ("p.txt", b"a" * 3_000_000, "characters"),
         ("p.xlsx", b"PK", "rename or convert it to .txt"),
     ],
@@ -115,6 +121,22 @@ def test_arrays_are_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch:
     (tmp_path / "q.json").write_text("[]")
     with pytest.raises(UsageError, match="no prompts"):
         prompts.read(tmp_path / "q.json")
+
+
+def test_marks_of_joined_files_and_long_columns(tmp_path: Path) -> None:
+    """``cat a.txt b.txt`` leaves the byte order mark of the second file in its first line."""
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat\r\n\ufeffa dog\r\n".encode())
+    assert list(prompts.read(tmp_path / "p.txt")) == ["a cat", "a dog"]
+    (tmp_path / "p.csv").write_text(f'\ufeffprompt,page\r\n"a cat, red",{"x" * 200_000}\r\n', "utf-8")
+    assert list(prompts.read(tmp_path / "p.csv")) == ["a cat, red"]
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(UsageError, match="has 2 columns 'prompt'"):
+        prompts.read(tmp_path / "p.parquet")
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
