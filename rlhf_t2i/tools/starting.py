@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def shipped_recipes() -> list[ShippedRecipe]:
 
 
 def copy_recipe(name: str, destination: Path) -> tuple[str, list[Path], list[str]]:
-    """Copy a shipped recipe, and the recipe that an ablation is based on.
+    """Copy a shipped recipe, the prompt files that ship beside it, and the recipe that an ablation is based on.
 
     Args:
         name: The recipe.
@@ -61,14 +62,16 @@ def copy_recipe(name: str, destination: Path) -> tuple[str, list[Path], list[str
         text = re.sub(rf"^base: {re.escape(base)}", f"base: ./{Path(base).name}", text, count=1, flags=re.MULTILINE)
         copies.append((target.parent / Path(base).name, (path.parent / base).read_text("utf-8")))
     copies.insert(0, (target, text))
+    beside = [file for file in _prompt_files(data) if (path.parent / file).is_file()]
+    copies += [(target.parent / file, (path.parent / file).read_text("utf-8")) for file in beside]
     for file, content in copies:
-        if file.exists() and file.read_bytes() != content.encode():
+        if os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content.encode()):
             raise UsageError(f"{file} exists and is another file: give another DEST")
     if not target.parent.is_dir():
         raise UsageError(f"DEST {target}: the folder {target.parent} does not exist")
     with files.disk_errors(target):
         written = [files.write_atomic(file, content) for file, content in copies]
-    runs = written[1:] if base else written
+    runs = written[1:2] if base else written[:1]
     return _command(data), written, [item for file in runs for item in _missing(file)]
 
 
@@ -77,6 +80,14 @@ def _command(data: JsonObject) -> str:
     if {"base", "rows"} <= data.keys():
         return "ablate"
     return "run" if "models" in data else "eval"
+
+
+def _prompt_files(data: JsonObject) -> Iterator[str]:
+    """The prompt files that a recipe names in its own folder."""
+    section = data.get("data")
+    for name in section.values() if isinstance(section, dict) else ():
+        if isinstance(name, str) and re.fullmatch(r"\./[\w.-]+", name):
+            yield name
 
 
 def _missing(path: Path) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,15 @@ def test_a_copy_is_read_where_it_lands(name: str, tmp_path: Path, monkeypatch: p
     with pytest.raises(UsageError, match="is another file"):
         starting.copy_recipe(name, Path())
     assert written[0].read_text() == "steps: 1\n"
+
+
+@pytest.mark.parametrize("place", ["link", "pipe", "/dev/full"])
+def test_a_copy_replaces_no_link_and_reads_no_device(place: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere.yaml")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="exists and is another file"):
+        starting.copy_recipe("quickstart", tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
 
 
 @pytest.mark.usefixtures("without_emoji64")
