@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -28,4 +29,4 @@ def demo_command(
     folder = out or Path("runs") / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}"
     run_command(shipped.recipe_path("quickstart"), set_, folder)
     typer.echo(f"\nThe run is in {folder}. Draw with it:")
-    typer.echo(f'  rlhf-t2i sample {folder} --prompt "owl, on a blue background" -o owl.png')
+    typer.echo(f'  rlhf-t2i sample {shlex.quote(str(folder))} --prompt "owl, on a blue background" -o owl.png')

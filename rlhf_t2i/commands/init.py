@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -38,5 +39,5 @@ def init_command(
     first_recipe.write(file, wanted)
     typer.echo(f"wrote {file}")
     typer.echo("Next, what it needs and how long it takes, and the run:")
-    typer.echo(f"  rlhf-t2i plan {file} --device h100")
-    typer.echo(f"  rlhf-t2i run {file}")
+    typer.echo(f"  rlhf-t2i plan {shlex.quote(str(file))} --device h100")
+    typer.echo(f"  rlhf-t2i run {shlex.quote(str(file))}")

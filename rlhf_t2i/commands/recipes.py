@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -54,4 +55,4 @@ def copy(
         typer.echo(f"wrote {path}")
     for sentence in missing:
         typer.echo(f"Before it runs: {sentence}")
-    typer.echo(f"Next: rlhf-t2i {command} {written[0]}")
+    typer.echo(f"Next: rlhf-t2i {command} {shlex.quote(str(written[0]))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -82,9 +83,9 @@ def new(
         scaffold = scaffold_of(model, label)
     folder = write_package(name, directory, scaffold)
     typer.echo(f"Wrote {folder}. Next:")
-    typer.echo(f"  pip install -e '{folder}[dev]'")
+    typer.echo(f"  pip install -e {shlex.quote(f'{folder}[dev]')}")
     typer.echo(f"  rlhf-t2i rewards check {name}")
-    typer.echo(f"  python -m pytest {folder}")
+    typer.echo(f"  python -m pytest {shlex.quote(str(folder))}")
 
 
 def parse_options(pairs: list[str]) -> JsonObject:

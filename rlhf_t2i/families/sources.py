@@ -59,8 +59,10 @@ def parse(text: str) -> ModelRef:
             file of it, ``org/name/weights.bin@revision``, or a shipped model, ``emoji64:reference``.
 
     Raises:
-        UsageError: The path does not exist, or the text is neither.
+        UsageError: The path does not exist, or the text is neither, or empty.
     """
+    if not text.strip():
+        raise UsageError("the name of a model is empty: is a variable not set? (the working folder is .)")
     text = shipped.resolve(text)
     path = files.expanded(text)
     if text.startswith(("/", "./", "../", "~")) or path.exists():

@@ -10,6 +10,7 @@ from string import Template
 from typing import Literal
 
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.utils import files
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def write_package(name: str, parent: Path, scaffold: Scaffold = _OWN) -> Path:
     """Write the package ``parent/rlhf-t2i-NAME`` and return its folder.
 
     Raises:
-        UsageError: The name is not a Python name in lower case, or the folder exists.
+        UsageError: The name is not a Python name in lower case, or the folder exists, or ``parent`` is a file.
+        RunError: It could not be written; nothing of it is left.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,49}", name):
         raise UsageError(f"{name!r} is not a name for a reward: lower-case letters, digits and _, e.g. my_reward")
@@ -48,19 +50,22 @@ def write_package(name: str, parent: Path, scaffold: Scaffold = _OWN) -> Path:
     folder = parent / package
     if folder.exists():
         raise UsageError(f"{folder} exists already: choose another name or another --dir")
+    if parent.exists() and not parent.is_dir():
+        raise UsageError(f"--dir {parent} is a file: name a folder")
     # The prefix keeps the import name from hiding another module (a reward called "random", say).
     module = f"rlhf_t2i_{name}"
     camel = "".join(part.capitalize() for part in name.split("_"))
     words = {"name": name, "package": package, "module": module, "cls": camel, "options": f"{camel}Options"}
     words |= {"example": scaffold.example, **scaffold.words}
-    for template, place in (
-        (f"reward_{scaffold.reward}.py.in", f"{module}/__init__.py"),
-        (scaffold.test, f"tests/test_{name}.py"),
-        ("README.md.in", "README.md"),
-        ("pyproject.toml.in", "pyproject.toml"),
-    ):
-        text = (Path(__file__).parent / "template" / template).read_text("utf-8")
-        target = folder / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(Template(text).substitute(words), "utf-8")
+    with files.atomic_dir(folder) as aside:
+        for template, place in (
+            (f"reward_{scaffold.reward}.py.in", f"{module}/__init__.py"),
+            (scaffold.test, f"tests/test_{name}.py"),
+            ("README.md.in", "README.md"),
+            ("pyproject.toml.in", "pyproject.toml"),
+        ):
+            text = (Path(__file__).parent / "template" / template).read_text("utf-8")
+            target = aside / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(Template(text).substitute(words), "utf-8")
     return folder

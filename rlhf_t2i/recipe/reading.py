@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.recipe import mistakes, shipped
 from rlhf_t2i.recipe.mistakes import KeyPath
-from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.recipe.schema import Models, Recipe
 from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import Json, JsonObject
 
@@ -177,6 +177,18 @@ def build(
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that :func:`load` reads back."""
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def models(place: str, **values: object) -> Models:
+    """The section ``models`` of values that are not in a recipe.
+
+    Raises:
+        UsageError: A value is wrong; ``place`` says whose it is.
+    """
+    try:
+        return Models.model_validate(values)
+    except ValidationError as error:
+        raise mistakes.explain(error, Models, values, place) from None
 
 
 def quoted(text: str) -> str:

@@ -26,7 +26,8 @@ from rlhf_t2i.families.base import Conditioning, Family
 from rlhf_t2i.families.export import write_model
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import ModelStore
-from rlhf_t2i.recipe.schema import Models, StudentSettings
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import StudentSettings
 from rlhf_t2i.tools.findings import CheckFailed, CheckSkipped, Finding, run_checks
 from rlhf_t2i.utils.quiet import quietly
 
@@ -54,8 +55,8 @@ def check_family(
     Raises:
         UsageError: The model is of no known family, or damaged.
     """
-    checker = _Checker(ModelStore(Models(reference=model, generator=model, height=height, width=width),
-                                  StudentSettings(), device))  # fmt: skip
+    models = reading.models("MODEL", reference=model, generator=model, height=height, width=width)
+    checker = _Checker(ModelStore(models, StudentSettings(), device))
     checker.store.check()
     checks: list[tuple[str, Callable[[], str]]] = [
         ("family", checker.family),

@@ -16,7 +16,7 @@ from rlhf_t2i.families.export import StudentFile
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.recipe import placement, reading
-from rlhf_t2i.recipe.schema import Guidance, Models, StudentSettings
+from rlhf_t2i.recipe.schema import Guidance, StudentSettings
 from rlhf_t2i.utils import files
 
 _RELATIVE = ("/", "./", "../", "~")
@@ -88,6 +88,9 @@ def write(file: Path, wanted: Wanted) -> None:
     Raises:
         UsageError: A model, reward or prompt file is wrong, or ``file`` exists.
     """
+    empty = next((key for key in ("reference", "generator", "prompts", "held_out") if getattr(wanted, key) == ""), None)
+    if empty is not None:
+        raise UsageError(f"--{empty.replace('_', '-')} is empty: is a variable not set?")
     if os.path.lexists(file):
         raise UsageError(f"{file} exists: name another FILE")
     if not file.parent.is_dir():
@@ -99,6 +102,8 @@ def write(file: Path, wanted: Wanted) -> None:
             aside.write_text(text, "utf-8")
             _check(aside)
             aside.replace(file)
+        except UsageError as error:
+            raise UsageError(str(error).replace(aside.name, file.name)) from None
         finally:
             aside.unlink(missing_ok=True)
 
@@ -118,7 +123,7 @@ def _check(file: Path) -> None:
 
 def _lines(wanted: Wanted, folder: Path) -> Iterator[str]:
     generator = wanted.generator or wanted.reference
-    models = Models(reference=_absolute(wanted.reference), generator=_absolute(generator))
+    models = reading.models("init", reference=_absolute(wanted.reference), generator=_absolute(generator))
     student = _student(generator, wanted.steps)
     store = ModelStore(models, student, torch.device("cpu"))
     count = sum(weight.numel() for weight in store.family.build_network().parameters())

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
 
 _ASIDE, _OLD = ".writing-", ".writing-old-"
+_LONGEST = 240  # bytes of a new name: what is written aside has a longer one, and systems take 255
 _FULL = 2**16  # free bytes of a disk that counts as full
 LOCK = ".lock"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -27,23 +28,40 @@ def expanded(path: str) -> Path:
     """A path with ``~`` or ``~user`` replaced by the home folder.
 
     Raises:
-        UsageError: There is no such user.
+        UsageError: There is no such user, or no file can have that path: a name that is too long, a loop of links, a
+            zero byte, or below a folder that must not be entered.
     """
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return found
     except RuntimeError:
-        raise UsageError(f"no such file or folder: {path} (no user has that home folder)") from None
+        why = "no user has that home folder"
+    except OSError as error:
+        why = error.strerror or "the system refuses it"
+    except ValueError:
+        why = "it holds a zero byte"
+    else:
+        return found
+    raise UsageError(f"no such file or folder: {path[:200]} ({why})")
 
 
 def given(path: str | Path) -> Path:
     """A path on the command line or of a Python function. A shell leaves the ``~`` of ``--out=~/x`` as it is.
 
     Raises:
-        UsageError: Empty, as of a variable that is not set, or ``~user`` names nobody.
+        UsageError: Empty, as of a variable that is not set; ``-``, since no command reads or writes a stream; or not a
+            path that a file can have.
     """
     if not str(path):
         raise UsageError("the path of a file or folder is empty: is a variable not set? (the working folder is .)")
-    return expanded(str(path))
+    if str(path) == "-":
+        raise UsageError("'-' is not taken for standard input or output here: name a file (./- is one)")
+    found = expanded(str(path))
+    if len(os.fsencode(found.name)) > _LONGEST and not found.exists():
+        raise UsageError(f"{found.name[:40]}... has a name of over {_LONGEST} bytes: choose a shorter one")
+    return found
 
 
 def absolute(path: str | Path, folder: Path | None = None) -> Path:
@@ -162,6 +180,7 @@ def _was_removed(error: OSError, path: Path) -> bool:
 
 def not_written(path: Path, why: str | None) -> RunError:
     """The error for a file or folder that could not be written."""
+    path = path.with_name(path.name.removeprefix(_ASIDE))  # the user knows the name that it was to get
     return RunError(f"{path} could not be written: {why}; what was written before is intact")
 
 

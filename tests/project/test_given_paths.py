@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import click
 import pytest
 import typer
 
@@ -40,7 +41,12 @@ def test_a_home_folder_is_found_and_an_empty_text_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     assert given_path("~/runs") == tmp_path / "runs"
     assert given_path(Path("a/b")) == Path("a/b")
-    for text, sentence in (("", "is empty: is a variable not set"), ("~nobody9/x", "no user has that home folder")):
+    (tmp_path / "loop").symlink_to("loop")
+    for text, sentence in (
+        ("", "is empty: is a variable not set"), ("~nobody9/x", "no user has that home folder"), ("-", "name a file"),
+        ("x" * 300, "File name too long"), ("x" * 250, "over 240 bytes"), ("é" * 125, "over 240 bytes"),
+        (f"{tmp_path}/loop/x", "symbolic links"), ("a\0b", "zero byte"),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
             given_path(text)
     (tmp_path / "recipe.yaml").write_text("steps: 1\n", "utf-8")
@@ -50,6 +56,31 @@ def test_a_home_folder_is_found_and_an_empty_text_refused(monkeypatch: pytest.Mo
     ):
         with pytest.raises(UsageError, match="is empty"):
             call()
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "loop", "a\0b"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "MODEL", "--prompt", "a"), ("eval", "MODEL", "--prompts", "p.txt"), ("push", "MODEL", "a/b"),
+        ("families", "check", "MODEL"), ("rewards", "new", "mine", "--model", "MODEL"),
+        ("rewards", "new", "mine", "--dir", "MODEL"), ("recipes", "copy", "quickstart", "MODEL"),
+        ("init", "--reference", "MODEL", "--prompts", "p.txt"), ("demo", "--out", "MODEL"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_path_that_no_file_can_have_is_one_sentence(
+    command: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also as a model's name, in every command that takes one (cases G.9)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a cat\n", "utf-8")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(
+        (UsageError, click.UsageError), match=r"too long|symbolic links|zero byte|null byte|control characters"
+    ):
+        app([text if word == "MODEL" else word for word in command], standalone_mode=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "p.txt"]
 
 
 def test_the_evaluation_of_the_folder_above_stays_out_of_the_working_folder(

@@ -31,23 +31,23 @@ def wanted(reference: str, **changes: object) -> Wanted:
 
 def test_of_the_small_models(folder: Path) -> None:
     arguments = [
-        "init", "sub/mine.yaml", "--reference", "emoji64:reference", "--generator", "emoji64:generator",
+        "init", "sub/my first.yaml", "--reference", "emoji64:reference", "--generator", "emoji64:generator",
         "--reward", "pickscore=emoji64:pickscore", "--prompts", "my prompts.txt",
         "--held-out", "emoji64:prompts/held_out.txt",
     ]  # fmt: skip
     (folder / "sub").mkdir()
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
-    assert "rlhf-t2i run sub/mine.yaml" in shown.stdout
-    text = (folder / "sub/mine.yaml").read_text("utf-8")
+    assert "rlhf-t2i run 'sub/my first.yaml'" in shown.stdout
+    text = (folder / "sub/my first.yaml").read_text("utf-8")
     assert "prompts: ../my prompts.txt" in text  # relative to the recipe, not to where the command ran
-    recipe = reading.load(folder / "sub/mine.yaml")
+    recipe = reading.load(folder / "sub/my first.yaml")
     assert recipe.data.prompts == str(folder / "my prompts.txt")
     assert recipe.models.generator.endswith("emoji64/generator")
     assert recipe.algorithm.rewards[0].scale == 100  # the paper's, for a cosine
     assert recipe.optimization.precision == "fp32"  # 6 M parameters
     assert text.count("#") > 15
-    assert [path.name for path in (folder / "sub").iterdir()] == ["mine.yaml"]
+    assert [path.name for path in (folder / "sub").iterdir()] == ["my first.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,11 @@ def test_the_steps_of_an_exported_generator(folder: Path, tiny_sdxl: Path) -> No
         ({"rewards": ("http=x",)}, "http"),
         ({"prompts": "none.txt"}, "no such prompt file"),
         ({"held_out": "none.txt"}, "no such prompt file"),
+        ({"reference": ""}, "--reference is empty"),
+        ({"reference": "org/\x1b[2Jname"}, "reference: must hold no control characters"),
+        ({"generator": ""}, "--generator is empty"),
+        ({"held_out": ""}, "--held-out is empty"),
+        ({"rewards": ("clip", "clip")}, r"^r\.yaml, line \d+: .*two rewards are called 'clip'"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_no_file(changes: dict[str, object], words: str, folder: Path) -> None:
