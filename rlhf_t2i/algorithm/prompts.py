@@ -94,14 +94,23 @@ def _checked(found: Iterator[str], where: str) -> Iterator[str]:
                 f"{where} holds a prompt of {len(prompt):,} characters ({prompt[:40]!r}...), over {_MAX_PROMPT:,}: "
                 "is it one prompt per line?"
             )
-        if _NO_TEXT.search(prompt):
-            raise UsageError(
-                f"{where}, prompt {number}: {prompt[:40]!r} holds a zero character or half a surrogate pair, "
-                "which no tokenizer reads: remove it"
-            )
+        check_text(prompt, f"{where}, prompt {number}")
         if total > _MAX_TOTAL:
             raise UsageError(f"{where} holds over {_MAX_TOTAL:,} characters of prompts: is it the right file?")
         yield prompt
+
+
+def check_text(prompt: str, where: str) -> None:
+    """Refuse a prompt that no tokenizer reads; bytes of the command line that are no UTF-8 are such text.
+
+    Raises:
+        UsageError: It holds a zero character or half a surrogate pair.
+    """
+    if _NO_TEXT.search(prompt):
+        raise UsageError(
+            f"{where}: {prompt[:40]!r} holds a zero character or half a surrogate pair, which no tokenizer reads: "
+            "remove it"
+        )
 
 
 class PromptStream:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
+from rlhf_t2i.algorithm.prompts import check_text
 from rlhf_t2i.algorithm.student import Noise, keyed_noise
 from rlhf_t2i.errors import RunError, UsageError, first_line
 from rlhf_t2i.evaluation.settings import Drawing
@@ -69,12 +70,14 @@ class ImageModel(ABC):
             seed: From 0 to 2^62.
 
         Raises:
-            UsageError: No such seed, or prompts that are no strings.
+            UsageError: No such seed, or prompts that are no strings or that no tokenizer reads.
             RunError: An image is not finite.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UsageError("prompts are a string, or a list of strings")
+        for number, prompt in enumerate(prompts, 1):
+            check_text(prompt, f"prompt {number}")
         if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise UsageError(f"no such seed: {seed}; seeds are whole numbers from 0 to 2^62")
         # One at a time, as the pipeline call that it must equal: a batch may round differently in the last bit.

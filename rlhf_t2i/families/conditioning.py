@@ -169,14 +169,7 @@ class PromptFamily(Family):
                 f"{self.reference.location}/{part} has {len(tokenizer)} tokens but the text encoder knows "
                 f"{config.vocab_size}: the tokenizer's files are missing or foreign"
             )
-        own = tokenizer.model_max_length
-        if isinstance(own, bool) or not isinstance(own, int | float) or own < 1:
-            raise UsageError(
-                f"{self.reference.location}/{part}: model_max_length is {sources.printable(own)}, not a positive number"
-            )
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+        limit_length(f"{self.reference.location}/{part}", tokenizer, encoder)
         return tokenizer
 
     def text_encoder(self, part: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -191,3 +184,22 @@ class PromptFamily(Family):
                 cls(cls.config_class(**sources.read_json(self.reference, f"{part}/config.json")))
                 for part, cls in classes.items()
             )
+
+
+def limit_length(place: str, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel) -> None:
+    """Cut a tokenizer's longest prompt to what its text encoder reads; one that states none has 1e30.
+
+    Args:
+        place: The tokenizer's folder, for the error message.
+        tokenizer: Its ``model_max_length`` is set.
+        encoder: The text encoder; one without ``max_position_embeddings`` sets no limit.
+
+    Raises:
+        UsageError: The tokenizer's length is no positive number.
+    """
+    own = tokenizer.model_max_length
+    if isinstance(own, bool) or not isinstance(own, int | float) or own < 1:
+        raise UsageError(f"{place}: model_max_length is {sources.printable(own)}, not a positive number")
+    longest = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None:
+        tokenizer.model_max_length = min(own, longest)

@@ -19,7 +19,7 @@ from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import decoders, snapshot, sources, weights
 from rlhf_t2i.families.base import Config, Decoder
-from rlhf_t2i.families.conditioning import PromptFamily
+from rlhf_t2i.families.conditioning import PromptFamily, limit_length
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.utils import files, fingerprints
 
@@ -289,6 +289,10 @@ class PipelineFamily(PromptFamily):
             pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **absent, **source.kwargs)
         except Exception as error:
             raise UsageError(f"{source.location} cannot be loaded: {first_line(error)}") from error
+        for part, tokenizer in pipeline.components.items():
+            encoder = pipeline.components.get(part.replace("tokenizer", "text_encoder"))
+            if part.startswith("tokenizer") and tokenizer is not None and encoder is not None:
+                limit_length(f"{source.location}/{part}", tokenizer, encoder)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

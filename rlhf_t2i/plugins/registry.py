@@ -74,7 +74,21 @@ def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
     base = Reward if group == REWARDS else Divergence
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise UsageError(f"{kind} {name!r} is not a subclass of rlhf_t2i.plugins.{base.__name__}")
+    if issubclass(cls, Reward):
+        _check_declarations(cls, name)
     return cls
+
+
+def _check_declarations(cls: type[Reward], name: str) -> None:
+    """Refuse class attributes of another type: ``requires = "cv2"`` would be three packages, c, v and 2."""
+    words = {key: getattr(cls, key) for key in ("requires", "pip")}
+    for key, value in words.items():
+        if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
+            raise UsageError(f"reward {name!r}: {key} must be a tuple of texts, as in {key} = ('name',)")
+    ends = cls.value_range
+    numbers = isinstance(ends, tuple | list) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    if not numbers or not ends[0] < ends[1]:
+        raise UsageError(f"reward {name!r}: value_range must be two numbers, the smaller first, as in (0.0, 1.0)")
 
 
 def _from_entry_point(group: str, name: str, kind: str) -> object:

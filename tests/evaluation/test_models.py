@@ -156,6 +156,28 @@ def test_a_pipeline_of_several_dtypes_is_drawn(tiny_sdxl: Path, tmp_path: Path) 
     assert np.abs(np.asarray(whole).astype(int) - np.asarray(mixed).astype(int)).max() < 13
 
 
+@pytest.mark.parametrize("prompt", ["caf\udce9", "a\0b"])
+def test_a_prompt_that_no_tokenizer_reads_is_one_sentence(prompt: str, tiny_sdxl: Path) -> None:
+    """A terminal that is not in UTF-8 hands such text to ``sample``."""
+    with pytest.raises(UsageError, match=r"^prompt 2: .* which no tokenizer reads"):
+        load(Drawing(model=str(tiny_sdxl), student=StudentSettings())).sample(["a cat", prompt])
+
+
+@pytest.mark.parametrize(("length", "works"), [(0, False), (-5, False), ("x", False), (10**30, True)])
+def test_a_tokenizer_of_a_many_step_model_has_a_length(
+    length: object, works: bool, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    config = folder / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"model_max_length": length}), "utf-8")
+    model = load(Drawing(model=str(folder), steps=1))
+    if works:
+        assert len(model.sample("a cat " * 100)) == 1
+        return
+    with pytest.raises(UsageError, match=r"model/tokenizer: model_max_length is .*, not a positive number"):
+        model.sample("a cat")
+
+
 @pytest.mark.parametrize("seed", [-1, MAX_SEED + 1, 2**64])
 def test_a_seed_out_of_range_is_one_sentence(seed: int, tiny_sdxl: Path) -> None:
     with pytest.raises(UsageError, match="no such seed"):

@@ -112,3 +112,51 @@ class Latents(LatentReward):
 
     def score_latents(self, latents, prompts, context):
         return latents[:, 7].mean((1, 2))  # here
+
+
+class RequiresText(Reward):
+    requires = "cv2"
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class RangeBackwards(Reward):
+    value_range = (1, 0)
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class RangeOfOne(Reward):
+    value_range = 5
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class Unbatched(Reward):
+    """Returns what a metric for one picture returns."""
+
+    def score(self, images, prompts):
+        return [float(image.mean()) for image in images]
+
+
+class Late(Reward):
+    async def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+class Exhausted(Reward):
+    def score(self, images, prompts):
+        return self.score(images, prompts)  # here
+
+
+class Foreign(Reward):
+    def score(self, images, prompts):
+        raise GeneratorExit  # here
+
+
+class Column(Reward):
+    def score(self, images, prompts):
+        return images.mean((2, 3))[:, :1]

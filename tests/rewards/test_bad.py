@@ -45,6 +45,11 @@ def findings(cls: str) -> list[Finding]:
         ("InPlace", "input unchanged", "score writes into its images"),
         ("Exits", "shape", "called sys.exit(None)"),
         ("Latents", "shape", "IndexError: index 7 is out of bounds"),
+        ("Unbatched", "shape", "score returned a list, not a tensor [3]"),
+        ("Late", "shape", "score returned a coroutine, not a tensor [3]"),
+        ("Column", "shape", "score returned shape [3, 1], not a tensor [3]"),
+        ("Exhausted", "shape", "RecursionError"),
+        ("Foreign", "shape", "GeneratorExit"),
     ],
 )
 def test_one_mistake_is_one_row(cls: str, row: str, words: str) -> None:
@@ -74,6 +79,9 @@ def test_one_mistake_is_one_row(cls: str, row: str, words: str) -> None:
         ("NeedsPackage", "needs a_package_that_is_not_there, which is not installed"),
         ("ExitsWhenBuilt", "called sys.exit(0)"),
         ("OptionsRaise", "OSError: the disk is gone"),
+        ("RequiresText", "requires must be a tuple of texts"),
+        ("RangeBackwards", "value_range must be two numbers, the smaller first"),
+        ("RangeOfOne", "value_range must be two numbers, the smaller first"),
     ],
 )
 def test_a_reward_that_cannot_be_built_is_one_sentence(cls: str, words: str) -> None:
