@@ -110,7 +110,7 @@ def build(folder: Path, sizes: Sizes, device: str, dtype: torch.dtype) -> dict[s
         "models.height": sizes.resolution,
         "models.width": sizes.resolution,
         "data.prompts": str(prompts),
-        "data.held_out": str(prompts),
+        "data.held_out": None,
         "algorithm.rewards": [
             {"name": "pickscore", "scale": 100.0, "options": {"model": str(clip), "unit": "cosine"}, "micro_batch": 1}
         ],

@@ -110,9 +110,9 @@ def find(out: Path) -> tuple[Path | None, TrainState, list[str]]:
     files.recover(out / "checkpoints")
     for folder in _newest_first(out):
         try:
-            return folder, _verified(folder), warnings
+            return folder, _verified(folder), [f"{warning}; using an older one" for warning in warnings]
         except ValueError as damage:
-            warnings.append(f"checkpoint {folder.name} is damaged ({damage}); using an older one")
+            warnings.append(f"checkpoint {folder.name} is damaged ({damage})")
     if not warnings:
         return None, TrainState(), []
     raise UsageError(f"--resume: {out} holds no whole checkpoint; " + "; ".join(warnings))

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation import identity
 from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.mistakes import shown
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import provenance
 from rlhf_t2i.utils import files
@@ -109,7 +110,7 @@ class RunFolder:
     def _changes(self, recipe: Recipe) -> list[str]:
         changed = _differences(reading.load(self.recipe).model_dump(), recipe.model_dump())
         before, now = read_json(self.inputs), _inputs(recipe)
-        if not before:
+        if not all(isinstance(before.get(key), dict) for key in now):
             return [*changed, f"{self.inputs.name} (missing or damaged)"]
         changed += [key for key, digest in now["content"].items() if before["content"].get(key, digest) != digest]
         return changed + _differences(before["versions"], now["versions"], _VERSIONS)
@@ -160,4 +161,7 @@ def _differences(old: object, new: object, name: str = "") -> list[str]:
         for key in {**old, **new}:
             found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
         return found
-    return [] if old == new else [f"{name} ({old} -> {new})"]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [found for index, pair in pairs for found in _differences(*pair, f"{name}.{index}")]
+    return [] if old == new else [f"{name} ({shown(str(old))} -> {shown(str(new))})"]

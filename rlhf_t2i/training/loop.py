@@ -13,7 +13,7 @@ import torch
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import ProcessLost, RunError, Stopped
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped, UsageError
 from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
@@ -48,11 +48,19 @@ class RunPrompts:
         """The prompts that a recipe names.
 
         Raises:
-            UsageError: A file is missing or malformed.
+            UsageError: A file is missing or malformed, or a held-out prompt is trained on: tables, reports and model
+                cards call them unseen.
         """
         data, revisions = recipe.data, recipe.revisions
         train = prompts.read(data.prompts, data.column, revisions=revisions)
-        held_out = prompts.read(data.held_out, data.column, revisions=revisions) if data.held_out else train
+        if not data.held_out:
+            return cls(train, train)
+        held_out = prompts.read(data.held_out, data.column, revisions=revisions)
+        if seen := set(held_out).intersection(train):
+            raise UsageError(
+                f"data.held_out: {len(seen):,} of its prompts are in data.prompts, too (such as {min(seen)[:60]!r}): "
+                "remove them from one of the files, or leave data.held_out out"
+            )
         return cls(train, held_out)
 
 
