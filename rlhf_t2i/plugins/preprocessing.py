@@ -172,7 +172,11 @@ def _with_defaults(config: Mapping[str, object]) -> _Processor:
     defaults = _DEFAULTS.get(named[1]) if named else None
     if defaults is None:
         raise ValueError(f"the image processor {kind!r} is not supported: use one of {', '.join(_DEFAULTS)}")
-    return cast(_Processor, {**defaults, **{key: value for key, value in config.items() if value is not None}})
+    chosen = {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if not isinstance(chosen[key], bool):  # of "no" every library makes a yes
+            raise ValueError(f"the image processor's {key} {chosen[key]!r} is neither true nor false")
+    return cast(_Processor, chosen)
 
 
 def _statistics(config: _Processor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -184,6 +188,8 @@ def _statistics(config: _Processor) -> tuple[tuple[float, ...], tuple[float, ...
     for name, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise ValueError(f"the image processor's {name} {values!r} is not three numbers")
+    if not all(float(value) > 0 for value in std):
+        raise ValueError(f"the image processor's image_std {std!r} is not positive")
     return tuple(float(value) / factor for value in mean), tuple(float(value) / factor for value in std)
 
 

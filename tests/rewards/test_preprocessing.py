@@ -129,6 +129,10 @@ def test_a_vit_processor_is_the_installed_one() -> None:
         ({"image_processor_type": "Mask2FormerImageProcessor"}, "'Mask2FormerImageProcessor' is not supported"),
         ({"image_mean": 0.5}, "image_mean 0.5 is not three numbers"),
         ({"rescale_factor": 0}, "rescale_factor 0 is not positive"),
+        ({"image_std": [0.3, 0.0, 0.3]}, r"image_std \[0.3, 0.0, 0.3\] is not positive"),
+        ({"image_std": [float("nan")] * 3}, "is not positive"),
+        ({"do_normalize": "no"}, "do_normalize 'no' is neither true nor false"),
+        ({"do_resize": 0}, "do_resize 0 is neither true nor false"),
     ],
 )
 def test_what_a_processor_does_beyond_is_refused(config: dict[str, object], words: str) -> None:
