@@ -42,7 +42,7 @@ takes `c` or `c_rel`, `l2` takes `alpha` ([algorithm.md](algorithm.md)).
 | `.txt` | one prompt per line |
 | `.jsonl` | one JSON object per line, with the key `data.column` (`prompt`) |
 | `.json` | an array of strings, or of such objects |
-| `.csv`, `.tsv` | a table with a header and the column `data.column`; a tsv has no quoting |
+| `.csv`, `.tsv` | a table with a header and the column `data.column`; a csv quotes commas, a tsv nothing |
 | `.parquet` | a table with the column `data.column`, of strings (`pip install 'rlhf-t2i[parquet]'`) |
 | one of these and `.gz` | the same, packed |
 | a folder | such files in it and below, in the order of their names; hidden ones are left out |

@@ -124,7 +124,7 @@ class Data(Section):
     column: Name = Field("prompt", description="the JSON key or the table column that holds the prompt")
     held_out: PathOrId | None = Field(
         None,
-        description="prompts that are not trained on, for previews and the before/after table; default: data.prompts",
+        description="prompts that data.prompts does not hold, for previews and the before/after table; default: those",
     )
 
 
