@@ -366,12 +366,19 @@ def resolve_paths(value: Json, folder: Path, key: KeyPath = ()) -> Json:
         return inside
     prefix = _PREFIX.match(value)
     if prefix is not None:
-        return f"{prefix[0]}{files.absolute(value.removeprefix(prefix[0]), folder)}"
+        return f"{prefix[0]}{_absolute(value.removeprefix(prefix[0]), folder, key)}"
     explicit = value.startswith(_RELATIVE)
     file = key in (("data", "prompts"), ("data", "held_out"), ("models", "embeddings")) and not value.startswith(
         "hf://"
     )
     model = key[:1] == ("models",) or key[-1:] == ("model",)
     if explicit or file or (model and (value.startswith("~") or os.path.exists(folder / value))):  # noqa: PTH110
-        return str(files.absolute(value, folder))
+        return _absolute(value, folder, key)
     return value
+
+
+def _absolute(path: str, folder: Path, key: KeyPath) -> str:
+    try:
+        return str(files.absolute(path, folder))
+    except UsageError as error:
+        raise UsageError(f"{'.'.join(map(str, key))}: {error}") from None

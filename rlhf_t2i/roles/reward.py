@@ -211,6 +211,7 @@ class RewardRole:
         if not gradient:  # measured is the picture as it is saved, with 8 bits (docs/evaluation.md)
             decoded = _Samples(samples.prompts, to_8_bits(images).to(images.dtype) / 255, samples.latents)
             measured = {k: v for label in labels for k, v in self._measure(label, decoded).items()}
+            self._read_checks()
             return {name: (values, torch.zeros(len(values), 0)) for name, values in measured.items()}
         decoded, results = _Samples(samples.prompts, images.detach(), samples.latents), {}
         for position, label in enumerate(labels):

@@ -44,7 +44,8 @@ def expanded(path: str) -> Path:
         why = "it holds a zero byte"
     else:
         return found
-    raise UsageError(f"no such file or folder: {path[:200]} ({why})")
+    shown = path if len(path) <= 200 else f"{path[:100]}...{path[-60:]}"
+    raise UsageError(f"no file or folder can be {shown} ({why})")
 
 
 def given(path: str | Path) -> Path:

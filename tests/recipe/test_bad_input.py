@@ -113,7 +113,7 @@ def test_prompt_files(
     ("change", "words"),
     [
         ((("data", "prompts"), "./nowhere.txt"), ["nowhere.txt"]),
-        ((("data", "prompts"), "x" * 300), ["prompt file"]),
+        ((("data", "prompts"), "x" * 300), ["data.prompts", "too long"]),
         ((("models", "reference"), "./nowhere"), ["nowhere"]),
         ((("models", "reference"), "."), ["model_index.json"]),
         ((("models", "reference"), "/dev/null"), ["/dev/null"]),
@@ -169,11 +169,14 @@ def test_recipe_files(name: str, data: bytes | None, refuse: Callable[..., str],
     assert name in refuse(tmp_path / name)
 
 
-@pytest.mark.parametrize("place", ["tiny.yaml", "tiny.yaml/below", "x" * 300, "/proc/nowhere"])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("tiny.yaml", "--out"), ("tiny.yaml/below", "--out"), ("/proc/nowhere", "--out"), ("x" * 300, "too long")],
+)
 def test_places_that_cannot_be_a_runs_folder(
-    place: str, refuse: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
+    place: str, words: str, refuse: Callable[..., str], recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    assert "--out" in refuse(recipe_file(), out=tmp_path / place)
+    assert words in refuse(recipe_file(), out=tmp_path / place)
 
 
 WEIGHTS = {

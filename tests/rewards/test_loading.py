@@ -217,7 +217,7 @@ def test_open_clip_tags_without_the_library(monkeypatch: pytest.MonkeyPatch) -> 
     registry.reward("clip", open_clip="ViT-H-14", pretrained="laion2b_s32b_b79k")
     assert asked == ["laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(UsageError, match=r"needs the open_clip library \(pip install 'rlhf-t2i\[open-clip\]'\)"):
+    with pytest.raises(UsageError, match=r"needs the open_clip library \(the extra open-clip: docs/install\.md\)"):
         registry.reward("clip", open_clip="EVA02-L-14", pretrained="merged2b_s4b_b131k")
 
 
