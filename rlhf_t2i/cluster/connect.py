@@ -9,9 +9,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
+import psutil
 import ray
 from ray._private import ray_constants, services
 from ray._private.authentication.authentication_token_setup import (
@@ -63,10 +64,25 @@ def start_local_ray(processes: int) -> None:
 
 @atexit.register
 def stop() -> None:
-    """Leave Ray; one that this process started ends, and its folder is removed."""
+    """Leave Ray; one that this process started ends with all its processes, and its folder is removed."""
+    agents = _agents() if _own else []
     ray.shutdown()
+    for agent in agents:
+        # Where the control store died, they would try to reach it for a minute.
+        with suppress(psutil.NoSuchProcess):
+            agent.kill()
     while _own:
         _own.pop().remove()
+
+
+def _agents() -> list[psutil.Process]:
+    """The processes below the raylets that this process started."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                found += process.children(recursive=True)
+    return found
 
 
 class _JobConfig(JobConfig):
