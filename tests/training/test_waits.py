@@ -42,24 +42,24 @@ def check(counted: Counts, micro_batches: int) -> None:
         assert counted["learner", update].total() == 2 + micro_batches, counted["learner", update]
 
 
-def test_two_micro_batches(
+@pytest.mark.parametrize(
+    ("changes", "micro_batches"),
+    [
+        ({"optimization__micro_batch": 2}, 2),
+        ({"algorithm__cfg__mode": "outer", "algorithm__divergence": "{name: kl}"}, 1),
+    ],
+    ids=["two micro-batches", "outer guidance and KL"],
+)
+def test_sdxl(
     device: None,  # noqa: F811
     counted: Counts,
     make_recipe: Callable[..., Recipe],
     tmp_path: Path,
+    changes: dict[str, Any],
+    micro_batches: int,
 ) -> None:
-    run.run(make_recipe(optimization__micro_batch=2), tmp_path / "out")
-    check(counted, 2)
-
-
-def test_outer_guidance_and_kl(
-    device: None,  # noqa: F811
-    counted: Counts,
-    make_recipe: Callable[..., Recipe],
-    tmp_path: Path,
-) -> None:
-    run.run(make_recipe(algorithm__cfg__mode="outer", algorithm__divergence="{name: kl}"), tmp_path / "out")
-    check(counted, 1)
+    run.run(make_recipe(**changes), tmp_path / "out")
+    check(counted, micro_batches)
 
 
 def test_flow_matching_in_four_steps(
