@@ -2,9 +2,9 @@
 
 ``python benchmarks/black_box.py runs/black_box`` runs every method with every seed, as many at once as there are
 processes, and writes the table and the plot of docs/black_box.md; finished runs are not repeated. All methods make
-``STEPS`` updates. Both estimates ask the scorer for 16 images per update; the surrogate for 8, and before the first
-update for as many as that saves. "surrogate long" has a warm-up of 688 images. The true gradient is one call per image
-of the batch; "no reward" is the divergence alone.
+``STEPS`` updates. Both estimates ask the scorer for 32 images per update; the surrogate for 16, and before the first
+update for as many as that saves. The true gradient is one call per image of the batch; "no reward" is the divergence
+alone.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from rlhf_t2i.utils import files, jsonl
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo/emoji64"
-STEPS, BATCH, WARMUP, LONG = 14, 8, 14, 86
+STEPS, BATCH, WARMUP = 140, 16, 140
 SURROGATE = 400.0
 """The surrogate's scale. Its gradient is about a fifth of the true one, whose scale is 100: a regression shrinks."""
-METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "surrogate long", "no reward")
+METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "no reward")
 CURVE = "curve.jsonl"
 
 
@@ -92,17 +92,15 @@ class Estimate(plugins.LatentReward):
 
 def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
     """The method's recipe, its scorer calls before the first update, and per update."""
-    warmup = LONG if method == "surrogate long" else WARMUP
     pick = {"name": "pickscore", "scale": 100.0, "options": {"model": str(ZOO / "pickscore")}}
     learned = {
-        "prompts": BATCH // 2, "images_per_prompt": 2, "warmup": warmup,
+        "prompts": BATCH // 2, "images_per_prompt": 2, "warmup": WARMUP,
         "features": str(ZOO / "features"), "of": {key: pick[key] for key in ("name", "options")},
     }  # fmt: skip
     asked = {
         "no reward": (0, 0),
         "true gradient": (0, BATCH),
-        "surrogate": (warmup * BATCH, BATCH),
-        "surrogate long": (warmup * BATCH, BATCH),
+        "surrogate": (WARMUP * BATCH, BATCH),
     }
     first, each = asked.get(method, (0, 2 * BATCH))
     rewards = {
@@ -110,7 +108,6 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
         "surrogate": {"name": "surrogate", "label": "trained", "scale": SURROGATE, "options": learned},
     }
     estimate = {"name": f"{__file__}:Estimate", "label": "trained", "scale": 100.0}
-    rewards["surrogate long"] = rewards["surrogate"]
     reward = rewards.get(method) or {**estimate, "options": {"antithetic": method == "zeroth order"}}
     keys = {
         "seed": seed, "steps": STEPS, "placement": "local",
@@ -124,12 +121,12 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
             ],
         },
         "optimization": {
-            "batch_size": BATCH, "generator": {"lr": 5e-5, "warmup_steps": 2},
-            "assistant": {"lr": 2e-4, "warmup_steps": 3},
+            "batch_size": BATCH, "generator": {"lr": 5e-5, "warmup_steps": 10},
+            "assistant": {"lr": 2e-4, "warmup_steps": 10},
         },
         "logging": {"samples_every": 10**6, "sample_count": 2, "watch_every": 0},
         "checkpoints": {"every": 10**6, "keep": 1},
-        "evaluation": {"images": 48, "images_per_prompt": 4, "batch_size": 32},
+        "evaluation": {"images": 224, "images_per_prompt": 4, "batch_size": 32},
     }  # fmt: skip
     return reading.build(keys), first, each
 

@@ -18,6 +18,7 @@ from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.tools.ablation import execute
 from rlhf_t2i.tools.ablation.runner import ablate, scale_unit
 from tests.ablation.conftest import MEASURE, TRAIN, small
+from tests.limits import HANG_S
 from tests.report.test_report import check_in_browser
 
 FILES = ("table.md", "table.csv", "table.json")
@@ -167,6 +168,7 @@ def test_other_content_under_the_same_names_is_seen(recipe_file, tmp_path, monke
 SCORER = """
 from rlhf_t2i.plugins import Options, Reward
 import helper
+from tests.limits import HANG_S
 
 class Weights(Options):
     weights: str
@@ -269,7 +271,7 @@ def test_ten_random_kills_give_the_same_bytes(recipe_file, done, tmp_path):
             victim = random.choice(sorted((out / "evaluations").glob("*/seed_*/results.json")))
             victim.unlink()
     assert killed == 10
-    subprocess.run(command, check=True, timeout=400)
+    subprocess.run(command, check=True, timeout=HANG_S)
     assert tables(out) == tables(done / "out")
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_t2i.cluster import ray_folder
+from tests.limits import HANG_S
 
 # Started as the installed command is: the working folder is not on the import path of this process.
 SCRIPT = """
 import json, os, subprocess, sys
 import numpy as np, psutil, ray
 from rlhf_t2i.cluster import connect
+from tests.limits import HANG_S
 
 connect.start_local_ray(2)
 folder = connect._own[0]
@@ -53,7 +55,7 @@ def test_a_hostile_working_folder_and_a_long_temporary_folder(tmp_path: Path) ->
     (tmp_path / "start.py").write_text(SCRIPT, "utf-8")
     done = subprocess.run(
         [sys.executable, tmp_path / "start.py"], cwd=working, env=os.environ | {"TMPDIR": str(long)},
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=HANG_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])

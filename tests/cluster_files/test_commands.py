@@ -37,7 +37,6 @@ def namespaces() -> bool:
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(400),
     pytest.mark.skipif(not namespaces(), reason="needs root for network and process namespaces"),
 ]
 

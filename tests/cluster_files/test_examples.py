@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.limits import HANG_S
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "cluster"
 
@@ -48,7 +50,9 @@ def test_the_slurm_script_starts_every_node_and_returns_the_runs_exit_code(image
         "IMAGE": image,
     }
     script = EXAMPLES / "slurm.sbatch"
-    ran = subprocess.run(["bash", str(script), "r.yaml", "--out", "x"], env=env, cwd=tmp_path, timeout=60, check=False)
+    ran = subprocess.run(
+        ["bash", str(script), "r.yaml", "--out", "x"], env=env, cwd=tmp_path, timeout=HANG_S, check=False
+    )
     assert ran.returncode == 143
     lines = calls.read_text().splitlines()
     assert any(line.startswith("ray start --head --node-ip-address=10.0.0.1 --port=6379") for line in lines)

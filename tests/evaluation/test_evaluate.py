@@ -21,6 +21,7 @@ from rlhf_t2i.evaluation.results import read
 from rlhf_t2i.evaluation.run import evaluate
 from tests import tiny
 from tests.evaluation.conftest import BRIGHTNESS, REWARDS
+from tests.limits import HANG_S
 
 
 def assert_same(out: Path, other: Path) -> None:
@@ -141,7 +142,7 @@ def test_ten_random_kills_give_the_same_bytes(settings, tmp_path):
     (tmp_path / "settings.json").write_text(settings().model_dump_json())
     command = [sys.executable, "-m", "tests.evaluation.killer", str(tmp_path / "settings.json"), str(tmp_path / "a"),
                str(tmp_path / "b")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert "10 killed" in done.stdout
     assert_same(tmp_path / "b", tmp_path / "a")
@@ -215,6 +216,7 @@ def test_another_reward_of_the_same_name_is_measured_anew(settings, tmp_path):
 LEVEL = """
 from pathlib import Path
 from rlhf_t2i import plugins
+from tests.limits import HANG_S
 
 class Named(plugins.Options):
     file: str

@@ -23,6 +23,7 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Models, StudentSettings
 from tests import tiny
 from tests.families.test_oracle import MODELS, SIDES
+from tests.limits import HANG_S
 
 PROMPTS = ["a red cat, smiling", "a gold whale"]
 
@@ -218,7 +219,7 @@ def test_sample_on_a_full_disk_leaves_nothing(tiny_sdxl: Path, tmp_path: Path) -
     )
     (tmp_path / "here").mkdir()
     command = [sys.executable, "-c", code, "sample", str(out), "--prompt", "a", "-o", str(tmp_path / "here/a.png")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].endswith(
         "could not be written: File too large; what was written before is intact"

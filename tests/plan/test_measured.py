@@ -12,6 +12,7 @@ import pytest
 
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.worker import WorkerSpec
+from tests.limits import HANG_S
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -58,7 +59,7 @@ def test_states_are_within_a_tenth_of_the_plan(built: Any) -> None:
 def test_an_update_under_zero_borrows_what_the_plan_says() -> None:
     """``benchmarks/zero_memory.py`` on stages 1 to 3: DeepSpeed's own buffers, in real updates of two micro-batches."""
     command = [sys.executable, BENCHMARKS / "zero_memory.py", "--only", "1 rank, bf16, accumulating"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=True)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
     assert [row[0][:6] for row in rows] == ["ZeRO-1", "ZeRO-2", "ZeRO-3"]
     for label, stays, held, peak, highest, *_ in rows:
@@ -118,7 +119,7 @@ def test_a_section_that_fails_is_written_down_and_the_others_go_on(tmp_path: Pat
             sys.executable, BENCHMARKS / "gpu.py", "--small", "--sections", "flops", "--set", "models.height=63",
             "--out", tmp_path,
         ],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=HANG_S, check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     sections = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["sections"]

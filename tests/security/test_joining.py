@@ -47,7 +47,6 @@ def head(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_a_cluster_refuses_who_has_not_its_token(head: str, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     make_recipe()
     (tmp_path / "wrong").write_text("0" * 64, "utf-8")

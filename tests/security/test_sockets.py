@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_S
+
 
 def is_loopback(text: str) -> bool:
     address = ipaddress.ip_address(text)
@@ -20,7 +22,6 @@ def is_loopback(text: str) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_every_socket_of_a_local_run_is_bound_to_loopback(tmp_path: Path) -> None:
     """A process of its own: tests/conftest.py sets variables that a user's shell does not have."""
     ours = ("RAY_", "GLOO_", "NCCL_")
@@ -31,7 +32,7 @@ def test_every_socket_of_a_local_run_is_bound_to_loopback(tmp_path: Path) -> Non
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -201,7 +201,6 @@ def test_without_its_package_the_model_is_refused(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_over_ray(installed: Path, recipe: Callable[..., Path], tmp_path: Path) -> None:
     """Its package is found in every process: they inherit the driver's import path."""
     groups = {

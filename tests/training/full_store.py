@@ -21,10 +21,10 @@ from rlhf_t2i.recipe import reading
 from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
+from tests.limits import HANG_S
 
 STARTED = time.monotonic()
 STORE = 80 * 2**20  # Ray takes no less than 75 MiB
-HANG_S = 240  # then every thread's stack is printed, and the process ends
 GROUPS = "{train: {roles: [learner], threads: 1}, rest: {roles: [generator, assistant, reward, reference], threads: 1}}"
 
 
@@ -64,14 +64,14 @@ class Filler(TrainCallback):
 
 def main(recipe: Path, out: Path) -> None:
     """Run until it ends."""
-    faulthandler.dump_traceback_later(HANG_S, exit=True)
+    faulthandler.dump_traceback_later(HANG_S - 60, exit=True)  # every thread's stack, before the test gives up
     ray.init(
         "local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
         object_store_memory=STORE,
         _system_config={"local_fs_capacity_threshold": 0.0, "automatic_object_spilling_enabled": False},
     )  # fmt: skip
     changes = [
-        f"placement={{mode: ray, step_timeout_s: 60, max_restarts: 0, groups: {GROUPS}}}",
+        f"placement={{mode: ray, step_timeout_s: 900, max_restarts: 0, groups: {GROUPS}}}",
         "steps=200",
         "checkpoints.every=1",
     ]

@@ -122,7 +122,6 @@ def test_warnings_of_an_unfinished_cycle_are_kept_once(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_all_ranks_skip_together(
     ray_instance: None, poisoned: Callable[..., Recipe], tmp_path: Path, zero: int

@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
+from tests.limits import HANG_S
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -28,7 +29,7 @@ def recipe_file(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
 def cli(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "rlhf_t2i.cli", *map(str, args)],
-        capture_output=True, text=True, timeout=240, cwd=cwd, check=False,
+        capture_output=True, text=True, timeout=HANG_S, cwd=cwd, check=False,
     )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def test_help_and_a_refused_recipe_answer_without_torch(recipe_file: Path) -> No
     )
     for argv, expected in ((["x", "--help"], "0"), (["x", "run", str(recipe_file), "--set", "stepz=3"], "2")):
         done = subprocess.run(
-            [sys.executable, "-c", code.format(argv=argv)], capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", code.format(argv=argv)], capture_output=True, text=True, timeout=HANG_S, check=False
         )
         assert done.stdout.strip().splitlines()[-1] == f"{expected} False False", done.stderr
 
@@ -107,7 +108,7 @@ def test_a_signal_writes_a_checkpoint(
         assert long_run.poll() is None, long_run.communicate()[1]
         time.sleep(0.2)
     os.kill(long_run.pid, number)
-    _, errors = long_run.communicate(timeout=60)
+    _, errors = long_run.communicate(timeout=HANG_S)
     assert long_run.returncode == code, errors
     assert "--resume" in errors.replace("\n", " ")
     from rlhf_t2i.training import checkpoints
@@ -123,7 +124,7 @@ def test_a_signal_during_the_report_keeps_its_exit_code(recipe_file: Path) -> No
         f"sys.argv = ['x', 'run', {str(recipe_file)!r}, '--out', {str(out)!r}, '--set', 'steps=1']\n"
         "cli.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 143, done.stderr
     assert "stopped by SIGTERM; continue with --resume" in done.stderr.replace("\n", " ")
     assert (out / "model/model_index.json").is_file()
@@ -135,11 +136,11 @@ def test_a_lost_reader_does_not_end_a_run(recipe_file: Path, reader: str) -> Non
     out = recipe_file.parent / "out"
     command = [sys.executable, "-m", "rlhf_t2i.cli", "run", str(recipe_file), "--out", str(out), "--set", "steps=1"]
     if reader == "closed":
-        done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], timeout=240, check=False)
+        done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], timeout=HANG_S, check=False)
     else:
         read, write = os.pipe() if reader == "gone" else (os.open(os.devnull, 0), os.open("/dev/full", os.O_WRONLY))
         os.close(read)
-        done = subprocess.run(command, stdout=write, stderr=write, timeout=240, check=False)
+        done = subprocess.run(command, stdout=write, stderr=write, timeout=HANG_S, check=False)
         os.close(write)
     assert done.returncode == 0
     assert (out / "report.html").is_file()

@@ -20,7 +20,7 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MakeRecipe = Callable[..., Recipe]
 PROMPTS = ["a red cat", "a blue dog", "a green owl", "a gold bee"]
 GROUPS = (

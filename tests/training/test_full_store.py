@@ -11,8 +11,9 @@ import pytest
 
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints
+from tests.limits import HANG_S
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_full_store_ends_the_run_in_a_sentence(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_a_full_store_ends_the_run_in_a_sentence(make_recipe: Callable[..., Reci
     make_recipe()
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.full_store", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-9000:]
     sys.stderr.write(done.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_t2i.recipe.schema import Recipe
+from tests.limits import HANG_S
 from tests.training.test_run import metrics
 
 
@@ -20,7 +21,7 @@ def test_placements_over_one_gpu(make_recipe: Callable[..., Recipe], tmp_path: P
     make_recipe()  # writes recipe.yaml
     done = subprocess.run(
         [sys.executable, "-m", "tests.training.logical_gpus", tmp_path / "recipe.yaml", tmp_path / "out"],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout.splitlines()[-1])

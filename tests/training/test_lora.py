@@ -122,7 +122,6 @@ def test_eight_bit_states_train(make_recipe: MakeRecipe, tmp_path: Path) -> None
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     local = LocalCluster(make_recipe(**ADAPTERS))
     start = flat(local.call_all("learner", LearnerRole.weights, "raw")[0])

@@ -150,7 +150,6 @@ def test_traits_of_a_reward_that_learns(make_recipe: MakeRecipe) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_killed_reward_that_learns_returns_to_the_checkpoint_bit_for_bit(
     ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
 from tests.training.test_run import StopAt, metrics, model_bytes
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MakeRecipe = Callable[..., Recipe]
 GROUPS = (
     "{train: {roles: [learner], threads: 1}, draw: {roles: [generator], threads: 1}, "
@@ -217,12 +217,12 @@ def test_a_stuck_process_is_named(ray_instance: None, make_recipe: MakeRecipe, t
     plugin.write_text(STUCK, "utf-8")
     groups = "{train: {roles: [learner, generator, assistant, reference], threads: 1}, score: {roles: [reward]}}"
     recipe = make_recipe(
-        placement="{mode: ray, step_timeout_s: 15, groups: " + groups + "}",
+        placement="{mode: ray, step_timeout_s: 30, groups: " + groups + "}",
         algorithm__rewards=f"[{{name: '{plugin}:Stuck', label: stuck}}]",
     )
     cluster = RayCluster(recipe)
     try:
-        with pytest.raises(RunError, match=r"learner did not answer within 15 s") as error:
+        with pytest.raises(RunError, match=r"learner did not answer within 30 s") as error:
             cluster.call_all("learner", LearnerRole.step, 0, ["a", "b", "c", "d"])
     finally:
         cluster.close()

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.training import run
 from tests import tiny
+from tests.limits import HANG_S
 from tests.training.test_run import metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NODES = 3
 # The learner's two ranks and the rest: three processes of one CPU each, on nodes that have one.
@@ -79,7 +80,7 @@ def joined(nodes: Any, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -
     """An undisturbed run over three nodes, and what it printed."""
     folder = tmp_path_factory.mktemp("joined") / "run"
     child = cli("run", recipe, "--set", APART, "--address", nodes.address, "--out", folder)
-    out, error = child.communicate(timeout=240)
+    out, error = child.communicate(timeout=HANG_S)
     assert child.returncode == 0, error
     return folder, out
 
@@ -143,7 +144,7 @@ def test_a_run_survives_the_loss_of_a_whole_node_bit_for_bit(
     for process in [psutil.Process(victim), *psutil.Process(victim).children(recursive=True)]:
         process.kill()
     nodes.remove_node(raylets[victim], allow_graceful=False)
-    out, error = child.communicate(timeout=240)
+    out, error = child.communicate(timeout=HANG_S)
     assert child.returncode == 0, error
     told = " ".join(error.split())
     assert re.search(r"died.*starting again from step_00000[24] \(restart 1 of 3\)", told), told
@@ -167,7 +168,7 @@ print(*{ray.get(weight_store.__ray_call__.remote(ask)) == ask(0) for weight_stor
 def test_the_keeper_of_weights_stays_beside_the_driver(address: str) -> None:
     """On a generator's node it would be lost with it, and the run could not go on."""
     done = subprocess.run(
-        [sys.executable, "-c", KEEPERS, address], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", KEEPERS, address], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert done.stdout.split() == ["True"], done.stderr
 
@@ -177,6 +178,7 @@ import sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf_t2i.cluster.connect import join, same_node
+from tests.limits import HANG_S
 join(sys.argv[1])
 
 @ray.remote(num_cpus=0)
@@ -199,7 +201,7 @@ print(len(nodes), *{ray.get(parent.same.remote()) for parent in parents})
 def test_what_a_process_starts_beside_itself_is_on_its_node(address: str) -> None:
     """A reward in an environment of its own shares the device of the process that hosts it."""
     done = subprocess.run(
-        [sys.executable, "-c", BESIDE, address], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", BESIDE, address], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     nodes, *same = done.stdout.split()
     assert int(nodes) >= NODES, done.stderr
@@ -225,7 +227,7 @@ def test_what_the_cluster_lacks_is_said_at_once(address: str, recipe: Path, tmp_
         f"{lacking} free:": cli("run", recipe, "--set", more, "--address", address, "--out", tmp_path / "run"),
     }
     for sentence, command in asked.items():
-        _, error = command.communicate(timeout=240)
+        _, error = command.communicate(timeout=HANG_S)
         assert command.returncode == 2, error
         assert sentence in error
         assert "Traceback" not in error
