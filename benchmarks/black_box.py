@@ -33,7 +33,7 @@ from rlhf_t2i.utils import files, jsonl
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo/emoji64"
-STEPS, BATCH, WARMUP = 140, 16, 140
+STEPS, BATCH, WARMUP = 100, 16, 100
 SURROGATE = 400.0
 """The surrogate's scale. Its gradient is about a fifth of the true one, whose scale is 100: a regression shrinks."""
 METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "no reward")

@@ -258,7 +258,7 @@ def main() -> None:
     for steps in (1, 4):
         whole(recipes[steps], out / f"run_{steps}")
         print(f"DI* in {steps} step(s), {updates[steps]} updates over Ray and DeepSpeed:")
-        for row in compare.of_run(out / f"run_{steps}"):
+        for row in compare.of_run(out / f"run_{steps}/evaluation").rows:
             print(f"  {row.key} ({row.kind}): {row.before:.4f} -> {row.after:.4f}, {row.errors:+.1f} standard errors")
     killed(recipes[4], out / "killed", (updates[4] // 3, updates[4] // 2 + 3))
     resumed(recipes[4], out / "resumed", updates[4] // 3 + 1)

@@ -143,7 +143,7 @@ def train(
             )
     from rlhf_t2i.evaluation import compare
 
-    return TrainResult(result.out, compare.of_run(result.out))
+    return TrainResult(result.out, compare.of_run(result.out / "evaluation").rows)
 
 
 def load(model: str | Path) -> ImageModel:

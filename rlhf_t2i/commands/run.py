@@ -50,7 +50,7 @@ def _summary(folder: Path, kind: str) -> None:
     from rlhf_t2i.utils.terminal import PlainConsole
 
     console = PlainConsole()
-    rows = compare.of_run(folder)
+    rows = compare.of_run(folder / "evaluation").rows
     table = Table(title=f"{kind} prompts, same noise", title_justify="left")
     for name in ("measure", "before", "after", "change", "std. errors"):
         table.add_column(name, justify="left" if name == "measure" else "right")

@@ -53,13 +53,39 @@ class Comparison:
     verdict: str
 
 
-def of_run(out: Path) -> list[Comparison]:
-    """The before/after table of a run's folder: trained rewards, unseen scorers, diversity.
+@dataclass(frozen=True)
+class BeforeAfter:
+    """A run's two evaluations.
 
-    [] before both exist, and where a changed recipe had the second measured on other prompts; the report says so.
+    Attributes:
+        before: Of the start; None where it has not been made.
+        after: Of the end.
+        rows: The table: trained rewards, unseen scorers, diversity. Empty where ``problem`` says why.
+        problem: Why the two cannot be compared, as a sentence.
     """
-    before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
-    return [] if before is None or after is None or before.units != after.units else compare(before, after)
+
+    before: Results | None
+    after: Results | None
+    rows: list[Comparison]
+    problem: str = ""
+
+
+def of_run(evaluation: Path) -> BeforeAfter:
+    """Read what a run measured before and after training.
+
+    Args:
+        evaluation: The folder ``evaluation`` of a run, whether or not anything is there yet.
+    """
+    before, after = (results.read(evaluation / when) for when in ("before", "after"))
+    if before is None:
+        return BeforeAfter(None, after, [], "This run holds no evaluation of the start yet.")
+    if after is None:
+        missing = "This run is not finished: there is no evaluation of its end to compare with the start."
+        return BeforeAfter(before, None, [], missing)
+    try:
+        return BeforeAfter(before, after, compare(before, after))
+    except ValueError as error:
+        return BeforeAfter(before, after, [], f"No comparison: {error}.")
 
 
 def compare(before: Results, after: Results) -> list[Comparison]:

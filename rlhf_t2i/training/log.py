@@ -51,7 +51,7 @@ class RunLog:
 
     def evaluated(self, step: int) -> None:
         """Log the before/after table."""
-        rows = compare.of_run(self._out)
+        rows = compare.of_run(self._out / "evaluation").rows
         if not rows:
             return
         cells: list[list[str | float]] = [

@@ -17,8 +17,8 @@ from PIL import Image
 
 from rlhf_t2i import __version__
 from rlhf_t2i.errors import UsageError, printable
-from rlhf_t2i.evaluation import results
-from rlhf_t2i.evaluation.compare import Comparison, compare
+from rlhf_t2i.evaluation import compare
+from rlhf_t2i.evaluation.compare import Comparison
 from rlhf_t2i.evaluation.results import Results, markdown_table
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.pipeline import PipelineFamily
@@ -51,12 +51,10 @@ def write_card(recipe: Recipe, store: ModelStore, evaluation: Path, folder: Path
         evaluation: The folder of the run's ``before`` and ``after``.
         folder: The exported pipeline.
     """
-    before, after = (results.read(evaluation / when) for when in ("before", "after"))
-    rows, shown = list[Comparison](), list[str]()
-    if before is not None and after is not None:
-        with contextlib.suppress(ValueError):  # of other prompts: they cannot be compared
-            rows = compare(before, after)
-            shown = _write_picture(before, after, folder / PICTURE)
+    measured = compare.of_run(evaluation)
+    rows, shown = measured.rows, list[str]()
+    if measured.before and measured.after and not measured.problem:
+        shown = _write_picture(measured.before, measured.after, folder / PICTURE)
     sections = [
         _introduction(recipe, store), _pictures(shown, held_out=recipe.data.held_out is not None), _table(recipe, rows),
         _snippet(store, shown[0] if shown else "a photo of a cat"), _training(recipe), _licenses(recipe, store),

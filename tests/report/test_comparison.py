@@ -96,17 +96,19 @@ def test_a_run_whose_prompts_changed_has_no_table(tmp_path):
     for when, prompt in (("before", "a"), ("after", "b")):
         (tmp_path / "evaluation" / when).mkdir(parents=True)
         replace(evaluation([1.0], [prompt]), folder=tmp_path / "evaluation" / when).write()
-    assert of_run(tmp_path) == []
+    measured = of_run(tmp_path / "evaluation")
+    assert measured.rows == []
+    assert "different prompts" in measured.problem
 
 
 def test_comparison_of_a_folder(run_folder, tmp_path):
-    rows = of_run(run_folder)
+    rows = of_run(run_folder / "evaluation").rows
     assert [(row.key, row.kind) for row in rows] == [
         ("pickscore", "train"), ("clip", "eval"), ("latent_distance", "diversity"),
     ]  # fmt: skip
     assert rows[0].prompts == 6
     assert [row.outcome for row in rows] == ["yes", "yes", "yes"]
-    assert of_run(tmp_path / "nothing") == []
+    assert "no evaluation of the start" in of_run(tmp_path / "nothing").problem
 
 
 def test_results_are_read_as_they_were_written(tmp_path):

@@ -47,7 +47,7 @@ def test_a_fall_is_judged_by_the_rewards_direction(higher_is_better: bool, tmp_p
     for when, level in (("before", 1.0), ("after", 0.5)):
         folder = tmp_path / "evaluation" / when
         HeldOut(recipe, Scores(level), prompts).evaluate("raw", 0, folder, lambda done, total: None)
-    row = compare.of_run(tmp_path)[0]
+    row = compare.of_run(tmp_path / "evaluation").rows[0]
     assert row.unit == "levels"
     assert row.difference == pytest.approx(-0.5)
     assert row.outcome == ("no" if higher_is_better else "yes")

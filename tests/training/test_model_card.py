@@ -59,7 +59,7 @@ def test_the_card_says_what_it_is_and_what_changed(finished: Path) -> None:
     assert card.data.pipeline_tag == "text-to-image"
     assert "one-step" in card.data.tags
     assert card.data.get("license") is None  # the tiny models state none, so the card claims none
-    comparison = {row.key: row for row in rlhf_t2i.evaluation.compare.of_run(finished)}
+    comparison = {row.key: row for row in rlhf_t2i.evaluation.compare.of_run(finished / "evaluation").rows}
     assert f"| {comparison['pickscore'].before:.4g} |".replace("-", "\N{MINUS SIGN}") in card.content
     assert re.search(r"latent_distance \(diversity\) \| [\d.]+ \| [\d.]+ \| x [\d.]+ \|", card.content)
     assert "training prompts" in card.content  # the recipe has no held-out list

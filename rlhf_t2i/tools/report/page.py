@@ -10,9 +10,7 @@ import jinja2
 from pydantic import BaseModel, ValidationError
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.evaluation import results
-from rlhf_t2i.evaluation.compare import Comparison, compare
-from rlhf_t2i.evaluation.results import Results
+from rlhf_t2i.evaluation import compare
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.report import gallery, headline, training_plots
@@ -55,8 +53,8 @@ def write_report(out: Path, live: bool = False) -> Path:
         live: The run is going on: the page says how far it is, and reloads itself.
     """
     out = Path(out)
-    before, after = (results.read(out / "evaluation" / when) for when in ("before", "after"))
-    comparisons, problem = _compare(before, after)
+    measured = compare.of_run(out / "evaluation")
+    before, after, comparisons = measured.before, measured.after, measured.rows
     steps, run = training_plots.read(out), RunRecord.read(out)
     text, recipe = _recipe(out / "recipe.yaml")
     units = {m.key: m.unit for evaluation in (before, after) if evaluation for m in evaluation.metrics.values()}
@@ -68,7 +66,7 @@ def write_report(out: Path, live: bool = False) -> Path:
         "summary": "" if recipe is None else _summary(recipe, steps),
         "held_out": recipe is None or recipe.data.held_out is not None,
         "comparisons": comparisons,
-        "problem": problem,
+        "problem": measured.problem,
         "events": [event for event in jsonl.rows(out / "events.jsonl") if event.get("text")],
         "plots": plots,
         "grids": _grids(out / "samples"),
@@ -76,7 +74,7 @@ def write_report(out: Path, live: bool = False) -> Path:
         "run": run,
         "recipe": text,
     }
-    if before and after and not problem:
+    if before and after and not measured.problem:
         trained = next((c.key for c in comparisons if c.kind == "train"), None)
         context["headline"] = headline.finished(before, after, comparisons)
         context["pairs"] = gallery.pairs(before, after, PROMPTS_SHOWN)
@@ -91,18 +89,6 @@ def render(template: str, context: Mapping[str, object]) -> str:
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {name: getattr(numbers, name) for name in ("number", "signed", "duration")}
     return environment.get_template(template).render(context)
-
-
-def _compare(before: Results | None, after: Results | None) -> tuple[list[Comparison], str]:
-    """The before/after table, or why there is none."""
-    if before is None:
-        return [], "This run holds no evaluation of the start yet."
-    if after is None:
-        return [], "This run is not finished: there is no evaluation of its end to compare with the start."
-    try:
-        return compare(before, after), ""
-    except ValueError as error:
-        return [], f"No comparison: {error}."
 
 
 def _recipe(path: Path) -> tuple[str, Recipe | None]:
