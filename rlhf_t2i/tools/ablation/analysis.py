@@ -163,7 +163,7 @@ class Finding:
 
     claim: Claim
     outcome: str
-    """``holds``, ``does not hold`` or ``not shown``."""
+    """``holds``, ``does not hold``, ``not shown``, or ``not measured`` where rows of it are missing."""
     detail: str
     estimates: list[Estimate]
 
@@ -173,7 +173,7 @@ def decide(claim: Claim, ablation: Ablation, boot: Bootstrap) -> Finding:
     needed = _rows_of(claim, ablation)
     absent = [name for name in needed if name not in boot.rows]
     if absent:
-        return Finding(claim, "not shown", f"not measured: {', '.join(absent)}", [])
+        return Finding(claim, "not measured", f"these rows were not run: {', '.join(absent)}", [])
     if claim.at_equal is None:
         estimates = [boot.difference(claim.more, claim.less, claim.metric)]
     else:
@@ -186,7 +186,7 @@ def decide(claim: Claim, ablation: Ablation, boot: Bootstrap) -> Finding:
     factor = ablation.factor(claim.metric)
     detail = "; ".join(_describe(e, factor) for e in estimates)
     if not all(math.isfinite(e.value) for e in estimates):
-        return Finding(claim, "not shown", "not measured", estimates)
+        return Finding(claim, "not measured", f"{claim.metric} is not a number in a row", estimates)
     signs = {estimate.sign for estimate in estimates}
     outcome = {frozenset({1}): "holds", frozenset({-1}): "does not hold"}.get(frozenset(signs), "not shown")
     return Finding(claim, outcome, f"difference {detail}", estimates)

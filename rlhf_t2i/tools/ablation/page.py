@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlhf_t2i.tools.ablation.execute import Task
@@ -59,9 +59,17 @@ def _tradeoffs(table: Table) -> list[Plot]:
             note = "One point per row; bars are 95% intervals."
             if table.has_initial:
                 note += " Changes from the initial row, paired over prompts."
-            svg = plots.points(groups, axes[0], axes[1], name=f"plot-{slug(f'{x}-{y}')}", large=True)
+            name = f"plot-{slug(f'{x}-{y}')}"
+            svg = plots.fronts(groups, _lines(table, groups), axes[0], axes[1], name)
             found.append(Plot(f"{labels[1]} against {labels[0]}", note, svg))
     return found
+
+
+def _lines(table: Table, groups: Mapping[str, Point]) -> dict[str, list[str]]:
+    """The labels of every frontier's finished rows."""
+    labels = {row.name: row.label for row in table.rows if row.label in groups}
+    lines = {front.name: [labels[name] for name in front.rows if name in labels] for front in table.ablation.frontiers}
+    return {name: rows for name, rows in lines.items() if len(rows) > 1}
 
 
 def _point(table: Table, row: str, x: str, y: str) -> Point:
@@ -83,7 +91,9 @@ def _curves(table: Table) -> list[Plot]:
         if series:
             name = key.removeprefix("reward/")
             axis = "E[d(y)], each in its own unit" if key == "divergence" else f"{name}, training images"
-            svg = plots.curves(series, "images seen (thousands)", axis, f"curve-{slug(key)}", large=True)
+            svg = plots.curves(
+                series, "images seen (thousands)", axis, f"curve-{slug(key)}", large=True, order=list(runs)
+            )
             found.append(Plot(f"{name} over images seen", "The mean over a row's seeds.", svg))
     return found
 

@@ -63,11 +63,23 @@ class Plot:
     svg: str
 
 
-def curves(series: Series, xlabel: str, ylabel: str, name: str, large: bool = False) -> str:
-    """Lines by label: the values faint, their running mean on top."""
+def curves(
+    series: Series, xlabel: str, ylabel: str, name: str, large: bool = False, order: Sequence[str] = ()
+) -> str:  # fmt: skip
+    """Lines by label: the values faint, their running mean on top.
+
+    Args:
+        series: The lines.
+        xlabel: Of the axis.
+        ylabel: Of the axis.
+        name: Of the drawing.
+        large: Wider, for many lines.
+        order: Labels of this and other drawings: a label has one color in all that are given the same order.
+    """
 
     def draw(axes: Axes) -> None:
-        for index, (label, (x, y)) in enumerate(series.items()):
+        for position, (label, (x, y)) in enumerate(series.items()):
+            index = order.index(label) if label in order else position
             color = _SERIES[index % len(_SERIES)]
             smooth = running_mean(y, max(1, len(y) // 20))
             if len(y) > 40 and not large:
@@ -94,21 +106,14 @@ def stacked(series: Series, xlabel: str, ylabel: str, name: str) -> str:
 
 
 def points(
-    groups: Mapping[str, Point],
-    xlabel: str,
-    ylabel: str,
-    name: str,
-    arrows: Sequence[tuple[str, str]] = (),
-    large: bool = False,
-) -> str:
-    """Labeled points with error bars; an arrow leads from the first to the second label of each pair."""
+    groups: Mapping[str, Point], xlabel: str, ylabel: str, name: str, arrows: Sequence[tuple[str, str]] = ()
+) -> str:  # fmt: skip
+    """Points with error bars and a legend; an arrow leads from the first to the second label of each pair."""
 
     def draw(axes: Axes) -> None:
-        for index, (label, (x, y, dx, dy)) in enumerate(groups.items()):
-            color, marker = _SERIES[index % len(_SERIES)], "os^Dvp"[index // len(_SERIES) % 6]
-            axes.errorbar(
-                x, y, xerr=_bar(dx), yerr=_bar(dy), fmt=marker, color=color, capsize=2, markersize=5, label=label
-            )
+        for index, (label, point) in enumerate(groups.items()):
+            marker = "os^Dvp"[index // len(_SERIES) % 6]
+            _point(axes, point, fmt=marker, color=_SERIES[index % len(_SERIES)], markersize=5, label=label)
         for start, end in arrows:
             axes.annotate(
                 "", groups[end][:2], groups[start][:2],
@@ -118,7 +123,58 @@ def points(
         axes.locator_params(axis="x", nbins=6)
         _label(axes, xlabel, ylabel, legend=True)
 
-    return _svg(draw, name, f"{ylabel} against {xlabel}", *_size(large, len(groups)))
+    return _svg(draw, name, f"{ylabel} against {xlabel}")
+
+
+def fronts(
+    groups: Mapping[str, Point], lines: Mapping[str, Sequence[str]], xlabel: str, ylabel: str, name: str
+) -> str:  # fmt: skip
+    """Many points, each named in the right margin, at its height where there is room.
+
+    Args:
+        groups: Points by label.
+        lines: Labels that a line joins in this order, by the line's name: a color each. Other points are gray.
+        xlabel: Of the axis.
+        ylabel: Of the axis.
+        name: Of the drawing.
+    """
+    colors = {label: _SERIES[index % len(_SERIES)] for index, front in enumerate(lines.values()) for label in front}
+
+    def draw(axes: Axes) -> None:
+        for front, labels in lines.items():
+            xs, ys = zip(*(groups[label][:2] for label in labels), strict=True)
+            axes.plot(xs, ys, color=colors[labels[0]], linewidth=1.2, label=front)
+        for label, point in groups.items():
+            _point(axes, point, fmt="o", color=colors.get(label, _INK), markersize=4, elinewidth=0.5)
+        axes.margins(0.08)
+        axes.locator_params(axis="x", nbins=6)
+        _name_in_margin(axes, groups, colors)
+        _label(axes, xlabel, ylabel, legend=bool(lines))
+
+    return _svg(draw, name, f"{ylabel} against {xlabel}", 4.0, max(3.0, 0.17 * len(groups)))
+
+
+def _name_in_margin(axes: Axes, groups: Mapping[str, Point], colors: Mapping[str, str]) -> None:
+    """Write labels right of the axes, in the order of their points' heights, each joined to its point."""
+    low, high = axes.get_ylim()
+    order = sorted(groups, key=lambda label: groups[label][1])
+    wanted = np.array([(groups[label][1] - low) / (high - low) for label in order])
+    gap = 1 / max(len(order), 12)
+    steps = gap * np.arange(len(order))
+    # The least that each must rise to keep its distance to those below; all sink where the topmost would leave.
+    heights = np.maximum.accumulate(wanted - steps) + steps
+    heights = np.minimum(heights, 1 - gap * np.arange(len(order))[::-1])
+    for label, height in zip(order, heights, strict=True):
+        axes.annotate(
+            label, groups[label][:2], (1.04, height), xycoords="data", textcoords="axes fraction", va="center",
+            fontsize=7, color=colors.get(label, _INK), annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": _FAINT, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+def _point(axes: Axes, point: Point, **style: Any) -> None:
+    x, y, dx, dy = point
+    axes.errorbar(x, y, xerr=_bar(dx), yerr=_bar(dy), capsize=2, **style)
 
 
 def standalone(svg: str) -> str:
