@@ -14,6 +14,9 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     GLOO_SOCKET_IFNAME="lo",
+    # One thread per process, and none that spins while it waits: the workers and their processes share the cores.
+    OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",
     # Ray's workers do not import from the working folder: actors of tests are found here.
     PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
