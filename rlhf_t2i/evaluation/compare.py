@@ -75,6 +75,9 @@ def of_run(evaluation: Path) -> BeforeAfter:
 
     Args:
         evaluation: The folder ``evaluation`` of a run, whether or not anything is there yet.
+
+    Raises:
+        UsageError: One of them is damaged.
     """
     before, after = (results.read(evaluation / when) for when in ("before", "after"))
     if before is None:

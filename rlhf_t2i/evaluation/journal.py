@@ -6,21 +6,28 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation.results import dumps
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import JsonObject
 
 
-class _Batch(BaseModel):
+class _Batch(BaseModel, strict=True):
     """A line of the journal; the first one of a metric has the versions with which it was computed."""
 
     key: str
     images: list[int]
     values: list[float]
     versions: dict[str, str] = {}
+
+
+class _Claim(BaseModel):
+    """What a folder is kept for."""
+
+    identity: dict[str, object]
+    facts: dict[str, str]
 
 
 class Journal:
@@ -37,7 +44,7 @@ class Journal:
         self._path = path
         self._values: dict[str, dict[int, float]] = {}
         self._versions: dict[str, dict[str, str]] = {}
-        if path.is_file():
+        if path.exists():
             self._read()
 
     def values(self, key: str) -> Mapping[int, float]:
@@ -56,16 +63,16 @@ class Journal:
         self._record(batch)
 
     def _read(self) -> None:
-        data = self._path.read_bytes()
+        data = inputs.read_bytes(self._path, "record of scores", inputs.LOG)
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             with self._path.open("r+b") as stream:
                 stream.truncate(len(whole))
-        try:
-            for line in whole.splitlines():
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
                 self._record(_Batch.model_validate_json(line))
-        except ValueError:  # pydantic's is one; another one for images and values that differ in number
-            raise UsageError(f"{self._path} is damaged: remove it to score again") from None
+            except ValueError:  # pydantic's is one; another one for images and values that differ in number
+                raise UsageError(f"{self._path} line {number} is damaged: remove the file to score again") from None
 
     def _record(self, batch: _Batch) -> None:
         self._values.setdefault(batch.key, {}).update(zip(batch.images, batch.values, strict=True))
@@ -91,14 +98,14 @@ def claim(
     """
     path = out / name
     now: JsonObject = json.loads(dumps(identity))
-    if not path.is_file():
+    if not path.exists():
         files.write_atomic(path, dumps({"identity": now, "facts": facts or {}}))
         return facts or {}
     try:
-        data = json.loads(path.read_text("utf-8"))
-        there, recorded = dict(data["identity"]), dict(data["facts"])
-    except (ValueError, KeyError, TypeError):
+        data = _Claim.model_validate(inputs.read_json(path, "record of settings"))
+    except ValidationError:
         raise UsageError(f"{path} is damaged: give another --out") from None
+    there, recorded = data.identity, data.facts
     for key in now | there:
         if there.get(key) != now.get(key):
             raise UsageError(

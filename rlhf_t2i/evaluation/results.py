@@ -18,6 +18,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from rlhf_t2i import __version__
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.utils import files, stats
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
@@ -177,19 +178,30 @@ class _File(BaseModel):
 
 
 def read(folder: Path) -> Results | None:
-    """Read ``results.json`` of a folder; None where it is missing or damaged."""
+    """Read ``results.json`` of a folder; None where it is missing.
+
+    Raises:
+        UsageError: It is damaged.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
     try:
-        data = _File.model_validate(read_json(folder / NAME))
+        data = _File.model_validate(read_json(path))
         metrics = {
             key: TypeAdapter(Metric).validate_python({**entry, "key": key}) for key, entry in data.metrics.items()
         }
-    except ValidationError:
-        return None
-    if any(metric.by_image is not None and len(metric.by_image) != len(data.images) for metric in metrics.values()):
-        return None
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"])) or "not an object"
+        raise UsageError(f"{path} is damaged ({place})") from None
     prompts = [image.prompt for image in data.images]
     groups, names = [image.group for image in data.images], [image.file for image in data.images]
-    return Results(prompts, metrics, _or_empty(groups), _or_empty(names), data.step, folder=folder)
+    found = Results(prompts, metrics, _or_empty(groups), _or_empty(names), data.step, folder=folder)
+    for metric in metrics.values():
+        by_image = [] if metric.by_image is None else metric.by_image
+        if len(by_image) not in (0, len(prompts)) or len(metric.by_prompt) not in (0, len(found.members)):
+            raise UsageError(f"{path} is damaged ({metric.key}: another number of values than of images or prompts)")
+    return found
 
 
 def exist(folder: Path) -> bool:

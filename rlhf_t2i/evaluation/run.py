@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,13 @@ from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import LatentReward
 from rlhf_t2i.roles.reward import RewardRole
-from rlhf_t2i.utils import files, fingerprints, images
+from rlhf_t2i.utils import files, fingerprints, images, jsonl
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 from rlhf_t2i.utils.stats import frechet_distance
 
 FRECHET_PIXELS = 256
+_COST = "cost.json"
 Progress = Callable[[str, int, int], None]
 """Called with a phase, and how many of how many images went through it."""
 
@@ -50,9 +50,12 @@ def evaluate(settings: Settings, out: Path, progress: Progress = lambda phase, d
         evaluation = Evaluation(settings, out, progress)
     with files.exclusive(out, "evaluation"), files.disk_errors(out), quietly():
         evaluation.claim()
+        earlier = _seconds(out)
         evaluation.draw()
         measured = evaluation.measure()
-        _add_cost(out, time.monotonic() - start, len(evaluation.prompts), str(evaluation.device))
+        seconds = round(earlier + time.monotonic() - start, 3)
+        cost = {"seconds": seconds, "images": len(evaluation.prompts), "device": str(evaluation.device)}
+        files.write_atomic(out / _COST, dumps(cost))
         return evaluation.write(measured)
 
 
@@ -105,9 +108,9 @@ class Evaluation:
         self.journal = journal.Journal(self.out / "scores.jsonl")
 
     def draw(self) -> None:
-        """Write the images that are missing."""
+        """Write the images that are missing, or that a power cut left empty."""
         (self.out / "images").mkdir(exist_ok=True)
-        missing = [index for index in range(len(self.prompts)) if not self._path(index).is_file()]
+        missing = [index for index in range(len(self.prompts)) if not images.is_whole(self._path(index))]
         done = len(self.prompts) - len(missing)
         for batch in self._batches(missing):
             keys = [(self.settings.seed, "evaluation", index) for index in batch]
@@ -189,9 +192,8 @@ class Evaluation:
         parts = []
         for batch in self._batches(range(len(paths))):
             file = self.out / "features" / folder / f"{batch[0]:05d}-{len(batch)}.npy"
-            if file.is_file():
-                part = np.load(file)
-            else:
+            part = _features(file, len(batch))
+            if part is None:
                 buffer = io.BytesIO()
                 part = extractor.extract(images.read([paths[index] for index in batch], square)).float().numpy()
                 np.save(buffer, part)
@@ -256,11 +258,18 @@ _SPECIAL: dict[str, Callable[[Evaluation], list[Metric]]] = {
 }
 
 
-def _add_cost(out: Path, seconds: float, count: int, device: str) -> None:
-    """Seconds spent, summed over resumes; kept apart from the results, which must not depend on it."""
-    path = out / "cost.json"
+def _features(file: Path, count: int) -> np.ndarray | None:
+    """Features [N, D] that were computed before; None where they are missing, or a power cut left them empty."""
     try:
-        before = float(json.loads(path.read_text("utf-8"))["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        before = 0.0
-    files.write_atomic(path, dumps({"seconds": round(before + seconds, 3), "images": count, "device": device}))
+        part = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return part if isinstance(part, np.ndarray) and part.ndim == 2 and len(part) == count else None
+
+
+def _seconds(out: Path) -> float:
+    """Seconds spent before this resume; kept apart from the results, which must not depend on them."""
+    seconds = jsonl.read_json(out / _COST).get("seconds", 0.0)
+    if not isinstance(seconds, int | float):
+        raise UsageError(f"{out / _COST} is damaged: remove it to count the seconds from zero")
+    return float(seconds)

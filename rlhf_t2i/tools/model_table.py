@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import settings as evaluation_settings
@@ -167,8 +167,11 @@ def _timed(settings: Settings, count: int, file: Path, progress: Progress) -> Ti
     """Time a row's drawing, or read what an earlier call measured with the same settings."""
     key = json.dumps([settings.model_dump(mode="json"), count], sort_keys=True)
     found = read_json(file)
-    if isinstance(found, dict) and found.get("settings") == key:
-        return Timing(**found["timing"])
+    if found.get("settings") == key:
+        try:
+            return TypeAdapter(Timing).validate_python(found.get("timing"))
+        except ValidationError:
+            raise UsageError(f"{file} is damaged: remove it to time again") from None
     with quietly():
         timing = measure(settings, count, progress)
     with files.disk_errors(file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rlhf_t2i.errors import RunError, UsageError, first_line
@@ -56,7 +57,7 @@ def _exports(run: Path) -> dict[str | None, Path]:
     if not (model / "model_index.json").is_file():
         raise UsageError(f"{run} holds no exported model: give the folder of a finished run, or its model/ folder")
     parts: dict[str | None, Path] = {None: model}
-    if (model.parent / "adapter" / manifest.NAME).is_file():
+    if model.name == "model" and os.path.lexists(model.parent / "adapter"):
         parts["adapter"] = model.parent / "adapter"
     for folder in parts.values():
         damage = manifest.damage(folder)

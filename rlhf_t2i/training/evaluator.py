@@ -12,6 +12,7 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.trained import TrainedRole
+from rlhf_t2i.training import history
 from rlhf_t2i.training.bf16 import Bf16Monitor
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
@@ -43,13 +44,13 @@ class Evaluator:
         self._on_preview = on_preview
         self._recipe, self._out, self._cluster, self._callback = recipe, out, cluster, callback
         self._held_out = HeldOut(recipe, cluster, stream)
-        self._hacking = HackingMonitor(out.evaluation / "watch.jsonl", recipe)
+        self._hacking = HackingMonitor(out.evaluation / history.WATCH, recipe)
         self._bf16 = Bf16Monitor(recipe)
         self.weights = "ema" if recipe.optimization.ema is not None else "raw"
 
     def resume(self, state: TrainState) -> None:
         """Continue the monitors of a run from its state."""
-        self._hacking.resume(state.step if state != TrainState() else -1)
+        self._hacking.resume(state)
 
     def preview(self, step: int) -> None:
         """Write a grid of samples."""

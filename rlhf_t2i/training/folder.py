@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.evaluation import identity
@@ -14,8 +17,51 @@ from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.mistakes import shown
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import provenance
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.jsonl import read_json
+
+
+class RunRecord(BaseModel):
+    """``run.json``: where a run's result comes from, and what it took.
+
+    Attributes:
+        versions: Of packages.
+        git: The commit of the checkout; "" outside one.
+        seed: Of the recipe.
+        started: UTC, ISO 8601.
+        finished: The same.
+        seconds: In between, of the last resume alone.
+        device: For a person.
+        placement: Name, devices and roles of each group.
+        command: The command line.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    versions: dict[str, str] = {}
+    git: str | None = None
+    seed: int | None = None
+    started: str = ""
+    finished: str = ""
+    seconds: float | None = None
+    device: str = "cpu"
+    placement: list[tuple[str, int, list[str]]] = []
+    command: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """The record of a finished run; an empty one where there is none.
+
+        Raises:
+            UsageError: It is damaged.
+        """
+        if not path.exists():
+            return cls()
+        try:
+            return cls.model_validate_json(inputs.read_bytes(path, "record of a run", inputs.CONFIG))
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"])) or "not valid JSON"
+            raise UsageError(f"{path} is damaged ({place}): remove it; the run writes it again at its end") from None
 
 
 class RunFolder:
@@ -109,11 +155,18 @@ class RunFolder:
 
     def _changes(self, recipe: Recipe) -> list[str]:
         changed = _differences(reading.load(self.recipe).model_dump(), recipe.model_dump())
-        before, now = read_json(self.inputs), _inputs(recipe)
+        before, now = self._recorded_inputs(), _inputs(recipe)
         if not all(isinstance(before.get(key), dict) for key in now):
             return [*changed, f"{self.inputs.name} (missing or damaged)"]
         changed += [key for key, digest in now["content"].items() if before["content"].get(key, digest) != digest]
         return changed + _differences(before["versions"], now["versions"], _VERSIONS)
+
+    def _recorded_inputs(self) -> dict[str, Any]:
+        """What :func:`_inputs` gave when the run began; {} where that is missing or damaged."""
+        try:
+            return read_json(self.inputs)
+        except UsageError:
+            return {}
 
     @contextmanager
     def record(self, recipe: Recipe, command: str) -> Iterator[None]:
@@ -121,21 +174,19 @@ class RunFolder:
         began, clock = datetime.now(UTC), time.monotonic()
         yield
         placement = recipe.placement
-        groups = [[name, g.devices, g.roles] for name, g in placement.groups.items()]
-        files.write_json(
-            self.run,
-            {
-                "versions": provenance.versions(),
-                "git": provenance.git_revision(),
-                "seed": recipe.seed,
-                "started": began.isoformat(timespec="seconds"),
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                "seconds": round(time.monotonic() - clock, 1),
-                "device": provenance.device(),
-                "placement": groups if placement.mode == "ray" else [["local", 1, ["all"]]],
-                "command": command,
-            },
+        groups = [(name, g.devices, [*g.roles]) for name, g in placement.groups.items()]
+        record = RunRecord(
+            versions=provenance.versions(),
+            git=provenance.git_revision(),
+            seed=recipe.seed,
+            started=began.isoformat(timespec="seconds"),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - clock, 1),
+            device=provenance.device(),
+            placement=groups if placement.mode == "ray" else [("local", 1, ["all"])],
+            command=command,
         )
+        files.write_json(self.run, record.model_dump())
 
 
 def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:

@@ -9,10 +9,9 @@ run (algorithm.md 1.6).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,9 @@ from rlhf_t2i.evaluation.held_out import Samples
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.plugins.online import predicted
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.utils import files, jsonl, stats
+from rlhf_t2i.training import history
+from rlhf_t2i.training.state import TrainState
+from rlhf_t2i.utils import files, stats
 
 RISEN, FALLEN = 3.0, 4.0
 """Standard errors by which the reward must have risen and the signal fallen. With 16 prompts, the reward climbing and
@@ -110,16 +111,16 @@ class HackingMonitor:
         self._path, self._recipe = path, recipe
         self._detector = HackingDetector()
 
-    def resume(self, last_step: int) -> None:
-        """Load the measurements up to a step; later ones are dropped, because their steps will be repeated."""
+    def resume(self, state: TrainState) -> None:
+        """Load the measurements up to a state; later ones are dropped, because their steps will be repeated.
+
+        Raises:
+            UsageError: One of them is damaged.
+        """
         self._detector = HackingDetector()
-        if not self._path.is_file():
-            return
-        expected = {f.name for f in fields(Measurement)}
-        rows = [row for row in jsonl.rows(self._path) if row["step"] <= last_step and row.keys() == expected]
-        measurements = [Measurement(**row) for row in rows]
-        files.write_text(self._path, "".join(map(_line, measurements)))
-        for m in measurements:
+        rows = history.measurements(self._path, state).rows
+        files.rewrite_lines(self._path, rows)
+        for m in (Measurement(**row) for row in rows):
             self._detector.update(
                 Measurement(m.step, _nan(m.reward), {name: _nan(values) for name, values in m.signals.items()})
             )
@@ -158,10 +159,6 @@ class HackingMonitor:
         signals |= {f"true {key}": metrics[key].by_prompt for key in online}
         signals[DIVERSITY] = metrics["latent_distance"].by_prompt
         return Measurement(step, np.sum(term, axis=0).tolist(), signals)
-
-
-def _line(measurement: Measurement) -> str:
-    return json.dumps(files.finite(vars(measurement)), allow_nan=False) + "\n"
 
 
 def _nan(values: Sequence[float | None]) -> list[float]:

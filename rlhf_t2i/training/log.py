@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rlhf_t2i.evaluation import compare
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import history
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.metrics import Metrics
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.training.trackers import Trackers
-from rlhf_t2i.utils import files, jsonl
+from rlhf_t2i.utils import files
 
 _COLUMNS = ["measure", "kind", "before", "after", "change", "standard_error", "ratio", "verdict"]
 
@@ -31,12 +31,13 @@ class RunLog:
         self._trackers = Trackers(recipe.logging.trackers, out.path, callback.on_message)
 
     def resume(self, state: TrainState) -> None:
-        """Drop the rows of updates that a resumed run repeats, and rows cut short by a kill."""
-        done = [state.step, state.round]
-        for path in (self._metrics, self._events):
-            if path.is_file():
-                retained = [row for row in jsonl.rows(path) if row.get("after", [row["step"], 0]) <= done]
-                files.write_text(path, "".join(json.dumps(row) + "\n" for row in retained))
+        """Drop the rows of updates that a resumed run repeats, and rows cut short by a kill.
+
+        Raises:
+            UsageError: A row that the run goes on from is damaged or missing.
+        """
+        for path, read in ((self._metrics, history.metrics), (self._events, history.events)):
+            files.rewrite_lines(path, read(path, state).rows)
 
     def step(self, state: TrainState, metrics: Metrics) -> None:
         """Log a generator step; the row is on the disk when this returns."""

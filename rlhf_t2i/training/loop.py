@@ -29,6 +29,7 @@ from rlhf_t2i.training.log import RunLog
 from rlhf_t2i.training.metrics import reward_term, step_metrics
 from rlhf_t2i.training.online import OnlineRewards
 from rlhf_t2i.training.state import TrainState
+from rlhf_t2i.utils import files
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,8 @@ class Trainer:
         # The moving average of merged weights has no low-rank factors: then the merged model is all there is.
         if trained.lora is not None and store.generator_family.loads_adapters and self._evaluator.weights == "raw":
             export.write_adapter(store, self.cluster.call_all("learner", LearnerRole.adapter)[0], self.out.adapter)
+        else:  # that of an earlier recipe does not go with this model
+            files.remove(self.out.adapter)
 
     def _stop_if_requested(self) -> None:
         if self.signals.requested is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training import checkpoints, online, trackers
+from rlhf_t2i.training import checkpoints, history, online, trackers
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
@@ -156,6 +156,8 @@ class _Run:
         """Start the roles and train; returns the final state. ``changed`` says how a resumed run's recipe differs."""
         if resume:
             saved, state = self._newest()
+            for message in history.check(self.folder, state):
+                self.callback.on_message(message)
             if changed:
                 self.callback.on_message(f"the recipe has changed: {', '.join(changed)}")
         else:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -112,11 +112,28 @@ def write_atomic(path: Path, data: bytes | str, durable: bool = False) -> Path:
 
 
 def append_line(path: Path, row: object) -> None:
-    """Add a line of JSON to a file, and wait until it is on the disk: a checkpoint written next must not outlive it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+    """Add a line of JSON to a file, and wait until it is on the disk: a checkpoint written next must not outlive it.
+
+    A last line that a kill has cut short gets its line feed, so that it does not run into the new one.
+    """
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(_line(row).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def rewrite_lines(path: Path, rows: Sequence[object]) -> None:
+    """Replace a file of JSON lines atomically; without rows there is no file."""
+    if rows:
+        write_text(path, "".join(map(_line, rows)))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _line(row: object) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: object) -> None:

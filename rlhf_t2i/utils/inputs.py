@@ -18,8 +18,9 @@ CONFIG: Final = 64_000_000
 BENCHMARK: Final = 2_000_000_000
 PROMPTS: Final = 64_000_000_000
 SOURCE: Final = 10_000_000
+LOG: Final = 8_000_000_000
 """Most bytes of a recipe, of a model's JSON file (tokenizers are the largest), of a benchmark's list, which is read
-whole, of a file of prompts, which is not, and of Python."""
+whole, of a file of prompts, which is not, of Python, and of a log with a row per step."""
 
 
 def open_regular(path: Path, noun: str, limit: int, place: str = "") -> IO[bytes]:

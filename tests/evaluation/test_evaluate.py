@@ -99,11 +99,13 @@ def test_finished_images_and_scores_are_not_repeated(settings, tmp_path, monkeyp
     assert cls.scored == 10
 
 
-def test_only_the_missing_images_are_drawn(settings, tmp_path, monkeypatch):
+def test_only_missing_and_damaged_images_are_drawn(settings, tmp_path, monkeypatch):
     evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
     whole = pixels(tmp_path)
-    for index in (5, 8):
-        (tmp_path / "images" / f"{index:05d}.png").unlink()
+    (tmp_path / "images/00005.png").unlink()
+    data = bytearray((file := tmp_path / "images/00008.png").read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
     drawn = []
     original = StudentModel.images
     monkeypatch.setattr(StudentModel, "images", lambda self, p, keys: drawn.append(keys) or original(self, p, keys))
@@ -135,6 +137,29 @@ def test_stopping_after_any_batch_gives_the_same_bytes(settings, tmp_path):
             stream.write('{"key": "cut sho')
         evaluate(chosen, out)
         assert_same(out, tmp_path / "calm")
+
+
+def test_a_damaged_record_is_refused_by_name(settings, tmp_path):
+    chosen = settings(metrics=[BRIGHTNESS], limit=2)
+    evaluate(chosen, tmp_path)
+    for name, text, words in (
+        (
+            "scores.jsonl",
+            'rubbish\n{"key": "k", "images": [0], "values": [1.0]}\n',
+            "line 1 is damaged: remove the file",
+        ),
+        ("scores.jsonl", '{"key": "k", "images": ["0"], "values": [1.0]}\n', "line 1 is damaged"),
+        ("scores.jsonl", '{"key": "k", "images": [0, 1], "values": [1.0]}\n', "line 1 is damaged"),
+        ("images.json", '{"identity": [], "facts": {}}', "is damaged: give another --out"),
+        ("images.json", "[" * 5000, "is damaged"),
+        ("cost.json", '{"seconds": "many"}', "is damaged: remove it to count"),
+        ("cost.json", "{", "is damaged"),
+    ):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UsageError, match=rf"{name} {words}"):
+            evaluate(chosen, tmp_path)
+        (tmp_path / name).write_bytes(whole)
 
 
 @pytest.mark.slow

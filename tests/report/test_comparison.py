@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation.compare import compare, of_run
 from rlhf_t2i.evaluation.results import Metric, Results, read
 
@@ -135,9 +136,18 @@ def test_results_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", '{"images": 3, "metrics": {}, "step": 0}', '{"images": [], "metrics": {"r": 1}, "step": 0}'],
+    ("text", "place"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "step"),
+        ('{"images": 3, "metrics": {}, "step": 0}', "images"),
+        ('{"images": [], "metrics": {"r": 1}, "step": 0}', r"metrics\.r"),
+        ('{"images": [], "metrics": {"r": {"by_image": [1.0]}}, "step": 0}', "r: another number of values"),
+        ('{"images": [], "metrics": {"r": {"by_prompt": [1.0]}}, "step": 0}', "r: another number of values"),
+    ],
 )
-def test_damaged_results_are_none(text, tmp_path):
+def test_damaged_results_are_named(text, place, tmp_path):
     (tmp_path / "results.json").write_text(text)
-    assert read(tmp_path) is None
+    with pytest.raises(UsageError, match=rf"results\.json is damaged.*{place}"):
+        read(tmp_path)

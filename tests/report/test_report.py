@@ -121,13 +121,17 @@ def test_an_empty_folder_gives_a_page(tmp_path):
     assert "no evaluation of the start" in write_report(tmp_path).read_text("utf-8")
 
 
-def test_damaged_files_cost_their_part_only(run_folder):
+def test_damaged_files_cost_their_part_only_and_are_named(run_folder):
     (run_folder / "run.json").write_text("{")
     (run_folder / "recipe.yaml").write_bytes(b"\xff\xfe: [")
+    metrics = (run_folder / "metrics.jsonl").read_text().split("\n")
+    (run_folder / "metrics.jsonl").write_text("\n".join([*metrics[:4], "rubbish", *metrics[5:]]))
     (run_folder / "evaluation" / "after" / "images" / "00000.png").write_bytes(b"not a picture")
     (run_folder / "samples" / "step_000000.png").unlink()
     page = write_report(run_folder).read_text("utf-8")
     assert "improved by more than 3 standard errors" in page
+    for words in ("run.json is damaged", "recipe.yaml is not UTF-8 text", "metrics.jsonl line 5 is damaged"):
+        assert words in page
 
 
 def test_prompts_are_escaped(run_folder):

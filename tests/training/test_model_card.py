@@ -279,6 +279,11 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(
     with pytest.raises(UsageError, match=r"adapter/\.env is not of the run"):
         push(finished, "org/name")
     secret.unlink()
+    listed = finished / "adapter/manifest.json"
+    listed.rename(finished / "manifest.json")  # an adapter that nothing vouches for was left out without a word
+    with pytest.raises(UsageError, match=r"adapter is not as the run wrote it \(manifest\.json is missing\)"):
+        push(finished, "org/name")
+    (finished / "manifest.json").rename(listed)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UsageError, match="the hub needs a token"):

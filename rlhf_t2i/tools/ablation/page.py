@@ -10,9 +10,10 @@ from rlhf_t2i.tools.ablation.execute import Task
 from rlhf_t2i.tools.ablation.schema import Variant
 from rlhf_t2i.tools.ablation.tables import Table
 from rlhf_t2i.tools.report import gallery, plots, training_plots
-from rlhf_t2i.tools.report.page import RunRecord, render
+from rlhf_t2i.tools.report.page import render
 from rlhf_t2i.tools.report.plots import Plot, Point
 from rlhf_t2i.tools.report.training_plots import Rows, slug
+from rlhf_t2i.training.folder import RunRecord
 from rlhf_t2i.utils import files
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH, duration, evenly_spaced
@@ -25,7 +26,7 @@ def write(table: Table, out: Path) -> Path:
     drawn = [*_tradeoffs(table), *_curves(table)]
     for plot in drawn:
         files.write_atomic(out / "plots" / f"{slug(plot.title)}.svg", plots.standalone(plot.svg))
-    records = [RunRecord.read(task.run) for task in table.tasks]
+    records = [RunRecord.read(task.run / "run.json") for task in table.tasks]
     initial, (best, metric) = table.ablation.initial, _best_row(table)
     context: dict[str, object] = {
         "title": table.ablation.title,

@@ -3,60 +3,47 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jinja2
-from pydantic import BaseModel, ValidationError
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.evaluation import compare
+from rlhf_t2i.evaluation.compare import BeforeAfter
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.report import gallery, headline, training_plots
 from rlhf_t2i.tools.report.training_plots import Rows
+from rlhf_t2i.training.folder import RunRecord
 from rlhf_t2i.utils import files, inputs, jsonl, numbers
 
 PROMPTS_SHOWN, GRIDS_SHOWN = 12, 4
+T = TypeVar("T")
 STEPS_FOR_CURVES = 10
 """Below, a running page has no curves: they say nothing yet, and drawing them takes a second."""
-
-
-class RunRecord(BaseModel):
-    """What the page shows of a run's ``run.json``."""
-
-    seconds: float | None = None
-    device: str = "cpu"
-    placement: list[tuple[str, int, list[str]]] = []
-    versions: dict[str, str] = {}
-    finished: str = ""
-    git: str | None = None
-    seed: int | None = None
-    command: str = ""
-
-    @classmethod
-    def read(cls, out: Path) -> RunRecord:
-        """The record of a run's folder; an empty one where it is missing or damaged."""
-        try:
-            return cls.model_validate(jsonl.read_json(out / "run.json"))
-        except ValidationError:
-            return cls()
 
 
 def write_report(out: Path, live: bool = False) -> Path:
     """Write ``OUT/report.html`` from whatever files of a run's folder exist.
 
-    The page holds everything it shows: it opens from a mail or a USB stick and sends no request.
+    The page holds everything it shows: it opens from a mail or a USB stick and sends no request. A damaged file costs
+    its part, and the page names it.
 
     Args:
         out: The run's folder.
         live: The run is going on: the page says how far it is, and reloads itself.
     """
     out = Path(out)
-    measured = compare.of_run(out / "evaluation")
+    damaged: list[str] = []
+    unreadable = BeforeAfter(None, None, [], "This run's evaluations cannot be read.")
+    measured = _part(lambda: compare.of_run(out / "evaluation"), unreadable, damaged)
     before, after, comparisons = measured.before, measured.after, measured.rows
-    steps, run = training_plots.read(out), RunRecord.read(out)
-    text, recipe = _recipe(out / "recipe.yaml")
+    steps: Rows = _part(lambda: training_plots.read(out), [], damaged)
+    run = _part(lambda: RunRecord.read(out / "run.json"), RunRecord(), damaged)
+    events: list[jsonl.Row] = _part(lambda: jsonl.rows(out / "events.jsonl"), [], damaged)
+    text, recipe = _recipe(out / "recipe.yaml", damaged)
     units = {m.key: m.unit for evaluation in (before, after) if evaluation for m in evaluation.metrics.values()}
     plots = training_plots.training(steps, units) if not live or len(steps) >= STEPS_FOR_CURVES else []
     context: dict[str, object] = {
@@ -67,7 +54,8 @@ def write_report(out: Path, live: bool = False) -> Path:
         "held_out": recipe is None or recipe.data.held_out is not None,
         "comparisons": comparisons,
         "problem": measured.problem,
-        "events": [event for event in jsonl.rows(out / "events.jsonl") if event.get("text")],
+        "damaged": damaged,
+        "events": [event for event in events if event.get("text")],
         "plots": plots,
         "grids": _grids(out / "samples"),
         "cost": _cost(run, steps),
@@ -91,14 +79,21 @@ def render(template: str, context: Mapping[str, object]) -> str:
     return environment.get_template(template).render(context)
 
 
-def _recipe(path: Path) -> tuple[str, Recipe | None]:
-    """The text of a run's recipe, and the recipe if this version can read it."""
-    text = ""
+def _part(read: Callable[[], T], otherwise: T, damaged: list[str]) -> T:
+    """What a file holds; of a damaged one ``otherwise``, and its error message is added to ``damaged``."""
     try:
-        text = inputs.read_text(path, "recipe", inputs.RECIPE)
-        return text, reading.load(path)
-    except UsageError:
-        return text, None
+        return read()
+    except UsageError as error:
+        damaged.append(str(error))
+        return otherwise
+
+
+def _recipe(path: Path, damaged: list[str]) -> tuple[str, Recipe | None]:
+    """The text of a run's recipe, and the recipe if this version can read it; ("", None) without one."""
+    if not path.exists():
+        return "", None
+    text = _part(lambda: inputs.read_text(path, "recipe", inputs.RECIPE), "", damaged)
+    return text, _part(lambda: reading.load(path), None, damaged) if text else None
 
 
 def _summary(recipe: Recipe, steps: Rows) -> str:
