@@ -7,7 +7,6 @@ Torch is imported when a function needs it, so that a wrong recipe is refused at
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_t2i.errors import RunError, Stopped, UsageError
+from rlhf_t2i.errors import UsageError, called_from_python
 from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.reading import Override
 from rlhf_t2i.recipe.schema import Recipe
@@ -127,7 +126,7 @@ def train(
         RunError: Something failed while running.
         Stopped: A signal arrived; if the run was training, a checkpoint was written.
     """
-    with _python_names():
+    with _python_call():
         loaded = read_recipe(recipe, overrides, keys)
         if out is None and not isinstance(recipe, str | Path):
             raise UsageError("a recipe that is no file has no name: give the run's folder, out=...")
@@ -157,7 +156,7 @@ def load(model: str | Path) -> ImageModel:
     """
     from rlhf_t2i.evaluation import models
 
-    with _python_names():
+    with _python_call():
         return models.load(str(model))
 
 
@@ -193,7 +192,7 @@ def evaluate(
     # Resolved: of ".." the name is "..", and evaluations/.. is the working folder.
     name = files.expanded(str(model)).resolve().name or "model"
     folder = files.given(out) if out is not None else Path("evaluations") / name
-    with _python_names(), tempfile.TemporaryDirectory() as temporary:
+    with _python_call(), tempfile.TemporaryDirectory() as temporary:
         values = {"model": str(model), "metrics": [metrics] if isinstance(metrics, str) else metrics, **settings}
         if isinstance(prompts, str | Path):
             values["prompts"] = str(prompts)
@@ -215,12 +214,14 @@ def plan(recipe: RecipeSource, overrides: Mapping[str, object] | None = None, **
         **keys: The same with ``__`` for dots.
 
     Raises:
-        UsageError: The recipe, its placement or a model is wrong.
+        UsageError: The recipe, its placement, a plugin or a model is wrong, as :func:`train` would say.
     """
     from rlhf_t2i.tools.planning import plan as planning
 
-    with _python_names():
-        return planning.make(read_recipe(recipe, overrides, keys))
+    with _python_call():
+        loaded = read_recipe(recipe, overrides, keys)
+        planning.check(loaded)
+        return planning.make(loaded)
 
 
 def reward(name: str, /, *, device: str | torch.device | None = None, **options: object) -> Scorer:
@@ -256,22 +257,12 @@ def divergence(name: str, /, **options: object) -> Divergence:
     return registry.divergence(name, **options)
 
 
-_OPTION = re.compile(r"(?<![\w`-])--([a-z]+(?:-[a-z]+)*)")
-_ARGUMENTS = {"resume": "resume=True", "allow-recipe-change": "allow_recipe_change=True", "set": "options",
-              "timesteps": "student={'timesteps': [...]}"}  # fmt: skip
-"""Options of the command line that are called otherwise in Python; the others have underscores for dashes."""
-
-
 @contextmanager
-def _python_names() -> Iterator[None]:
-    """Let errors in the block name arguments of Python's functions, where they name options of the commands."""
+def _python_call() -> Iterator[None]:
+    """Check the installation, and let errors in the block name arguments of Python functions."""
     versions.check_torchvision()
-    try:
+    with called_from_python():
         yield
-    except (UsageError, RunError, Stopped) as error:
-        text = _OPTION.sub(lambda option: _ARGUMENTS.get(option[1], option[1].replace("-", "_")), str(error))
-        error.args = (text,)
-        raise
 
 
 def _override(key: str, value: object, place: str) -> Override:

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import signal
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+_from_python: ContextVar[bool] = ContextVar("the user called a Python function, not a command", default=False)
+_ARGUMENTS = {"resume": "resume=True", "allow-recipe-change": "allow_recipe_change=True", "set": "options",
+              "timesteps": "student={'timesteps': [...]}"}  # fmt: skip
+"""Options of the command line that are called otherwise in Python; the others have underscores for dashes."""
+
+
+def option(name: str) -> str:
+    """How the user gives an option, for error messages: ``--out``, and in Python ``out``."""
+    return _ARGUMENTS.get(name, name.replace("-", "_")) if _from_python.get() else f"--{name}"
+
+
+@contextmanager
+def called_from_python() -> Iterator[None]:
+    """Let :func:`option` name arguments of Python functions in this block."""
+    token = _from_python.set(True)
+    try:
+        yield
+    finally:
+        _from_python.reset(token)
 
 
 class UsageError(Exception):
@@ -31,7 +54,7 @@ class Stopped(Exception):
 
     def __init__(self, number: int, saved: Path | None = None, begun: bool = True, repeated: bool = False) -> None:
         checkpoint = f"; checkpoint {saved}" if saved else ""
-        advice = "continue with --resume" if begun else "nothing was written"
+        advice = f"continue with {option('resume')}" if begun else "nothing was written"
         super().__init__(f"stopped by {signal.Signals(number).name}{checkpoint}; {advice}")
         self.exit_code = 128 + number
         self.repeated = repeated

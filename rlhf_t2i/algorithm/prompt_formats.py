@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Final, cast
 
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError, first_line, option
 from rlhf_t2i.utils import inputs
 
 KNOWN: Final = ".txt (one prompt per line), .jsonl, .json (an array), .csv, .tsv or .parquet, also with .gz behind it"
@@ -108,7 +108,8 @@ def _check_column(path: Path, column: str, names: list[str], place: str) -> None
 def _no_column(path: Path, column: str, names: list[str], place: str) -> UsageError:
     named = ", ".join(name for name in names if name)[:200]
     return UsageError(
-        f"{place}{path} has no column {column!r} (it has: {named or 'none'}); data.column or --column names it"
+        f"{place}{path} has no column {column!r} (it has: {named or 'none'}); data.column or {option('column')} "
+        "names it"
     )
 
 

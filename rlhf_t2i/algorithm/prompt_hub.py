@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError, first_line, option
 
 PREFIX: Final = "hf://"
 _PART: Final = r"\w(?:[\w.-]*\w)?"
@@ -80,7 +80,7 @@ def prompts(text: str, column: str, revisions: Mapping[str, str], place: str) ->
     if column not in table.column_names:
         raise UsageError(
             f"{place}{text} has no column {column!r} (it has: {', '.join(table.column_names)[:200]}); data.column or "
-            "--column names it"
+            f"{option('column')} names it"
         )
     # The other columns may be images: they are neither read nor decoded.
     for batch in table.select_columns([column]).iter(_BATCH):

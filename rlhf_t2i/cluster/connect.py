@@ -25,7 +25,7 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_t2i.cluster.ray_folder import RayFolder
-from rlhf_t2i.errors import RunError, UsageError, first_line
+from rlhf_t2i.errors import RunError, UsageError, first_line, option
 
 _ANSWER_TIMEOUT_S = 10.0  # of a port; Ray itself would wait for minutes
 _own: list[RayFolder] = []  # of the Ray that this process started
@@ -120,7 +120,7 @@ def join(address: str) -> str:
     try:
         place = _place(address)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--address {address}: no Ray cluster answers there ({first_line(error)})") from None
+        raise UsageError(f"{option('address')} {address}: no Ray cluster answers there ({first_line(error)})") from None
     try:
         _introduce(place, address)
         with _own_sigterm():
@@ -129,18 +129,20 @@ def join(address: str) -> str:
     except ray.exceptions.AuthenticationError as error:
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise UsageError(
-            f"--address {address}: Ray refuses ({error.message}; RAY_AUTH_MODE is {mode}): set RAY_AUTH_MODE=token, "
+            f"{option('address')} {address}: Ray refuses ({error.message}; RAY_AUTH_MODE is {mode}): set "
+            "RAY_AUTH_MODE=token, "
             "and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (docs/security.md)"
         ) from None
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         if "No node info found" in str(error):
             raise UsageError(
-                f"--address {address}: the cluster answers, but this machine is no node of it: run `ray start "
+                f"{option('address')} {address}: the cluster answers, but this machine is no node of it: run "
+                "`ray start "
                 f"--address={place}` here first, or this command on one of its nodes"
             ) from None
         tls = os.environ.get("RAY_USE_TLS", "not set")
         raise UsageError(
-            f"--address {address}: something listens there, but no Ray cluster that answers this process "
+            f"{option('address')} {address}: something listens there, but no Ray cluster that answers this process "
             f"({first_line(error)}): compare the versions of Ray and the TLS settings (RAY_USE_TLS is {tls})"
         ) from None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ray._private import worker
 
-from rlhf_t2i.errors import ProcessLost, RunError
+from rlhf_t2i.errors import ProcessLost, RunError, option
 
 _ESSENTIAL = ("gcs_server", "raylet")
 _PROBE_EVERY_S, _PROBE_TIMEOUT_S = 5.0, 2.0
@@ -68,7 +68,7 @@ class RayMonitor:
             self._lost = True
             raise RunError(
                 f"the head node of the Ray cluster at {head} has not answered for {_HEAD_SILENT_S:g} s: start the "
-                "cluster again, then continue with --resume"
+                f"cluster again, then continue with {option('resume')}"
             )
 
 

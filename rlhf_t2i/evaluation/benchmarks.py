@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rlhf_t2i.algorithm import prompt_formats
 from rlhf_t2i.algorithm import prompts as prompt_files
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError, first_line, option
 from rlhf_t2i.recipe import shipped
 from rlhf_t2i.utils import inputs
 
@@ -61,14 +61,14 @@ def load(name: str, column: str = "prompt") -> PromptList:
     if benchmark in _READERS and (colon or not Path(name).exists()):
         return _READERS[benchmark](path)
     if name == shipped.WORLD and not Path(name).exists():
-        name = shipped.resolve(f"{name}:prompts/held_out.txt", "--prompts: ")
-    return PromptList(prompt_files.read(name, column, "--prompts: "))
+        name = shipped.resolve(f"{name}:prompts/held_out.txt", f"{option('prompts')}: ")
+    return PromptList(prompt_files.read(name, column, f"{option('prompts')}: "))
 
 
 def _parti(path: str) -> PromptList:
     """PartiPrompts (P2): 1,632 prompts; the column Prompt, grouped by Category."""
     file = Path(path or _hub("nateraw/parti-prompts", "PartiPrompts.tsv", "parti"))
-    found = prompt_formats.rows(file, "Prompt", "--prompts parti: ", tabs=True)
+    found = prompt_formats.rows(file, "Prompt", f"{option('prompts')} parti: ", tabs=True)
     rows = [row for row in found if (row["Prompt"] or "").strip()]
     return PromptList([row["Prompt"].strip() for row in rows], [row.get("Category") or "" for row in rows])
 
@@ -92,11 +92,12 @@ def _coco(path: str) -> PromptList:
     """
     if not path:
         raise UsageError(
-            "--prompts coco needs a file: coco:PATH with captions_val2014.json of the COCO 2014 annotations, or a "
+            f"{option('prompts')} coco needs a file: coco:PATH with captions_val2014.json of the COCO 2014 "
+            "annotations, or a "
             "text file with one caption a line"
         )
     if not path.endswith(".json"):
-        return PromptList(prompt_files.read(path, place="--prompts coco: "))
+        return PromptList(prompt_files.read(path, place=f"{option('prompts')} coco: "))
     captions: dict[int, tuple[int, str]] = {}
     for row in _parsed(_Captions, path, "coco", "is no COCO captions file").annotations:
         entry = (row.id, row.caption.strip())
@@ -109,11 +110,11 @@ _READERS = {"parti": _parti, "hpsv2": _hpsv2, "coco": _coco}
 
 def _parsed(kind: type[T], path: str | Path, benchmark: str, otherwise: str) -> T:
     """The value of a JSON file, if it is of a kind."""
-    data = inputs.read_json(Path(path), "prompt file", inputs.BENCHMARK, f"--prompts {benchmark}: ")
+    data = inputs.read_json(Path(path), "prompt file", inputs.BENCHMARK, f"{option('prompts')} {benchmark}: ")
     try:
         return TypeAdapter(kind).validate_python(data)
     except ValidationError:
-        raise UsageError(f"--prompts {benchmark}: {path} {otherwise}") from None
+        raise UsageError(f"{option('prompts')} {benchmark}: {path} {otherwise}") from None
 
 
 def _hub(repository: str, file: str, benchmark: str) -> str:
@@ -123,6 +124,7 @@ def _hub(repository: str, file: str, benchmark: str) -> str:
         return hf_hub_download(repository, file, repo_type="dataset")
     except Exception as error:  # the hub's client raises a dozen kinds; each means the list is not there
         raise UsageError(
-            f"--prompts {benchmark}: {repository} cannot be read from the hub ({first_line(error)}); give a copy as "
+            f"{option('prompts')} {benchmark}: {repository} cannot be read from the hub ({first_line(error)}); "
+            "give a copy as "
             f"{benchmark}:PATH"
         ) from None

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError, first_line, option
 from rlhf_t2i.evaluation import identity
 from rlhf_t2i.evaluation.results import Metric
 from rlhf_t2i.families import sources
@@ -65,7 +65,8 @@ class ClipFeatures:
             raise
         except Exception as error:
             raise UsageError(
-                f"--features: {location} cannot be loaded ({first_line(error)}); give a CLIP folder, a hub id, or 'vae'"
+                f"{option('features')}: {location} cannot be loaded ({first_line(error)}); give a CLIP folder, "
+                "a hub id, or 'vae'"
             ) from error
 
     @torch.no_grad()
@@ -82,7 +83,9 @@ class ClipFeatures:
         source = sources.parse(self.location)
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.kwargs)
         if len(tokenizer) < 16:
-            raise UsageError(f"--features: {self.location} holds no tokenizer, so --classes needs a probe's file")
+            raise UsageError(
+                f"{option('features')}: {self.location} holds no tokenizer, so {option('classes')} needs a probe's file"
+            )
         tokens = tokenizer(labels, padding=True, truncation=True, return_tensors="pt").to(self.device)
         text = self.model.get_text_features(**tokens).pooler_output.float()
         text = text / text.norm(dim=-1, keepdim=True)
@@ -134,14 +137,16 @@ class Probe:
         Raises:
             UsageError: Missing or damaged.
         """
-        data = inputs.read_json(path, "probe", place="--classes: ")
+        data = inputs.read_json(path, "probe", place=f"{option('classes')}: ")
         try:
             probe = _ProbeFile.model_validate(data)
             weight, bias = np.array(probe.weight), np.array(probe.bias)
         except ValueError:  # pydantic's is one; another one for rows of several lengths
-            raise UsageError(f"--classes: {path} is no probe: a JSON object with labels, weight and bias") from None
+            raise UsageError(
+                f"{option('classes')}: {path} is no probe: a JSON object with labels, weight and bias"
+            ) from None
         if weight.ndim != 2 or not len(probe.labels) == len(weight) == len(bias) >= 2:
-            raise UsageError(f"--classes: {path}: labels, weight and bias do not fit together")
+            raise UsageError(f"{option('classes')}: {path}: labels, weight and bias do not fit together")
         return cls(probe.labels, weight, bias, probe.hard)
 
 
@@ -170,7 +175,8 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
     path = files.expanded(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if not path.is_file():
         raise UsageError(
-            f"--metrics fid: no Inception weights at {path}: give {INCEPTION_FILE} of torch-fidelity with --inception, "
+            f"{option('metrics')} fid: no Inception weights at {path}: give {INCEPTION_FILE} of torch-fidelity "
+            f"with {option('inception')}, "
             "or measure frechet_clip instead"
         )
     try:
@@ -179,9 +185,9 @@ def inception_extractor(weights: str | None, device: torch.device) -> Extractor:
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
     except ImportError as error:
         needs = "needs torchmetrics and torch-fidelity (the extra fid: docs/install.md)"
-        raise UsageError(f"--metrics fid {needs}: {error}") from None
+        raise UsageError(f"{option('metrics')} fid {needs}: {error}") from None
     except Exception as error:
-        raise UsageError(f"--inception: {path} cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"{option('inception')}: {path} cannot be loaded: {first_line(error)}") from None
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.evaluation.results import dumps
 from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import JsonObject
@@ -104,12 +104,12 @@ def claim(
     try:
         data = _Claim.model_validate(inputs.read_json(path, "record of settings"))
     except ValidationError:
-        raise UsageError(f"{path} is damaged: give another --out") from None
+        raise UsageError(f"{path} is damaged: give another {option('out')}") from None
     there, recorded = data.identity, data.facts
     for key in now | there:
         if there.get(key) != now.get(key):
             raise UsageError(
-                f"--out {out} holds other work: {key} is {there.get(key)!r} there and {now.get(key)!r} now; "
-                "give another --out"
+                f"{option('out')} {out} holds other work: {key} is {there.get(key)!r} there and {now.get(key)!r} now; "
+                f"give another {option('out')}"
             )
     return recorded

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.prompts import check_text
 from rlhf_t2i.algorithm.student import Noise, keyed_noise
-from rlhf_t2i.errors import RunError, UsageError, first_line
+from rlhf_t2i.errors import RunError, UsageError, first_line, option
 from rlhf_t2i.evaluation.settings import Drawing
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.export import STUDENT, StudentFile
@@ -102,7 +102,8 @@ def resolved(drawing: Drawing) -> Drawing:
     alone, student = drawing.base not in (None, model), drawing.student
     if alone and student is None and drawing.steps is None:
         raise UsageError(
-            "--base is for a network alone: give a generator's --timesteps (399 for DMD2 and DI*), or the --steps of a "
+            f"{option('base')} is for a network alone: give a generator's {option('timesteps')} (399 for DMD2 "
+            f"and DI*), or the {option('steps')} of a "
             "many-step model"
         )
     found = {"model": model, "base": drawing.base or model, "steps": drawing.steps or DEFAULT_STEPS}

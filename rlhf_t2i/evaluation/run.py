@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_t2i import plugins
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.evaluation import benchmarks, diversity, features, identity, journal, models
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
 from rlhf_t2i.evaluation.results import Metric, Results, dumps
@@ -89,7 +89,9 @@ class Evaluation:
         self.versions = identity.versions()
         self.real = images.find(Path(settings.real)) if settings.real else []
         if settings.real and len(self.real) < 2:
-            raise UsageError(f"--real: {settings.real} holds {len(self.real)} images: at least two are needed")
+            raise UsageError(
+                f"{option('real')}: {settings.real} holds {len(self.real)} images: at least two are needed"
+            )
         self._rewards = {label: self._reward_key(label, name) for label, name in settings.named.items()
                          if name not in SPECIAL}  # fmt: skip
 
@@ -146,7 +148,9 @@ class Evaluation:
     def _reward_key(self, label: str, name: str) -> str:
         """The name under which a reward's scores are recorded: it changes with code, options and weights."""
         if issubclass(registry.load_class(registry.REWARDS, name), LatentReward):
-            raise UsageError(f"--metrics {label}: {name!r} scores latents beside a trained generator, not images")
+            raise UsageError(
+                f"{option('metrics')} {label}: {name!r} scores latents beside a trained generator, not images"
+            )
         return f"{name} {identity.of_plugin(registry.REWARDS, name, self.settings.options.get(label, {}))}"
 
     def _reward(self, label: str, name: str) -> Metric:
@@ -245,7 +249,8 @@ def _class_entropy(work: Evaluation) -> list[Metric]:
     own = work.own_features(work.extractor)
     if own.shape[1] != probe.weight.shape[1]:
         raise UsageError(
-            f"--classes: the probe takes {probe.weight.shape[1]} features, --features gives {own.shape[1]}"
+            f"{option('classes')}: the probe takes {probe.weight.shape[1]} features, {option('features')} gives "
+            f"{own.shape[1]}"
         )
     return features.class_entropy(probe, own, work.units, work.extractor.name)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import mistakes, shipped
 from rlhf_t2i.recipe.schema import StudentSettings
@@ -76,28 +76,40 @@ def check(settings: Settings) -> None:
     known = [*registry.registered(registry.REWARDS), *SPECIAL]
     for name in settings.named.values():
         if name not in known and ".py:" not in name:
-            raise UsageError(f"--metrics: unknown metric {name!r}; {mistakes.hint(name, known)}")
+            raise UsageError(f"{option('metrics')}: unknown metric {name!r}; {mistakes.hint(name, known)}")
     if len(settings.named) < len(settings.metrics):
-        raise UsageError(f"--metrics {','.join(settings.metrics)}: two have one label: write LABEL=NAME")
+        raise UsageError(f"{option('metrics')} {','.join(settings.metrics)}: two have one label: write LABEL=NAME")
     stray = next((name for name in settings.options if name not in settings.named), None)
     if stray:
-        raise UsageError(f"--set {stray}.…: {stray!r} is not among the metrics {', '.join(settings.named)}")
+        raise UsageError(f"{option('set')} {stray}.…: {stray!r} is not among the metrics {', '.join(settings.named)}")
     for name in ("diversity", "class_entropy"):
         if name in settings.named.values() and settings.images_per_prompt < 2:
-            raise UsageError(f"--metrics {name} compares images of one prompt: give --images-per-prompt 2 or more")
+            raise UsageError(
+                f"{option('metrics')} {name} compares images of one prompt: give {option('images-per-prompt')} "
+                "2 or more"
+            )
     for name in ("fid", "frechet_clip"):
         if name not in settings.named.values():
             continue
         if settings.real is None:
-            raise UsageError(f"--metrics {name} compares with real images: give their folder with --real")
+            raise UsageError(
+                f"{option('metrics')} {name} compares with real images: give their folder with {option('real')}"
+            )
         if not Path(settings.real).is_dir():
-            raise UsageError(f"--real: no such folder: {settings.real}")
+            raise UsageError(f"{option('real')}: no such folder: {settings.real}")
     if "frechet_clip" in settings.named.values() and settings.features == "vae":
-        raise UsageError("--metrics frechet_clip needs the features of a CLIP: give --features a CLIP model")
+        raise UsageError(
+            f"{option('metrics')} frechet_clip needs the features of a CLIP: give {option('features')} a CLIP model"
+        )
     if "class_entropy" in settings.named.values() and not settings.classes:
-        raise UsageError("--metrics class_entropy needs --classes: labels written 'a|b|c', or a probe's JSON file")
+        raise UsageError(
+            f"{option('metrics')} class_entropy needs {option('classes')}: labels written 'a|b|c', or a probe's "
+            "JSON file"
+        )
     if settings.student is not None and settings.steps is not None:
-        raise UsageError("--steps is for a many-step model, --timesteps for a few-step generator: not both")
+        raise UsageError(
+            f"{option('steps')} is for a many-step model, {option('timesteps')} for a few-step generator: not both"
+        )
 
 
 def build(

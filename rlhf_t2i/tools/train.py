@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.recipe.schema import Recipe
 
@@ -49,6 +49,8 @@ def _check_free(out: Path, resume: bool) -> None:
     try:
         taken = (out / "recipe.yaml").exists()
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be used: {error.strerror}") from None
+        raise UsageError(f"{option('out')} {out} cannot be used: {error.strerror}") from None
     if taken and not resume:
-        raise UsageError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+        raise UsageError(
+            f"{out} already holds a run: continue it with {option('resume')}, or choose another {option('out')}"
+        )

@@ -59,7 +59,7 @@ class Bf16Monitor:
         if not drift <= LARGEST_DRIFT:
             problems["drift"] = (
                 f"the {name}'s bf16 weights differ from their float32 masters by {drift:.2%}, more than rounding can "
-                f"({LARGEST_DRIFT:.2%}): end the run and --resume, or set precision: fp32"
+                f"({LARGEST_DRIFT:.2%}): end the run and resume it, or set precision: fp32"
             )
         if unmoved > LARGEST_UNMOVED and step > self._warmup[name]:  # during the warm-up it is expected
             problems["stuck"] = (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.recipe.schema import Checkpoints
 from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.training.state import TRAINED_ROLES, TrainState
@@ -115,7 +115,7 @@ def find(out: Path) -> tuple[Path | None, TrainState, list[str]]:
             warnings.append(f"checkpoint {folder.name} is damaged ({damage})")
     if not warnings:
         return None, TrainState(), []
-    raise UsageError(f"--resume: {out} holds no whole checkpoint; " + "; ".join(warnings))
+    raise UsageError(f"{option('resume')}: {out} holds no whole checkpoint; " + "; ".join(warnings))
 
 
 def _verified(folder: Path) -> TrainState:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.errors import UsageError, first_line, option
 from rlhf_t2i.evaluation import identity
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.mistakes import shown
@@ -75,7 +75,7 @@ class RunFolder:
         try:
             self.path = path.resolve()
         except (OSError, RuntimeError) as error:  # a loop of links
-            raise UsageError(f"--out {path} cannot be used: {first_line(error)}") from None
+            raise UsageError(f"{option('out')} {path} cannot be used: {first_line(error)}") from None
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
@@ -94,7 +94,10 @@ class RunFolder:
             UsageError: The folder holds another run, or cannot be written.
         """
         if self.recipe.exists():
-            raise UsageError(f"{self.path} already holds a run: continue it with --resume, or choose another --out")
+            raise UsageError(
+                f"{self.path} already holds a run: continue it with {option('resume')}, or choose another "
+                f"{option('out')}"
+            )
         try:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.evaluation.mkdir(exist_ok=True)
@@ -102,7 +105,7 @@ class RunFolder:
             files.write_text(self.recipe, reading.dump(recipe))
         except OSError as error:
             self.discard()
-            raise UsageError(f"--out {self.path} cannot be written: {error.strerror}") from None
+            raise UsageError(f"{option('out')} {self.path} cannot be written: {error.strerror}") from None
 
     def discard(self) -> None:
         """Remove what :meth:`create` wrote for a run that never started; other files in the folder stay."""
@@ -119,7 +122,7 @@ class RunFolder:
             UsageError: There is no run here.
         """
         if not self.recipe.is_file():
-            raise UsageError(f"--resume: {self.path} holds no run")
+            raise UsageError(f"{option('resume')}: {self.path} holds no run")
         return reading.load(self.recipe).revisions
 
     def compare_recipe(self, recipe: Recipe, allow_change: bool = False) -> list[str]:
@@ -139,8 +142,8 @@ class RunFolder:
         refused = [name for name in changed if not _is_accepted(name)]
         if refused and not allow_change:
             raise UsageError(
-                f"--resume: the recipe has changed since the run began: {', '.join(refused)}; "
-                "undo the change, or accept it with --allow-recipe-change"
+                f"{option('resume')}: the recipe has changed since the run began: {', '.join(refused)}; "
+                f"undo the change, or accept it with {option('allow-recipe-change')}"
             )
         return changed
 

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.evaluation import results
 from rlhf_t2i.training.folder import RunFolder, RunRecord
 from rlhf_t2i.training.state import TrainState
@@ -87,7 +87,9 @@ def metrics(path: Path, state: TrainState) -> History:
     gap = next((b for a, b in pairwise(steps) if b != a + 1), None)
     if gap is not None or (steps[-1] if steps else 0) != state.step:
         missing = state.step if gap is None else gap - 1
-        raise UsageError(f"--resume: {path} has no row of step {missing}, which the checkpoint has done: {_ADVICE}")
+        raise UsageError(
+            f"{option('resume')}: {path} has no row of step {missing}, which the checkpoint has done: {_ADVICE}"
+        )
     return found
 
 
@@ -130,9 +132,11 @@ def _up_to(
             newer = True
         else:
             if damaged:
-                raise UsageError(f"--resume: {path} line {damaged[0]} is damaged: {_ADVICE}")
+                raise UsageError(f"{option('resume')}: {path} line {damaged[0]} is damaged: {_ADVICE}")
             if newer or position(row) < last or (position(row) == last and not repeats):
-                raise UsageError(f"--resume: {path} line {number} (step {row['step']}) is out of order: {_ADVICE}")
+                raise UsageError(
+                    f"{option('resume')}: {path} line {number} (step {row['step']}) is out of order: {_ADVICE}"
+                )
             rows.append(row)
             last = position(row)
     removed = f"{path.name}: removed what a kill had cut short (from line {damaged[0]})" if damaged else None

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import ProcessLost, RunError, Stopped, UsageError
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped, UsageError, option
 from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
@@ -118,7 +118,7 @@ class Trainer:
             self._export()
         except ProcessLost as lost:
             if self.signals.requested is not None:  # whoever asked to stop does not wait for a restart
-                raise RunError(f"{lost}, while stopping; continue with --resume") from lost
+                raise RunError(f"{lost}, while stopping; continue with {option('resume')}") from lost
             raise
         finally:
             self._log.close()

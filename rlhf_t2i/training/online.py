@@ -15,7 +15,7 @@ from urllib.parse import quote
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.plugins.online import Lesson
 from rlhf_t2i.recipe.schema import Recipe
@@ -104,7 +104,7 @@ def restore(recipe: Recipe, cluster: Cluster, folder: Path) -> None:
     """
     for label in traits.resolve(recipe).online:
         if not _file(folder, label).is_file():
-            raise UsageError(f"--resume: checkpoint {folder.name} holds no state of the reward {label!r}")
+            raise UsageError(f"{option('resume')}: checkpoint {folder.name} holds no state of the reward {label!r}")
         cluster.submit_to_reward(label, RewardRole.load, label, str(_file(folder, label))).result()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line
+from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line, option
 
 _ASIDE, _OLD = ".writing-", ".writing-old-"
 _LONGEST = 240  # bytes of a new name: what is written aside has a longer one, and systems take 255
@@ -272,10 +272,10 @@ def exclusive(out: Path, what: str) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise UsageError(f"--out {out}: another {what} works in this folder") from None
+        raise UsageError(f"{option('out')} {out}: another {what} works in this folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise UsageError(f"--out {out} cannot be written: {error.strerror}") from None
+            raise UsageError(f"{option('out')} {out} cannot be written: {error.strerror}") from None
     try:
         yield
     finally:
