@@ -40,8 +40,8 @@ def plan_command(
 ) -> None:
     """Show hours, disk, memory and traffic of a run. Needs no GPU and starts no Ray.
 
-    A prompt file that is missing is a warning: a plan needs none. Exit code 1 means that it does not fit the device, 2
-    that it cannot start.
+    What `run` would refuse is refused here, but a missing prompt file is a warning: a plan needs none. Exit code 1
+    means that it does not fit the device, 2 that it cannot start.
     """
     from rlhf_t2i.recipe import placement, reading
     from rlhf_t2i.tools.planning import devices
@@ -52,13 +52,14 @@ def plan_command(
         raise UsageError("--gpus: name the devices with --device, e.g. --device h100")
     if gpus is None:
         placement.check_placement(loaded)
-    typer.echo("counting the networks on the meta device ...", err=True)
-    if gpus is not None and profile is not None:
-        loaded = _place(loaded, gpus, profile, device_memory, json_)
     from rlhf_t2i.commands.plan_report import Report
     from rlhf_t2i.tools.planning import cluster as clusters
     from rlhf_t2i.tools.planning import plan as planning
 
+    planning.check(loaded)
+    typer.echo("counting the networks on the meta device ...", err=True)
+    if gpus is not None and profile is not None:
+        loaded = _place(loaded, gpus, profile, device_memory, json_)
     plan, cluster = planning.make(loaded), None
     if address is not None:
         typer.echo("asking the nodes of the cluster ...", err=True)
@@ -118,12 +119,17 @@ def _rates(recipe: Recipe, plan: Plan, name: str | None, profile: Device | None)
 
 def _check(report: Report, cluster: ClusterState | None) -> None:
     """Warn of missing prompt files, and end with an exit code where the run cannot start, or does not fit."""
-    from rlhf_t2i.algorithm import prompts
+    from rlhf_t2i.algorithm import prompt_hub, prompts
     from rlhf_t2i.tools.planning import cluster as clusters
+    from rlhf_t2i.training.loop import RunPrompts
 
-    for key, file in (("prompts", report.recipe.data.prompts), ("held_out", report.recipe.data.held_out)):
-        if file is not None and not prompts.exists(file):
-            typer.echo(f"warning: data.{key}: no such prompt file: {file}; `rlhf-t2i run` will refuse this", err=True)
+    data = report.recipe.data
+    named = {key: file for key, file in (("prompts", data.prompts), ("held_out", data.held_out)) if file is not None}
+    missing = [key for key, file in named.items() if not prompts.exists(file)]
+    for key in missing:
+        typer.echo(f"warning: data.{key}: no such prompt file: {named[key]}; `rlhf-t2i run` will refuse this", err=True)
+    if not missing and not any(file.startswith(prompt_hub.PREFIX) for file in named.values()):
+        RunPrompts.read(report.recipe)
     if cluster is not None:
         for sentence in cluster.lost:
             typer.echo(f"warning: {sentence}", err=True)

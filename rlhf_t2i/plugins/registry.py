@@ -167,9 +167,17 @@ def divergence(name: str, /, **options: object) -> Divergence:
         UsageError: An unknown name, a wrong option, or an error of the plugin's own code.
     """
     cls = load_class(DIVERGENCES, name)
-    parsed = parse_options(cls, f"divergence {name!r}", options)
+    return build_divergence(cls, name, parse_options(cls, f"divergence {name!r}", options))
+
+
+def build_divergence(cls: type[Divergence], name: str, options: Options) -> Divergence:
+    """Build a divergence of its class and validated options.
+
+    Raises:
+        UsageError: An error of the plugin's own code.
+    """
     with guard.building(f"divergence {name!r} cannot be built", cls):
-        return cls(parsed)
+        return cls(options)
 
 
 def reward(name: str, /, **options: object) -> Reward:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import guard, registry
-from rlhf_t2i.plugins.base import Footprint, LatentReward, Options, Reward
+from rlhf_t2i.plugins.base import Divergence, Footprint, LatentReward, Options, Reward
 from rlhf_t2i.plugins.online import OnlineReward, Schedule
 from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.recipe.placement import check_placement
@@ -26,11 +26,15 @@ class DivergenceTraits:
         name: As in the recipe.
         needs_vjp: Whether the generator's gradient flows through assistant and reference.
         order: The homogeneity degree of its distance.
+        options: Validated.
+        plugin: Its class.
     """
 
     name: str
     needs_vjp: bool
     order: int
+    options: Options
+    plugin: type[Divergence]
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,12 @@ class Traits:
         return sum(reward.reference_calls for reward in self.trained)
 
     def preflight(self) -> None:
-        """Refuse rewards that cannot run: missing packages, and what their own ``preflight`` finds.
+        """Build the divergence; refuse rewards whose packages are missing, and what their own ``preflight`` refuses.
 
         Raises:
-            UsageError: One sentence naming the reward and what is missing.
+            UsageError: One sentence naming the plugin and what is missing.
         """
+        registry.build_divergence(self.divergence.plugin, self.divergence.name, self.divergence.options)
         for reward in self.rewards:
             registry.check_packages(reward.plugin, reward.name)
             with guard.building(f"reward {reward.name!r} cannot be used", reward.plugin):
@@ -156,12 +161,12 @@ def _resolve(recipe: Recipe) -> Traits:
     with _at(recipe, (*section, "name")):
         cls = registry.load_class(registry.DIVERGENCES, choice.name)
     place = f"algorithm.divergence: divergence {choice.name!r}"
-    registry.parse_options(cls, place, choice.options, lambda key: recipe.where((*section, "options", *key)))
+    options = registry.parse_options(cls, place, choice.options, lambda key: recipe.where((*section, "options", *key)))
     rewards = [_reward(recipe, choice, ("algorithm", "rewards", i)) for i, choice in enumerate(algorithm.rewards)]
     rewards += [
         _reward(recipe, choice, ("algorithm", "eval_rewards", i)) for i, choice in enumerate(algorithm.eval_rewards)
     ]
-    return Traits(DivergenceTraits(choice.name, cls.needs_vjp, cls.order), tuple(rewards))
+    return Traits(DivergenceTraits(choice.name, cls.needs_vjp, cls.order, options, cls), tuple(rewards))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training import checkpoints, history, online, trackers
+from rlhf_t2i.training import checkpoints, history, online
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
@@ -88,21 +88,14 @@ def run(
 
 def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCallback) -> Recipe:
     """The recipe with its hub models and datasets pinned, after its plugins and model folders were checked."""
-    import torch
-
     from rlhf_t2i.families.pins import pin
-    from rlhf_t2i.families.store import ModelStore
     from rlhf_t2i.plugins import traits
-    from rlhf_t2i.training import model_card
+    from rlhf_t2i.training import checks, model_card
 
-    trackers.check(recipe.logging.trackers)
-    traits.resolve(recipe).preflight()
+    checks.check_plugins(recipe)
     traits.check_online_placement(recipe)
     recipe = pin(recipe, revisions)
-    store = ModelStore(recipe.models, recipe.student, torch.device("cpu"))
-    store.check()
-    for role in ("generator", "assistant"):
-        store.timestep_range(recipe.algorithm.timesteps, role)
+    store = checks.check_models(recipe)
     _warn_of_other_steps(store, callback)
     model_card.fetch_licenses(store)
     return recipe

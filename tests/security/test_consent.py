@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rlhf_t2i
 from rlhf_t2i import cli
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import consent, registry, traits
@@ -96,7 +97,8 @@ def test_a_recipe_from_a_stranger_is_refused_before_anything_starts(
     assert "--allow-host example.com" in capsys.readouterr().err
     assert not (tmp_path / "out" / "recipe.yaml").exists()
     loaded = Recipe.model_validate(recipe)
-    traits.resolve(loaded)  # planning sends nothing
+    with pytest.raises(UsageError, match=r"rlhf-t2i --allow-host example\.com"):
+        rlhf_t2i.plan(loaded)
     consent.allow(hosts=["example.com"])
     traits.resolve(loaded).preflight()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.placement import batch_geometry, check_placement
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import cost, memory, time, traffic
@@ -37,16 +38,32 @@ class Plan:
         return sum(group.devices for group in self.groups)
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what a run would refuse before its roles start, but for missing prompts, which a plan does not need.
+
+    Models on the hub are not fetched: of those only their published configurations are read.
+
+    Raises:
+        UsageError: As of the run.
+    """
+    from rlhf_t2i.training import checks
+
+    checks.check_plugins(recipe)
+    if checks.are_local(recipe):
+        checks.check_models(recipe)
+
+
 def make(recipe: Recipe) -> Plan:
     """Plan a run.
 
     Raises:
-        UsageError: Roles or batches that do not divide, a size the decoder cannot produce, a model folder that is
-            missing, damaged or of an unknown family.
+        UsageError: Roles or batches that do not divide, a reward that learns in several processes, a size the decoder
+            cannot produce, a model folder that is missing, damaged or of an unknown family.
     """
     from rlhf_t2i.families.footprints import Footprints
 
     placed, networks = check_placement(recipe), Footprints(recipe)
+    traits.check_online_placement(recipe)
     settings = recipe.optimization
     batch = {}
     for role in TRAINED:

@@ -1,0 +1,67 @@
+"""What ``run`` refuses before its roles start, ``plan`` refuses with the same sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rlhf_t2i.cli import app
+from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import run
+
+PLUGINS = """
+from rlhf_t2i import plugins
+from rlhf_t2i.errors import UsageError
+
+
+class Mine(plugins.Reward):
+    @classmethod
+    def preflight(cls, options):
+        raise UsageError("no such scorer")
+
+
+class Apart(plugins.Divergence):
+    def __init__(self, options=None):
+        super().__init__(options)
+        raise ValueError("no such distance")
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("algorithm.rewards+={name: 'FILE:Mine', label: mine}", "no such scorer"),
+        ("algorithm.divergence.name=FILE:Apart", r"cannot be built: mine\.py:15: ValueError: no such distance"),
+        ("algorithm.timesteps.assistant=[1, 5000]", r"algorithm\.timesteps\.assistant"),
+        ("student.timesteps=[1000]", r"student\.timesteps: 1000 is outside"),
+        ("models.vae=FOLDER", "FOLDER"),
+    ],
+)
+def test_plan_and_run_refuse_alike(
+    override: str, words: str, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    make_recipe()
+    plugin, empty = tmp_path / "mine.py", tmp_path / "empty"
+    plugin.write_text(PLUGINS, "utf-8")
+    empty.mkdir()
+    text = override.replace("FILE", str(plugin)).replace("FOLDER", str(empty))
+    planned = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml"), "--set", text])
+    with pytest.raises(UsageError, match=words.replace("FOLDER", str(empty))) as refused:
+        run.run(reading.load(tmp_path / "recipe.yaml", [text]), tmp_path / "out")
+    assert str(planned.exception) == str(refused.value)
+    assert "counting the networks" not in planned.stderr
+
+
+def test_prompts_that_a_run_refuses_are_refused_after_the_plan(
+    make_recipe: Callable[..., Recipe], tiny_prompts: Path, tmp_path: Path
+) -> None:
+    make_recipe()
+    shown = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml"), "--set", f"data.held_out={tiny_prompts}"])
+    assert "Memory" in shown.output or "device" in shown.output
+    assert isinstance(shown.exception, UsageError)
+    assert "of its prompts are in data.prompts, too" in str(shown.exception)
