@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import Reward
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs, targets
 from rlhf_t2i.utils.images import to_8_bits
 
 _REMEMBERED = 65_536
@@ -25,6 +26,27 @@ def cache_file() -> Path:
     Not a path in the recipe: what a recipe's options name must not change while it runs.
     """
     return files.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "rlhf-t2i" / "scores.sqlite"
+
+
+def check_cache(place: str) -> None:
+    """Refuse a cache that cannot be written, or that is no file of scores.
+
+    Args:
+        place: Begins the error message.
+
+    Raises:
+        UsageError: One sentence.
+    """
+    path = cache_file()
+    targets.check_folder(path.parent, place)
+    if not path.exists():
+        return
+    inputs.open_regular(path, "file of scores", inputs.LOG, f"{place}: ").close()
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as database:
+            database.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
+    except sqlite3.Error as error:
+        raise UsageError(f"{place} {path} is no file of scores ({error}): remove it") from None
 
 
 class ScorerCalls:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import Field, model_validator
 from rlhf_t2i_plugins.rewards.clip_model import clip_footprint, load_clip
-from rlhf_t2i_plugins.rewards.scorer_calls import ScorerCalls
+from rlhf_t2i_plugins.rewards.scorer_calls import ScorerCalls, check_cache
 from rlhf_t2i_plugins.rewards.surrogate_model import Fit, Head, Replay, concordance
 from torch import Tensor
 
@@ -125,6 +125,8 @@ class Surrogate(plugins.OnlineReward):
         scorer, parsed = options.of.resolve()
         registry.check_packages(scorer, options.of.name)
         scorer.preflight(parsed)
+        if options.cache:
+            check_cache("reward 'surrogate': its cache")
 
     @classmethod
     def hub_models(cls, options: SurrogateOptions) -> list[str]:

@@ -24,10 +24,10 @@ def sample_command(
 
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UsageError(f"-o {output}: name a .png file")
-    if not output.parent.is_dir():
-        raise UsageError(f"-o {output}: the folder {output.parent} does not exist")
+    from rlhf_t2i.utils import files, images, targets
+
+    targets.check_file(output, "-o")
     from rlhf_t2i.evaluation import models
-    from rlhf_t2i.utils import files, images
 
     drawn = models.load(model).sample(prompt, seed)
     with files.disk_errors(output):

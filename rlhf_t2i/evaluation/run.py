@@ -21,7 +21,7 @@ from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import LatentReward
 from rlhf_t2i.roles.reward import RewardRole
-from rlhf_t2i.utils import files, fingerprints, images, jsonl
+from rlhf_t2i.utils import files, fingerprints, images, jsonl, targets
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 from rlhf_t2i.utils.stats import frechet_distance
@@ -45,6 +45,7 @@ def evaluate(settings: Settings, out: Path, progress: Progress = lambda phase, d
         RunError: A reward failed, an image is not finite, or the disk is full.
     """
     check(settings)
+    targets.check_folder(out, option("out"))
     start = time.monotonic()
     with quietly():
         evaluation = Evaluation(settings, out, progress)

@@ -11,11 +11,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.errors import RunError
 from rlhf_t2i.families.base import Conditioner
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, targets
 from rlhf_t2i.utils.device import send
 
+_PLACE = "models.embeddings:"
 UNCONDITIONAL = None
 """Stands for the unconditional branch among prompts: SDXL's is not the empty prompt's."""
 _SHAPE, _PROMPT, _DIGEST = "shape.", "prompt", "blake2b"
@@ -45,12 +46,11 @@ class EmbeddingFolder:
         """Create the folder.
 
         Raises:
-            UsageError: It cannot be created.
+            UsageError: It cannot be created or written into.
         """
-        try:
+        targets.check_folder(self.folder, _PLACE)
+        with files.disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"models.embeddings: {self.root} cannot be created: {error.strerror}") from None
 
     def write(self, entry: Entry, row: Mapping[str, Tensor]) -> None:
         """Store one prompt's row; whole or not at all."""
@@ -140,13 +140,7 @@ def check(root: Path) -> None:
     Raises:
         UsageError: It is a file, or below one, or behind a link to nothing.
     """
-    for path in (root, *root.parents):
-        if path.is_symlink() and not path.exists():
-            raise UsageError(f"models.embeddings: {path} is a link to {path.readlink()}, which does not exist")
-        if path.exists():
-            if not path.is_dir():
-                raise UsageError(f"models.embeddings: {path} is a file: name a folder")
-            return
+    targets.nearest_folder(root, _PLACE)
 
 
 def _text(entry: Entry) -> str:

@@ -43,9 +43,11 @@ def overlay_python(packages: Sequence[str], cache: Path | None = None) -> Path:
             create_overlay(building)
             install(building / "bin" / "python", packages)
             building.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
+        except OSError as error:
+            if not folder.exists():  # else another process has built it meanwhile
+                raise UsageError(
+                    f"the environment with {', '.join(packages)} cannot be made in {cache}: {error.strerror}"
+                ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return python

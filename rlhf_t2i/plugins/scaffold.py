@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from string import Template
 from typing import Literal
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, targets
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,9 @@ def write_package(name: str, parent: Path, scaffold: Scaffold = _OWN) -> Path:
         raise UsageError(f"{name!r} is not a name for a reward: lower-case letters, digits and _, e.g. my_reward")
     package = f"rlhf-t2i-{name.replace('_', '-')}"
     folder = parent / package
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already: choose another name or another --dir")
-    if parent.exists() and not parent.is_dir():
-        raise UsageError(f"--dir {parent} is a file: name a folder")
+    targets.check_folder(parent, "--dir")
     # The prefix keeps the import name from hiding another module (a reward called "random", say).
     module = f"rlhf_t2i_{name}"
     camel = "".join(part.capitalize() for part in name.split("_"))

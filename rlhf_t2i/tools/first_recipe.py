@@ -17,7 +17,7 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.recipe import placement, reading
 from rlhf_t2i.recipe.schema import Guidance, StudentSettings
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, targets
 
 _RELATIVE = ("/", "./", "../", "~")
 
@@ -93,8 +93,7 @@ def write(file: Path, wanted: Wanted) -> None:
         raise UsageError(f"--{empty.replace('_', '-')} is empty: is a variable not set?")
     if os.path.lexists(file):
         raise UsageError(f"{file} exists: name another FILE")
-    if not file.parent.is_dir():
-        raise UsageError(f"FILE {file}: the folder {file.parent} does not exist")
+    targets.check_file(file, "FILE")
     text = "\n".join(_lines(wanted, file.parent)) + "\n"
     aside = file.with_name(f".checking-{file.name}")
     with files.disk_errors(file):

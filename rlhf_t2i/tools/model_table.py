@@ -20,7 +20,7 @@ from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.schema import Section, repeated
 from rlhf_t2i.tools.ablation.schema import RowName
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, targets
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
 from rlhf_t2i.utils.quiet import quietly
@@ -142,6 +142,7 @@ def run(table: ModelTable, settings: Mapping[str, Settings], out: Path, progress
     from rlhf_t2i.evaluation import models
     from rlhf_t2i.evaluation.run import evaluate
 
+    targets.check_folder(out, "--out")
     for name, chosen in settings.items():
         try:
             models.load(chosen.drawing)

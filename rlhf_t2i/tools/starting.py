@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import reading, shipped
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, targets
 from rlhf_t2i.utils.inputs import JsonObject
 
 
@@ -67,12 +67,23 @@ def copy_recipe(name: str, destination: Path) -> tuple[str, list[Path], list[str
     for file, content in copies:
         if os.path.lexists(file) and not (file.is_file() and file.read_bytes() == content.encode()):
             raise UsageError(f"{file} exists and is another file: give another DEST")
-    if not target.parent.is_dir():
-        raise UsageError(f"DEST {target}: the folder {target.parent} does not exist")
-    with files.disk_errors(target):
-        written = [files.write_atomic(file, content) for file, content in copies]
+    for file, _ in copies:
+        targets.check_file(file, "DEST")
+    written = _write_all(copies)
     runs = written[1:2] if base else written[:1]
     return _command(data), written, [item for file in runs for item in _missing(file)]
+
+
+def _write_all(copies: Sequence[tuple[Path, str]]) -> list[Path]:
+    """Write files, all of them or none; those that are there already are the same."""
+    new = [file for file, _ in copies if not file.exists()]
+    try:
+        with files.disk_errors(copies[0][0]):
+            return [files.write_atomic(file, content) for file, content in copies]
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _command(data: JsonObject) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.utils import files, targets
 
 if TYPE_CHECKING:
     from rlhf_t2i.training.callbacks import TrainCallback
@@ -33,7 +34,6 @@ def train(
     from rlhf_t2i.tools import report
     from rlhf_t2i.tools.live_report import LiveReport
     from rlhf_t2i.training import run as training
-    from rlhf_t2i.utils import files
 
     result = training.run(
         recipe, folder, resume=resume, allow_recipe_change=allow_recipe_change, address=address,
@@ -46,11 +46,8 @@ def train(
 
 
 def _check_free(out: Path, resume: bool) -> None:
-    try:
-        taken = (out / "recipe.yaml").exists()
-    except OSError as error:
-        raise UsageError(f"{option('out')} {out} cannot be used: {error.strerror}") from None
-    if taken and not resume:
+    targets.check_folder(out, option("out"))
+    if (out / "recipe.yaml").exists() and not resume:
         raise UsageError(
             f"{out} already holds a run: continue it with {option('resume')}, or choose another {option('out')}"
         )

@@ -16,12 +16,17 @@ from filelock import FileLock, Timeout
 
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError, first_line, option
 
-_ASIDE, _OLD = ".writing-", ".writing-old-"
+ASIDE, _OLD = ".writing-", ".writing-old-"
+"""Beginnings of the names of what is being written, and of what it replaces."""
 _LONGEST = 240  # bytes of a new name: what is written aside has a longer one, and systems take 255
 _FULL = 2**16  # free bytes of a disk that counts as full
 LOCK = ".lock"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 """Errors of the system that are the disk's, not the program's."""
+_PLACE_ERRORS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOTEMPTY,
+)  # fmt: skip
+"""Errors of a place that was changed meanwhile: removed, made read-only, or a file where a folder was."""
 
 
 def expanded(path: str) -> Path:
@@ -98,7 +103,7 @@ def write_atomic(path: Path, data: bytes | str, durable: bool = False) -> Path:
         The path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(_ASIDE + path.name)
+    aside = path.with_name(ASIDE + path.name)
     try:
         with aside.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -148,7 +153,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     Raises:
         RunError: It could not be written, and why; an older ``path`` is as it was.
     """
-    aside, old = path.with_name(_ASIDE + path.name), path.with_name(_OLD + path.name)
+    aside, old = path.with_name(ASIDE + path.name), path.with_name(_OLD + path.name)
     try:
         remove(aside)
         aside.mkdir(parents=True)
@@ -183,14 +188,14 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS and not _was_removed(error, path):
+        if error.errno not in _DISK_ERRORS and not _is_of(error, path):
             raise
         raise not_written(Path(error.filename or path), error.strerror) from error
 
 
-def _was_removed(error: OSError, path: Path) -> bool:
-    """Whether a file could not be made in the place that is written to: its folder was removed meanwhile."""
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR) or not isinstance(error.filename, str):
+def _is_of(error: OSError, path: Path) -> bool:
+    """Whether an error is of the place that is written to: its folder was removed meanwhile, or is a file."""
+    if error.errno not in _PLACE_ERRORS or not isinstance(error.filename, str):
         return False
     file = Path(error.filename)
     return file.parent == path.parent or file.is_relative_to(path)
@@ -198,7 +203,7 @@ def _was_removed(error: OSError, path: Path) -> bool:
 
 def not_written(path: Path, why: str | None) -> RunError:
     """The error for a file or folder that could not be written."""
-    path = path.with_name(path.name.removeprefix(_ASIDE))  # the user knows the name that it was to get
+    path = path.with_name(path.name.removeprefix(ASIDE))  # the user knows the name that it was to get
     return RunError(f"{path} could not be written: {why}; what was written before is intact")
 
 
@@ -227,7 +232,7 @@ def recover(parent: Path) -> None:
 
 def remove_unfinished(parent: Path) -> None:
     """Remove what :func:`atomic_dir` left in ``parent`` when its process was killed."""
-    for folder in parent.glob(f"{_ASIDE}*"):
+    for folder in parent.glob(f"{ASIDE}*"):
         remove(folder)
 
 

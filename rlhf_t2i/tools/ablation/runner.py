@@ -17,7 +17,7 @@ from rlhf_t2i.tools.ablation.schema import Ablation, Variant
 from rlhf_t2i.tools.ablation.tables import Table
 from rlhf_t2i.tools.report import training_plots
 from rlhf_t2i.tools.report.training_plots import Rows
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, targets
 from rlhf_t2i.utils.jsonl import read_json
 
 FORCE_RATIO = 0.3
@@ -57,8 +57,9 @@ def ablate(
         RunError: Rows failed; the table of the others is written.
     """
     ablation = _with_seeds(schema.load(recipe), seeds)
+    targets.check_folder(out, "--out")
     execute.tasks(ablation, out, list(more), only)  # refuses a bad row before anything is started
-    with files.exclusive(out, "ablation"), _terminable():
+    with files.exclusive(out, "ablation"), files.disk_errors(out), _terminable():
         ablation = _with_unit(ablation, out, more, say, train)
         tasks = execute.tasks(ablation, out, list(more), only)
         for task in tasks:
