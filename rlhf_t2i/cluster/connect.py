@@ -130,15 +130,13 @@ def join(address: str) -> str:
         mode = os.environ.get("RAY_AUTH_MODE", "not set")
         raise UsageError(
             f"{option('address')} {address}: Ray refuses ({error.message}; RAY_AUTH_MODE is {mode}): set "
-            "RAY_AUTH_MODE=token, "
-            "and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (docs/security.md)"
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token (docs/security.md)"
         ) from None
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         if "No node info found" in str(error):
             raise UsageError(
                 f"{option('address')} {address}: the cluster answers, but this machine is no node of it: run "
-                "`ray start "
-                f"--address={place}` here first, or this command on one of its nodes"
+                f"`ray start --address={place}` here first, or this command on one of its nodes"
             ) from None
         tls = os.environ.get("RAY_USE_TLS", "not set")
         raise UsageError(

@@ -1,8 +1,8 @@
-"""What a Ray cluster has, and what is wrong with its nodes: asked before a run is placed on it."""
+"""What a Ray cluster has, and what is wrong with its nodes: asked before roles start on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +10,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_t2i.cluster.connect import join
-from rlhf_t2i.errors import first_line
-from rlhf_t2i.utils.versions import installed
+from rlhf_t2i.errors import UsageError, first_line
+from rlhf_t2i.families import sources
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.utils import files, versions
 
 _ANSWER_TIMEOUT_S = 60.0  # a node starts a process for its answer
+_START_TIMEOUT_S = 300.0  # a run is not given up for a node that is only slow
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,11 @@ class ClusterState:
     lost: list[str]
 
 
-def inspect(address: str, versions: Mapping[str, str], paths: Sequence[str]) -> ClusterState:
+def inspect(address: str, paths: Sequence[str]) -> ClusterState:
     """Ask every node of the cluster for its packages and for the run's files.
 
     Args:
         address: HOST:PORT of the head.
-        versions: By package, of this process: the nodes must have the same.
         paths: Files and folders that must be there on every node.
 
     Raises:
@@ -50,7 +52,7 @@ def inspect(address: str, versions: Mapping[str, str], paths: Sequence[str]) -> 
         gone = [node for node in nodes if not node["Alive"] and node["NodeManagerAddress"] not in present]
         return ClusterState(
             {kind: float(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU")},
-            _problems(alive, versions, paths),
+            _problems(alive, paths, _ANSWER_TIMEOUT_S),
             [
                 f"{_name(node)} has left the cluster ({node.get('DeathReasonMessage') or 'no reason known'})"
                 for node in gone
@@ -60,36 +62,71 @@ def inspect(address: str, versions: Mapping[str, str], paths: Sequence[str]) -> 
         ray.shutdown()
 
 
-def _problems(nodes: Sequence[Mapping[str, object]], versions: Mapping[str, str], paths: Sequence[str]) -> list[str]:
-    """Ask all nodes at once; those that do not answer are waited for together."""
+def check(node_ids: Iterable[str], paths: Sequence[str]) -> None:
+    """Ask the nodes on which roles will start, but for this process's own: its files and packages are those here.
+
+    Args:
+        node_ids: Of the joined cluster.
+        paths: Files and folders that must be there on every node.
+
+    Raises:
+        UsageError: A node has other packages or lacks a file, or does not answer.
+    """
+    wanted = set(node_ids) - {ray.get_runtime_context().get_node_id()}
+    problems = _problems([node for node in ray.nodes() if node["NodeID"] in wanted], paths, _START_TIMEOUT_S)
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def files_of(recipe: Recipe) -> list[str]:
+    """Local models, embeddings and plugin files: what roles read on their own node. Prompts are read by the driver."""
+    return list(dict.fromkeys(_paths(recipe)))
+
+
+def _paths(recipe: Recipe) -> Iterator[str]:
+    models = recipe.models
+    for text in (models.reference, models.generator, models.assistant, models.vae):
+        if text and (source := sources.parse(text)).is_local:
+            yield source.location
+    if models.embeddings is not None and files.expanded(models.embeddings).exists():
+        yield str(files.expanded(models.embeddings))
+    algorithm = recipe.algorithm
+    for choice in [algorithm.divergence, *algorithm.rewards, *algorithm.eval_rewards]:
+        file = choice.name.rpartition(":")[0]
+        for value in [file, *choice.options.values()]:
+            if isinstance(value, str) and value.startswith(("/", "~")) and files.expanded(value).exists():
+                yield str(files.expanded(value))
+
+
+def _problems(nodes: Sequence[Mapping[str, object]], paths: Sequence[str], timeout: float) -> list[str]:
+    """Ask all nodes at once; those that do not answer in ``timeout`` seconds are waited for together."""
+    ours = versions.computing()
     task = ray.remote(num_cpus=0, max_retries=0)(answer)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            list(versions), list(paths)
+            list(ours), list(paths)
         ): _name(node)
         for node in nodes
     }
-    ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_TIMEOUT_S)
+    ray.wait(list(asked), num_returns=len(asked), timeout=timeout)
     problems = []
     for reference, name in asked.items():
         try:
             found, missing = ray.get(reference, timeout=0)
         except ray.exceptions.GetTimeoutError:
-            problems.append(
-                f"{name} does not answer within {_ANSWER_TIMEOUT_S:g} s: it is overloaded, or its ports are closed"
-            )
+            problems.append(f"{name} does not answer within {timeout:g} s: it is overloaded, or its ports are closed")
         except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
             problems.append(f"{name} left the cluster while it was asked")
         except (ray.exceptions.RayError, RuntimeError) as error:
             problems.append(f"{name} cannot run rlhf-t2i ({_cause(error)}): install the same environment there")
         else:
-            problems += _differences(name, versions, found, missing)
+            problems += _differences(name, ours, found, missing)
     return problems
 
 
 def answer(packages: list[str], paths: list[str]) -> tuple[dict[str, str], list[str]]:
     """Runs on a node: its versions of packages, and those of the paths that are not there."""
-    return installed(packages), [path for path in paths if not Path(path).exists()]
+    return versions.installed(packages), [path for path in paths if not Path(path).exists()]
 
 
 def _differences(name: str, ours: Mapping[str, str], theirs: Mapping[str, str], missing: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_t2i.cluster import node_check
 from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.clients import First, Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
@@ -66,6 +67,9 @@ class RayCluster(Cluster):
         try:
             self._connect_ray(address)
             self._reserve()
+            if address is not None:
+                shared = [] if failures is None else [str(failures.parent)]  # OUT: checkpoints are written there
+                node_check.check(self._nodes.values(), [*node_check.files_of(recipe), *shared])
             self._create()
             self._build()
             self._introduce()
@@ -107,12 +111,18 @@ class RayCluster(Cluster):
                 f"{available:g} {kind}s are free: parts of them on several machines, or another job took them meanwhile"
             )
 
+    @property
+    def _nodes(self) -> dict[int, str]:
+        """The node of each process, by the number of its bundle."""
+        found: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        return found
+
     def _create(self) -> None:
         assert self._group is not None
         store_name = _WEIGHT_STORE.format(self._group.id.hex())
         if self._roles["generator"][0] != self._roles["learner"][0]:
             self._weight_store = start_weight_store(store_name)
-        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        nodes = self._nodes
         neighbors = Counter(nodes.values())
         for bundle, spec in enumerate(self._all_specs):
             spec = replace(spec, neighbors=neighbors[nodes[bundle]])

@@ -17,7 +17,7 @@ from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.mistakes import shown
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import provenance
-from rlhf_t2i.utils import files, inputs
+from rlhf_t2i.utils import files, inputs, versions
 from rlhf_t2i.utils.jsonl import read_json
 
 
@@ -179,7 +179,7 @@ class RunFolder:
         placement = recipe.placement
         groups = [(name, g.devices, [*g.roles]) for name, g in placement.groups.items()]
         record = RunRecord(
-            versions=provenance.versions(),
+            versions=versions.computing(),
             git=provenance.git_revision(),
             seed=recipe.seed,
             started=began.isoformat(timespec="seconds"),
@@ -193,7 +193,7 @@ class RunFolder:
 
 
 def _inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
-    return {"content": identity.of_recipe(recipe), "versions": provenance.versions()}
+    return {"content": identity.of_recipe(recipe), "versions": versions.computing()}
 
 
 _VERSIONS = "versions"

@@ -1,22 +1,10 @@
-"""Where a run's result comes from: versions of packages, the checkout's commit, the devices."""
+"""Where a run's result comes from: the checkout's commit, the devices."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from pathlib import Path
-
-from rlhf_t2i.utils.versions import installed
-
-_PACKAGES = (
-    "rlhf-t2i", "torch", "deepspeed", "ray", "diffusers", "transformers", "peft", "safetensors", "numpy",
-    "bitsandbytes", "open_clip_torch",
-)  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that compute."""
-    return installed(_PACKAGES)
 
 
 def git_revision() -> str:

@@ -12,6 +12,16 @@ from packaging.version import Version
 
 from rlhf_t2i.errors import UsageError
 
+_COMPUTING = (
+    "rlhf-t2i", "torch", "deepspeed", "ray", "diffusers", "transformers", "peft", "safetensors", "numpy",
+    "bitsandbytes", "open_clip_torch",
+)  # fmt: skip
+
+
+def computing() -> dict[str, str]:
+    """The versions of Python and of the packages that compute a run."""
+    return installed(_COMPUTING)
+
 
 def installed(packages: Sequence[str]) -> dict[str, str]:
     """The versions of Python and of packages; those not installed are left out."""

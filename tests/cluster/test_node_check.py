@@ -1,4 +1,4 @@
-"""``plan --address``: what is wrong with a node of the cluster is said in words."""
+"""``plan --address`` and ``run --address``: what is wrong with a node of the cluster is said in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray
 from rlhf_t2i.cluster import connect, node_check
 from rlhf_t2i.cluster.node_check import ClusterState
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.training import provenance
+from rlhf_t2i.utils import versions
 
 VERSIONS = {"python": "3.12.1", "torch": "2.13.0+cpu", "peft": "0.20"}
 Answer = tuple[dict[str, str], list[str]] | Exception
@@ -38,21 +38,41 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ClusterState]:
                 raise answer
             return answer
 
-        task = MagicMock()
-        task.options.return_value.remote.side_effect = range(len(answers))
         monkeypatch.setattr(node_check, "join", lambda address: address)
-        for name, fake in {
-            "nodes": lambda: nodes,
-            "cluster_resources": lambda: {"CPU": 8.0},
-            "remote": lambda **options: lambda function: task,
-            "wait": lambda *args, **options: ([], []),
-            "get": get,
-            "shutdown": lambda: None,
-        }.items():
-            monkeypatch.setattr(ray, name, fake)
-        return node_check.inspect("10.0.0.1:6379", VERSIONS, ["/models/sdxl"])
+        monkeypatch.setattr(versions, "computing", lambda: VERSIONS)
+        fake_ray(monkeypatch, nodes, get, len(answers))
+        return node_check.inspect("10.0.0.1:6379", ["/models/sdxl"])
 
     return inspect
+
+
+def fake_ray(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, Any]], get: Callable[..., Any], asked: int) -> None:
+    task, context = MagicMock(), MagicMock()
+    task.options.return_value.remote.side_effect = range(asked)
+    context.get_node_id.return_value = nodes[0]["NodeID"]
+    for name, fake in {
+        "nodes": lambda: nodes,
+        "cluster_resources": lambda: {"CPU": 8.0},
+        "remote": lambda **options: lambda function: task,
+        "wait": lambda *args, **options: ([], []),
+        "get": get,
+        "shutdown": lambda: None,
+        "get_runtime_context": lambda: context,
+    }.items():
+        monkeypatch.setattr(ray, name, fake)
+
+
+def test_a_run_asks_the_nodes_that_it_was_given_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [node(1), node(2), node(3)]
+    given = [nodes[0]["NodeID"], nodes[1]["NodeID"], nodes[1]["NodeID"]]
+    monkeypatch.setattr(versions, "computing", lambda: VERSIONS)
+    fake_ray(monkeypatch, nodes, lambda reference, timeout: (VERSIONS, []), asked=1)
+    node_check.check(given, ["/out"])
+    fake_ray(monkeypatch, nodes, lambda reference, timeout: (VERSIONS | {"peft": "0.1"}, ["/out"]), asked=1)
+    with pytest.raises(UsageError, match=r"^node 10\.0\.0\.2 \(host2\) has other packages: .*\(host2\) has no /out"):
+        node_check.check(given, ["/out"])
+    fake_ray(monkeypatch, nodes, lambda *_: pytest.fail("asked its own node"), asked=0)
+    node_check.check(given[:1], ["/out"])
 
 
 def test_every_node_that_cannot_take_part_is_named_with_the_remedy(ask: Callable[..., ClusterState]) -> None:
@@ -85,7 +105,7 @@ def test_a_node_that_came_back_is_not_lost(ask: Callable[..., ClusterState]) -> 
 
 
 def test_a_node_answers_with_its_packages_and_what_it_lacks(tmp_path: Path) -> None:
-    ours = provenance.versions()
+    ours = versions.computing()
     found, missing = node_check.answer(list(ours), [str(tmp_path), str(tmp_path / "none")])
     assert found == ours
     assert missing == [str(tmp_path / "none")]

@@ -22,11 +22,12 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.roles.learner import LearnerRole
-from rlhf_t2i.training import checkpoints, provenance, run
+from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.loop import Trainer
 from rlhf_t2i.training.state import TrainState
+from rlhf_t2i.utils import versions
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -309,7 +310,7 @@ def test_everything_that_the_result_depends_on_is_compared(
         with pytest.raises(UsageError, match=rf"since the run began: {key} \(content\); .*--allow-recipe"):
             folder.compare_recipe(recipe)
         file.write_bytes(whole)
-    monkeypatch.setattr(provenance, "versions", lambda: {"torch": "99.0"})
+    monkeypatch.setattr(versions, "computing", lambda: {"torch": "99.0"})
     (difference,) = [text for text in folder.compare_recipe(recipe) if "versions.torch" in text]  # told, not refused
     assert difference.endswith("-> 99.0)")
     folder.inputs.write_text("{", "utf-8")
