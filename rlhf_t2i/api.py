@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_t2i.errors import UsageError, called_from_python
+from rlhf_t2i.errors import UsageError, given_in
 from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.reading import Override
 from rlhf_t2i.recipe.schema import Recipe
@@ -261,7 +261,7 @@ def divergence(name: str, /, **options: object) -> Divergence:
 def _python_call() -> Iterator[None]:
     """Check the installation, and let errors in the block name arguments of Python functions."""
     versions.check_torchvision()
-    with called_from_python():
+    with given_in("python"):
         yield
 
 

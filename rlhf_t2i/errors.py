@@ -8,26 +8,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Literal
 
-_from_python: ContextVar[bool] = ContextVar("the user called a Python function, not a command", default=False)
-_ARGUMENTS = {"resume": "resume=True", "allow-recipe-change": "allow_recipe_change=True", "set": "options",
-              "timesteps": "student={'timesteps': [...]}"}  # fmt: skip
-"""Options of the command line that are called otherwise in Python; the others have underscores for dashes."""
+Front = Literal["command", "python", "table"]
+_front: ContextVar[Front] = ContextVar("where the user gives options", default="command")
+_OTHER_NAMES: dict[Front, dict[str, str]] = {
+    "command": {},
+    "python": {"resume": "resume=True", "allow-recipe-change": "allow_recipe_change=True", "set": "options",
+               "timesteps": "student={'timesteps': [...]}"},
+    "table": {"out": "--out", "limit": "--limit", "set": "options", "timesteps": "student.timesteps"},
+}  # fmt: skip
+"""Options whose argument in Python, or key in a table's file, is not their name with underscores for dashes."""
 
 
 def option(name: str) -> str:
-    """How the user gives an option, for error messages: ``--out``, and in Python ``out``."""
-    return _ARGUMENTS.get(name, name.replace("-", "_")) if _from_python.get() else f"--{name}"
+    """How the user gives an option, for error messages: ``--out``, in Python ``out``, in a table's file by its key."""
+    front = _front.get()
+    return f"--{name}" if front == "command" else _OTHER_NAMES[front].get(name, name.replace("-", "_"))
 
 
 @contextmanager
-def called_from_python() -> Iterator[None]:
-    """Let :func:`option` name arguments of Python functions in this block."""
-    token = _from_python.set(True)
+def given_in(front: Front) -> Iterator[None]:
+    """Let :func:`option` name in this block what the user gives there."""
+    token = _front.set(front)
     try:
         yield
     finally:
-        _from_python.reset(token)
+        _front.reset(token)
 
 
 class UsageError(Exception):

@@ -35,6 +35,7 @@ FAST = (
     "rewards/test_role.py",
     "rewards/test_traits.py",
     "security/test_terminal.py",
+    "training/test_history.py",
     "test_layers.py",
     "test_tiers.py",
 )

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.recipe import mistakes, shipped
+from rlhf_t2i.recipe import kinds, mistakes, shipped
 from rlhf_t2i.recipe.mistakes import KeyPath
 from rlhf_t2i.recipe.schema import Models, Recipe
 from rlhf_t2i.utils import files, inputs
@@ -143,8 +143,7 @@ def load(path: str | Path, overrides: Sequence[str | Override] = ()) -> Recipe:
         UsageError: One sentence naming the file, the line, the key and the nearest valid key.
     """
     data, source = read(path)
-    if {"base", "rows"} <= data.keys():
-        raise UsageError(f"{source.path} is an ablation of several runs: give it to `rlhf-t2i ablate`")
+    kinds.check(data, source.path, "run")
     return build(data, overrides, source)
 
 

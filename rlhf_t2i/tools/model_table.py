@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, given_in
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.results import Results, dumps, markdown_table
 from rlhf_t2i.evaluation.settings import Drawing, Settings
 from rlhf_t2i.plugins import registry
-from rlhf_t2i.recipe import mistakes, reading
+from rlhf_t2i.recipe import kinds, mistakes, reading
 from rlhf_t2i.recipe.schema import Section, repeated
 from rlhf_t2i.tools.ablation.schema import RowName
 from rlhf_t2i.utils import files, targets
@@ -96,6 +96,7 @@ def load(path: str | Path, limit: int | None = None) -> tuple[ModelTable, dict[s
         UsageError: One sentence naming the file, the line where it is known, and the key.
     """
     data, source = reading.read(path)
+    kinds.check(data, source.path, "eval")
     try:
         table = ModelTable.model_validate(reading.resolve_paths(data, source.path.resolve().parent))
     except ValidationError as error:
@@ -105,7 +106,8 @@ def load(path: str | Path, limit: int | None = None) -> tuple[ModelTable, dict[s
     for row in table.rows:
         drawn = row.model_dump(include=set(Drawing.model_fields))
         try:
-            built[row.name] = evaluation_settings.build(shared | drawn)
+            with given_in("table"):
+                built[row.name] = evaluation_settings.build(shared | drawn)
         except UsageError as error:
             raise UsageError(f"{source.path}: row {row.name!r}: {error}") from None
     _check_metrics(table, built[table.rows[0].name].named, source.path)
@@ -145,7 +147,8 @@ def run(table: ModelTable, settings: Mapping[str, Settings], out: Path, progress
     targets.check_folder(out, "--out")
     for name, chosen in settings.items():
         try:
-            models.load(chosen.drawing)
+            with given_in("table"):
+                models.load(chosen.drawing)
         except UsageError as error:
             raise UsageError(f"row {name!r}: {error}") from None
     results, timings = {}, {}
@@ -155,7 +158,8 @@ def run(table: ModelTable, settings: Mapping[str, Settings], out: Path, progress
         def show(phase: str, done: int, total: int, name: str = row.name) -> None:
             progress(f"{name}: {phase}", done, total)
 
-        results[row.name] = evaluate(settings[row.name], folder, show)
+        with given_in("table"):
+            results[row.name] = evaluate(settings[row.name], folder, show)
         timings[row.name] = _timed(settings[row.name], table.timed_images, folder / "timing.json", show)
     text = render(table, results, timings)
     with files.disk_errors(out):

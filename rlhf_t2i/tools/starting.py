@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.recipe import reading, shipped
+from rlhf_t2i.recipe import kinds, reading, shipped
 from rlhf_t2i.utils import files, targets
 from rlhf_t2i.utils.inputs import JsonObject
 
@@ -56,7 +56,7 @@ def copy_recipe(name: str, destination: Path) -> tuple[str, list[Path], list[str
     target = destination / path.name if destination.is_dir() else destination
     data, _ = reading.read(path)
     text, copies = path.read_text("utf-8"), list[tuple[Path, str]]()
-    base = data.get("base") if _command(data) == "ablate" else None
+    base = data.get("base") if kinds.command_of(data) == "ablate" else None
     if isinstance(base, str):
         # The copy of the base lies beside the copy, wherever it was beside the original.
         text = re.sub(rf"^base: {re.escape(base)}", f"base: ./{Path(base).name}", text, count=1, flags=re.MULTILINE)
@@ -71,7 +71,7 @@ def copy_recipe(name: str, destination: Path) -> tuple[str, list[Path], list[str
         targets.check_file(file, "DEST")
     written = _write_all(copies)
     runs = written[1:2] if base else written[:1]
-    return _command(data), written, [item for file in runs for item in _missing(file)]
+    return str(kinds.command_of(data)), written, [item for file in runs for item in _missing(file)]
 
 
 def _write_all(copies: Sequence[tuple[Path, str]]) -> list[Path]:
@@ -86,13 +86,6 @@ def _write_all(copies: Sequence[tuple[Path, str]]) -> list[Path]:
         raise
 
 
-def _command(data: JsonObject) -> str:
-    """The command that takes a recipe's data."""
-    if {"base", "rows"} <= data.keys():
-        return "ablate"
-    return "run" if "models" in data else "eval"
-
-
 def _prompt_files(data: JsonObject) -> Iterator[str]:
     """The prompt files that a recipe names in its own folder."""
     section = data.get("data")
@@ -104,7 +97,7 @@ def _prompt_files(data: JsonObject) -> Iterator[str]:
 def _missing(path: Path) -> Iterator[str]:
     """What keeps a copied recipe from running: prompt files that are not there, or the small models."""
     data, _ = reading.read(path)
-    if _command(data) != "run":
+    if kinds.command_of(data) != "run":
         return
     try:
         recipe = reading.load(path)

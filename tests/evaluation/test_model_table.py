@@ -102,6 +102,19 @@ def test_a_network_is_drawn_in_many_steps_by_its_bases_pipeline(tmp_path: Path, 
         ({"rows": [{"name": "a", "label": "A", "model": "x/y", "paper": {"clp": 1}}]}, "did you mean 'clip'?"),
         ({"labels": {"pikscore": "PickScore"}}, "labels: unknown metric 'pikscore'; did you mean 'pickscore'?"),
         ({"unknown": 1}, "unknown"),
+        ({"evaluation": {"prompts": "x", "metrics": ["clp"]}}, "row 'sdxl': metrics: unknown metric 'clp'; did you"),
+        (
+            {"evaluation": {"prompts": "x", "metrics": ["diversity"]}},
+            "compares images of one prompt: give images_per_prompt 2",
+        ),
+        (
+            {"evaluation": {"prompts": "x", "metrics": ["fid"]}},
+            "metrics fid compares with real images: give their folder with real",
+        ),
+        (
+            {"rows": [{"name": "a", "label": "A", "model": "x/y", "steps": 4, "student": {"steps": 2}}]},
+            "row 'a': steps is for a many-step model, student.timesteps for a few-step",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_drawn(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, given_in
 from rlhf_t2i.evaluation import settings as evaluation_settings
 from rlhf_t2i.evaluation.settings import Settings
-from rlhf_t2i.recipe import mistakes, reading
+from rlhf_t2i.recipe import kinds, mistakes, reading
 from rlhf_t2i.recipe.schema import Recipe, Section, repeated
 from rlhf_t2i.utils import files
 
@@ -109,6 +109,7 @@ def load(path: str | Path) -> Ablation:
         UsageError: One sentence naming the file, the line where it is known, and the key.
     """
     data, source = reading.read(path)
+    kinds.check(data, source.path, "ablate")
     folder = source.path.resolve().parent
     try:
         ablation = Ablation.model_validate(reading.resolve_paths(data, folder))
@@ -161,7 +162,12 @@ def evaluation(ablation: Ablation, variant: Variant, recipe: Recipe, run: Path) 
     if taken:
         raise UsageError(f"evaluation: {taken!r} comes from the rows; remove it")
     if variant.train:
-        return evaluation_settings.build(values | {"model": str(run / "model")})
+        return _settings(values | {"model": str(run / "model")})
     models, student = recipe.models, recipe.student.model_dump(exclude_unset=True)
     drawn = {"model": models.generator, "base": models.reference, "vae": models.vae, "student": student}
-    return evaluation_settings.build(values | drawn | {"height": models.height, "width": models.width})
+    return _settings(values | drawn | {"height": models.height, "width": models.width})
+
+
+def _settings(values: Mapping[str, object]) -> Settings:
+    with given_in("table"):
+        return evaluation_settings.build(values)
