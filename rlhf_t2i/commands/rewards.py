@@ -45,12 +45,13 @@ def check(
     """Test a reward: shape, determinism, gradient, cost. Exit code 1 if a check fails."""
     parsed = parse_options(options or [])
 
-    from rlhf_t2i.plugins import registry
+    from rlhf_t2i.plugins import process_state, registry
     from rlhf_t2i.tools.reward_check import check_reward
 
     where = output.torch_device(device)
-    built = registry.reward(reward, **parsed)
-    output.print_findings(f"rewards check {reward}", check_reward(built, where, size))
+    with process_state.observed() as changed:
+        built = registry.reward(reward, **parsed)
+    output.print_findings(f"rewards check {reward}", check_reward(built, where, size, changed))
 
 
 @rewards_app.command("new")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.plugins import process_state
 
 _CORE = Path(__file__).resolve().parents[1]
 _LIBRARIES = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")}
@@ -29,7 +30,8 @@ def building(what: str, plugin: type | None = None) -> Iterator[None]:
         UsageError: The code raised anything but this project's errors, ``SystemExit`` included.
     """
     try:
-        yield
+        with process_state.restored():
+            yield
     except (UsageError, RunError, KeyboardInterrupt):
         raise
     except BaseException as error:

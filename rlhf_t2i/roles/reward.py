@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlhf_t2i.engines import pickles
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families.recomputing import checkpoint_layers
-from rlhf_t2i.plugins import guard
+from rlhf_t2i.plugins import guard, process_state
 from rlhf_t2i.plugins.base import LatentContext, LatentReward, Reward
 from rlhf_t2i.plugins.online import Lesson, OnlineReward, predicted
 from rlhf_t2i.plugins.time_limit import limited
@@ -143,7 +143,7 @@ class RewardRole:
         images = to_8_bits(self.decode(latents)).float().to(self.device) / 255
         reward = self._online(label)
         try:
-            with torch.enable_grad():
+            with process_state.restored(), torch.enable_grad():
                 return reward.learn(lesson, images, prompts, seed)
         except KeyboardInterrupt:
             raise
@@ -278,7 +278,7 @@ class RewardRole:
     def _call(self, label: str, call: Callable[[], Tensor], samples: _Samples) -> Tensor:
         """One call of the plugin's code, and every check of its answer."""
         try:
-            with self._autocast():
+            with process_state.restored(), self._autocast():
                 value: object = call()
         except KeyboardInterrupt:
             raise
@@ -306,7 +306,7 @@ class RewardRole:
         """The first sample that fails by itself, or 0."""
         for index in range(len(prompts)):
             try:
-                with torch.no_grad(), self._autocast():
+                with process_state.restored(), torch.no_grad(), self._autocast():
                     some = images[index : index + 1].detach().clone()
                     self.rewards[label].score(some, list(prompts[index : index + 1]))
             except KeyboardInterrupt:

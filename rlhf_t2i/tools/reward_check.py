@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_t2i.plugins import guard
+from rlhf_t2i.plugins import guard, process_state
 from rlhf_t2i.plugins.base import LatentReward, Reward
 from rlhf_t2i.plugins.online import OnlineReward
 from rlhf_t2i.roles.reward import RewardRole, freeze
@@ -54,23 +54,26 @@ class SyntheticContext:
         return conditional.to(x_t), 0.1 * _noise(tuple(x_t.shape), 0).to(x_t)
 
 
-def check_reward(reward: Reward, device: torch.device, size: int = 64) -> list[Finding]:
+def check_reward(reward: Reward, device: torch.device, size: int = 64, changed: Sequence[str] = ()) -> list[Finding]:
     """Run every check; one that raises fails with the author's file and line, and those that need it are skipped.
 
     Args:
         reward: Built, with its weights.
         device: Where to run.
         size: Height of the test images (a second batch is not square); latents have size/8.
+        changed: What its import and construction changed of the process (:func:`process_state.observed`).
     """
-    checker = _Checker(reward, device, size)
+    checker = _Checker(reward, device, size, changed)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("shape", checker.shape),
         ("input unchanged", checker.input_unchanged),
+        ("process unchanged", checker.process_unchanged),
         ("value range", checker.value_range),
         ("determinism", checker.determinism),
         ("batch invariance", checker.batch_invariance),
         ("dtype", checker.dtype),
         ("sees the image", checker.image_sensitivity),
+        ("has a gradient", checker.has_gradient),
         ("gradient", checker.gradient),
         ("NaN behavior", checker.nan_behavior),
         ("sees the prompt", checker.prompt_sensitivity),
@@ -94,16 +97,17 @@ _NEEDS = {
     "NaN behavior": ("shape", "determinism", "batch invariance", "gradient"),
     "sees the image": ("shape", "determinism"),
     "sees the prompt": ("shape", "determinism", "batch invariance"),
-    "gradient": ("shape", "input unchanged", "determinism", "batch invariance", "sees the image"),
-    "time": ("shape", "input unchanged"),
-    "memory": ("shape", "input unchanged"),
+    "has a gradient": ("shape", "input unchanged"),
+    "gradient": ("shape", "input unchanged", "determinism", "batch invariance", "sees the image", "has a gradient"),
+    "time": ("shape", "input unchanged", "has a gradient"),
+    "memory": ("shape", "input unchanged", "has a gradient"),
 }
 """Checks without which another one says nothing."""
 
 
 class _Checker:
-    def __init__(self, reward: Reward, device: torch.device, size: int) -> None:
-        self.reward, self.device = reward, device
+    def __init__(self, reward: Reward, device: torch.device, size: int, changed: Sequence[str]) -> None:
+        self.reward, self.device, self.changed = reward, device, changed
         self.on_latents = isinstance(reward, LatentReward)
         self.context = SyntheticContext()
         self.inputs = self._inputs(size, size)
@@ -143,6 +147,18 @@ class _Checker:
         if not torch.equal(inputs.cpu(), self.inputs) or prompts != list(PROMPTS):
             raise CheckFailed("score writes into its images or prompts: work on a new tensor (no mul_, no [...] =)")
         return "images and prompts are as before"
+
+    def process_unchanged(self) -> str:
+        """Each call is undone in a run, too, so that only the reward itself would suffer."""
+        with process_state.observed() as seen:
+            self._score(self.inputs)
+        changed = list(dict.fromkeys([*self.changed, *seen]))
+        if changed:
+            raise CheckFailed(
+                f"it changes the whole process by {', '.join(changed)}; a run undoes that after each call, so the "
+                "reward must not rely on it: pass dtype, device, generator or path where they are needed"
+            )
+        return "torch's settings, signals and folder are as before"
 
     def value_range(self) -> str:
         values = self._score(self.inputs)
@@ -192,14 +208,23 @@ class _Checker:
         return "a sample of NaN gives NaN, its neighbors are untouched"
 
     def _raw(self, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
-        if isinstance(self.reward, LatentReward):
-            return self.reward.score_latents(inputs, prompts, self.context)
-        return self.reward.score(inputs, prompts)
+        with process_state.restored():
+            if isinstance(self.reward, LatentReward):
+                return self.reward.score_latents(inputs, prompts, self.context)
+            return self.reward.score(inputs, prompts)
+
+    def has_gradient(self) -> str:
+        if not self.reward.differentiable:
+            raise CheckSkipped("declares none: it can measure (eval_rewards), and train as `of` of a surrogate")
+        if isinstance(self.reward, OnlineReward):
+            raise CheckSkipped("it is learned while the generator trains")
+        _, grads = self._role().value_and_grad(self.inputs, PROMPTS, context=self.context)["reward"]
+        return f"of size {float(grads.double().norm()):.3g} at {len(PROMPTS)} images"
 
     def gradient(self) -> str:
         """Directional derivatives in float64 against central differences at the best of four step sizes."""
         if not self.reward.differentiable:
-            raise CheckSkipped("declares none: it can measure (eval_rewards), and train as `of` of a surrogate")
+            raise CheckSkipped("declares none")
         if isinstance(self.reward, OnlineReward):
             raise CheckSkipped("it is learned while the generator trains")
         inputs = self.inputs.double()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import numpy as np
@@ -160,3 +162,31 @@ class Foreign(Reward):
 class Column(Reward):
     def score(self, images, prompts):
         return images.mean((2, 3))[:, :1]
+
+
+class Global(Reward):
+    """Changes its whole process: what runs beside it, too."""
+
+    def score(self, images, prompts):
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.manual_seed(len(prompts) + 1000)
+        os.chdir("/")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return images.mean((1, 2, 3)) * torch.tensor([len(p) / 9 for p in prompts], dtype=images.dtype)
+
+
+class GradientOff(Reward):
+    def score(self, images, prompts):
+        torch.set_grad_enabled(False)
+        return images.mean((1, 2, 3)) * torch.tensor([len(p) / 9 for p in prompts], dtype=images.dtype)
+
+
+class GlobalWhenBuilt(Reward):
+    def __init__(self, options=None):
+        super().__init__(options)
+        torch.set_grad_enabled(False)
+        torch.set_default_device("meta")
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3)) * torch.tensor([len(p) / 9 for p in prompts], dtype=images.dtype)

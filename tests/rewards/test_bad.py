@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 from rlhf_t2i import cli
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins import process_state, registry
+from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.tools.findings import Finding
 from rlhf_t2i.tools.reward_check import check_reward
 
@@ -40,9 +42,15 @@ def findings(cls: str) -> list[Finding]:
         ("Typo", "shape", "AttributeError: 'Tensor' object has no attribute 'maen'"),
         ("NoReturn", "shape", "score returned a NoneType, not a tensor [3]"),
         ("OneNumber", "shape", "score returned shape [], not a tensor [3]"),
-        ("Processor", "gradient", "rlhf_t2i.plugins.preprocessing"),
-        ("Detached", "gradient", "rlhf_t2i.plugins.preprocessing"),
+        ("Processor", "has a gradient", "rlhf_t2i.plugins.preprocessing"),
+        ("Detached", "has a gradient", "rlhf_t2i.plugins.preprocessing"),
         ("InPlace", "input unchanged", "score writes into its images"),
+        (
+            "Global",
+            "process unchanged",
+            "torch.set_default_dtype, torch.set_num_threads, torch.manual_seed, os.ch",
+        ),
+        ("GradientOff", "has a gradient", "no gradient reaches its input"),
         ("Exits", "shape", "called sys.exit(None)"),
         ("Latents", "shape", "IndexError: index 7 is out of bounds"),
         ("Unbatched", "shape", "score returned a list, not a tensor [3]"),
@@ -67,6 +75,35 @@ def test_one_mistake_is_one_row(cls: str, row: str, words: str) -> None:
     if row == "shape":
         assert all(f.outcome == "skip" for f in found[1:])
         assert all(f.detail == "not run, since 'shape' failed" for f in found[1:])
+
+
+def test_what_a_reward_changes_of_the_process_is_undone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a run it would change its neighbors' numbers, and whether SIGTERM writes a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+
+    def state() -> list[object]:
+        return [
+            torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_device(),
+            torch.initial_seed(), Path.cwd(), signal.getsignal(signal.SIGTERM),
+        ]  # fmt: skip
+
+    before = state()
+    with process_state.observed() as seen:
+        rewards = {name: registry.reward(f"{FILE}:{name}") for name in ("Global", "GlobalWhenBuilt")}
+    assert seen == ["torch.set_default_device", "torch.set_grad_enabled"]
+    assert state() == before
+    drawn = torch.random.get_rng_state()
+    RewardRole(rewards, None, device=torch.device("cpu")).score_images(torch.rand(2, 3, 8, 8), ["a", "b"])
+    assert state() == before
+    assert not torch.equal(torch.random.get_rng_state(), drawn)  # the images were drawn: no change that is undone
+
+
+def test_a_change_made_when_it_is_built_is_a_row() -> None:
+    result = CliRunner().invoke(cli.app, ["rewards", "check", f"{FILE}:GlobalWhenBuilt", "--size", "16"])
+    assert result.exit_code == 1
+    assert "process unchanged" in result.output
+    assert "torch.set_default_device" in result.output
+    assert "1 failed" in result.output
 
 
 @pytest.mark.parametrize(

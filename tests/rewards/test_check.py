@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import Reward
@@ -77,7 +79,16 @@ def test_each_fault_is_caught_by_its_check(reward: Reward, expected: set[str]) -
 
 def test_a_wrong_shape_and_a_detached_score_fail() -> None:
     assert failed(faulty.WrongShape()) == {"shape"}
-    assert failed(faulty.Detached()) == {"gradient", "sees the prompt"}  # it does both
+    assert failed(faulty.Detached()) == {"has a gradient", "sees the prompt"}  # it does both
+
+
+def test_a_missing_gradient_has_its_own_row_after_another_failure() -> None:
+    class Both(faulty.BatchMean):
+        def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return super().score(images, prompts).detach()
+
+    assert failed(Both()) == {"batch invariance", "has a gradient"}
+    assert outcomes(Both())["time"] == "skip"
 
 
 def test_a_reward_without_gradient_skips_that_check() -> None:
