@@ -31,7 +31,7 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.local_calls import Deferred
 from rlhf_t2i.roles.worker import WorkerSpec
 from rlhf_t2i.tools.planning import calibration, plan
-from rlhf_t2i.tools.planning.devices import Rates
+from rlhf_t2i.tools.planning.speed import Measured, Passes
 
 PARTS: dict[str, tuple[str, str]] = {
     "generator: drawing": ("generator", "generator"),
@@ -120,24 +120,24 @@ def measure(settings: Settings, part: str, checkpointing: str) -> dict[str, floa
     return found
 
 
-def predict(settings: Settings, rates: Rates, part: str, checkpointing: str) -> dict[str, float]:
+def predict(settings: Settings, speed: Measured, part: str, checkpointing: str) -> dict[str, float]:
     """What the plan says of a part."""
     recipe = load(settings, f"optimization.gradient_checkpointing={checkpointing}")
-    seconds = plan.step_time(recipe, rates)
+    seconds = plan.step_time(recipe, speed)
     (group,) = plan.make(recipe).groups
     role, does = PARTS[part]
     names = ("reward", "decoder") if does == "score" else (role,)
     kept = sum(item.memory.activations for item in group.roles if item.role.startswith(names))
     if does in ("generator", "train"):
-        return {"seconds": seconds.assistant_roles[role], "activations": float(kept)}
-    timed = [value for name, value in seconds.generator_roles.items() if name.startswith(names)]
+        return {"seconds": seconds.roles("assistant")[role], "activations": float(kept)}
+    timed = [value for name, value in seconds.roles("generator").items() if name.startswith(names)]
     return {"seconds": sum(timed), "activations": float(kept)}
 
 
 def child(what: str, settings: Settings) -> dict[str, Any]:
     """One measurement in this process."""
     if what == "rates":
-        return asdict(calibration.rates(load(settings), 1))
+        return {part: asdict(seconds) for part, seconds in calibration.measure(load(settings), 1).image.items()}
     part, _, checkpointing = what.partition("|")
     return measure(settings, part, CHECKPOINTING[checkpointing])
 
@@ -156,10 +156,15 @@ def apart(what: str, settings: Settings) -> dict[str, Any]:
         return json.load(answer)
 
 
-def table(rates: dict[str, float], rows: list[dict[str, Any]]) -> str:
+def measured(image: dict[str, dict[str, float]]) -> Measured:
+    """The speed of this machine from what ``rates`` wrote down; updates and text are not timed."""
+    return Measured({part: Passes(**seconds) for part, seconds in image.items()})
+
+
+def table(image: dict[str, dict[str, float]], rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        f"rates: networks {rates['network'] / 1e9:.0f} GFLOP/s, decoder {rates['decoder'] / 1e9:.0f} GFLOP/s\n",
+        f"{measured(image).describe()}\n",
         "| part | activations | predicted, s | measured, s | ratio | predicted, GB | measured, GB | ratio |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -202,7 +207,7 @@ def main() -> None:
             for name, checkpointing in CHECKPOINTING.items():
                 if args.parts not in part or (PARTS[part][1] == "generator" and name == "recomputed"):
                     continue
-                told = predict(settings, Rates(**rates), part, checkpointing)
+                told = predict(settings, measured(rates), part, checkpointing)
                 rows.append({"part": part, "checkpointing": name, "predicted": told})
                 rows[-1]["measured"] = apart(f"{part}|{name}", settings)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)

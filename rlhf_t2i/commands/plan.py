@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from rlhf_t2i.cluster.node_check import ClusterState
     from rlhf_t2i.commands.plan_report import Report
     from rlhf_t2i.recipe.schema import Recipe
-    from rlhf_t2i.tools.planning.devices import Device, Rates
+    from rlhf_t2i.tools.planning.devices import Device
     from rlhf_t2i.tools.planning.fit import Fit
     from rlhf_t2i.tools.planning.plan import Plan
+    from rlhf_t2i.tools.planning.speed import Speed
 
 
 def plan_command(
@@ -37,6 +39,15 @@ def plan_command(
     gpus: Annotated[
         int | None, typer.Option(min=1, max=4096, metavar="N", help="Place the roles on N devices, as fast as fits.")
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare placements on the recipe's devices, or on --gpus N.")
+    ] = False,
+    network_gbps: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, metavar="GBPS", help="Network of one machine of 8 GPUs, in Gb/s [default: not counted]."
+        ),
+    ] = None,
 ) -> None:
     """Show hours, disk, memory and traffic of a run. Needs no GPU and starts no Ray.
 
@@ -48,8 +59,9 @@ def plan_command(
 
     name, profile = (None, None) if device is None else devices.find(device)
     loaded = reading.load(recipe, set_ or [])
-    if gpus is not None and profile is None:
-        raise UsageError("--gpus: name the devices with --device, e.g. --device h100")
+    for option, given in (("--gpus", gpus), ("--compare", compare), ("--network-gbps", network_gbps)):
+        if given and profile is None:
+            raise UsageError(f"{option}: name the devices with --device, e.g. --device h100")
     if gpus is None:
         placement.check_placement(loaded)
     from rlhf_t2i.commands.plan_report import Report
@@ -58,19 +70,22 @@ def plan_command(
 
     planning.check(loaded)
     typer.echo("counting the networks on the meta device ...", err=True)
-    if gpus is not None and profile is not None:
-        loaded = _place(loaded, gpus, profile, device_memory, json_)
+    if profile is not None and (compare or gpus is not None):
+        comparison = Comparison(loaded, device or "", profile, device_memory, network_gbps, gpus)
+        loaded = comparison.show(json_ and compare, quiet=json_ and not compare)
+        if compare:
+            raise typer.Exit(0 if comparison.options[0].fits else 1)
     plan, cluster = planning.make(loaded), None
     if address is not None:
         typer.echo("asking the nodes of the cluster ...", err=True)
         cluster = clusters.inspect(loaded, address)
-    rates = _rates(loaded, plan, name, profile)
+    speed = _speed(loaded, plan, name, profile, network_gbps)
     report = Report(
         loaded,
         plan,
         device=name,
-        rates=rates,
-        seconds=None if rates is None else planning.step_time(loaded, rates),
+        speed=speed,
+        seconds=None if speed is None else planning.step_time(loaded, speed),
         fit=_fit(loaded, plan, device_memory or (profile.memory if profile else None)),
         cluster=None if cluster is None else cluster.resources,
     )
@@ -81,15 +96,44 @@ def plan_command(
     _check(report, cluster)
 
 
-def _place(recipe: Recipe, gpus: int, profile: Device, memory: float | None, quiet: bool) -> Recipe:
-    """The recipe in the fastest placement that fits; prints it beside the others that were tried."""
-    from rlhf_t2i.commands.plan_report import show_options
-    from rlhf_t2i.tools.planning.options import options
+class Comparison:
+    """Placements of a recipe beside each other; arguments as of the command."""
 
-    found = options(recipe, gpus, profile.rates(recipe), memory or profile.memory)
-    if not quiet:
-        show_options(found)
-    return found[0].recipe
+    def __init__(
+        self, recipe: Recipe, name: str, profile: Device, memory: float | None, network: float | None, gpus: int | None
+    ) -> None:
+        from rlhf_t2i.tools.planning import plan as planning
+        from rlhf_t2i.tools.planning.options import Search
+        from rlhf_t2i.tools.planning.speed import Roofline
+
+        networks = planning.networks_of(recipe)
+        speed = Roofline(profile, networks, profile.links(network))
+        search = Search(recipe, networks, speed, memory or profile.memory)
+        own = 1 if recipe.placement.mode == "local" else sum(g.devices for g in recipe.placement.groups.values())
+        self.name, self.devices = name, gpus or own
+        self.options = search.options(self.devices, _progress)
+        self.before = search.as_it_is() if self.devices == own else None
+
+    def show(self, as_json: bool, quiet: bool) -> Recipe:
+        """Print them, and return the recipe in the fastest that fits."""
+        from rlhf_t2i.commands import plan_options
+
+        if as_json:
+            rows = [*([self.before] if self.before else []), *self.options]
+            data = {"devices": self.devices, "options": [option.as_json() for option in rows]}
+            typer.echo(json.dumps(data, indent=2))
+        elif not quiet:
+            plan_options.show(self.options, self.before, f"{self.devices} x {self.name}")
+        return self.options[0].recipe
+
+
+def _progress(done: int, total: int) -> None:
+    """One line on stderr that is written over, on a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        typer.echo(f"\rcomparing placements: {done} of {total}{end}", err=True, nl=False)
+    elif not done:
+        typer.echo(f"comparing {total} placements ...", err=True)
 
 
 def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
@@ -105,16 +149,21 @@ def _fit(recipe: Recipe, plan: Plan, memory: float | None) -> Fit | None:
     return fit.check(recipe, plan, memory)
 
 
-def _rates(recipe: Recipe, plan: Plan, name: str | None, profile: Device | None) -> Rates | None:
+def _speed(
+    recipe: Recipe, plan: Plan, name: str | None, profile: Device | None, network_gbps: float | None
+) -> Speed | None:
     """Measured on this machine, or assumed from a data sheet; None without a device."""
     if name is None:
         return None
     if profile is not None:
-        return profile.rates(recipe)
+        from rlhf_t2i.tools.planning.plan import networks_of
+        from rlhf_t2i.tools.planning.speed import Roofline
+
+        return Roofline(profile, networks_of(recipe), profile.links(network_gbps))
     from rlhf_t2i.tools.planning import calibration
 
-    typer.echo("measuring the rates of this machine ...", err=True)
-    return calibration.rates(recipe, plan.batch["learner"]["micro"])
+    typer.echo("measuring this machine ...", err=True)
+    return calibration.measure(recipe, plan.batch["learner"]["micro"])
 
 
 def _check(report: Report, cluster: ClusterState | None) -> None:

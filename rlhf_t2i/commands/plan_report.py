@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.table import Table
 
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.tools.planning import speed as speeds
 from rlhf_t2i.tools.planning.cost import Duration, duration
-from rlhf_t2i.tools.planning.devices import ACHIEVED, ACHIEVED_LINK, HERE, Rates
 from rlhf_t2i.tools.planning.fit import Fit
 from rlhf_t2i.tools.planning.memory import Memory
-from rlhf_t2i.tools.planning.options import Option
 from rlhf_t2i.tools.planning.plan import Plan
+from rlhf_t2i.tools.planning.speed import Speed
 from rlhf_t2i.tools.planning.time import StepTime
 from rlhf_t2i.utils.terminal import PlainConsole
-
-_SHOWN = 5
-"""Placements in the table of ``--gpus``."""
-
-_LAUNCH_BOUND = 0.5
-"""Seconds per step below which a GPU is not kept busy by FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class Report:
         recipe: The recipe.
         plan: Its plan.
         device: The name of the device that it is planned for.
-        rates: Of that device.
+        speed: Of that device.
         seconds: Of a step on it.
         fit: Whether it fits.
         cluster: What a Ray cluster has, by kind.
@@ -41,7 +35,7 @@ class Report:
     recipe: Recipe
     plan: Plan
     device: str | None = None
-    rates: Rates | None = None
+    speed: Speed | None = None
     seconds: StepTime | None = None
     fit: Fit | None = None
     cluster: dict[str, float] | None = None
@@ -59,9 +53,9 @@ class Report:
             run |= {"hours": taken.hours, "gpu_hours": taken.gpu_hours, "parts": asdict(taken)}
         groups = [asdict(g) | {"memory": {**asdict(g.memory), "device": g.memory.device}} for g in plan.groups]
         data: dict[str, object] = {"run": run, **asdict(plan), "groups": groups, "devices": plan.devices}
-        if self.seconds is not None and self.rates is not None:
-            data["seconds"] = {**asdict(self.seconds), "step": self.seconds.step}
-            data["rates"] = asdict(self.rates)
+        if self.seconds is not None and self.speed is not None:
+            data["seconds"] = step_json(self.seconds)
+            data["speed"] = speeds.as_json(self.speed)
         if self.cluster is not None:
             data["cluster"] = self.cluster
         if self.fit is not None:
@@ -76,9 +70,11 @@ class Report:
         console.print(self._memory())
         for line in self._traffic():
             console.print(line)
-        if self.seconds is not None and self.rates is not None:
+        if self.seconds is not None and self.speed is not None:
             console.print(self._seconds(self.seconds))
-            console.print(self._rates(self.rates))
+            for line in self._waiting(self.seconds):
+                console.print(line)
+            console.print(f"rates {self.speed.describe()}")
         if self.cluster is not None:
             console.print(f"cluster: {self.cluster['GPU']:g} GPUs, {self.cluster['CPU']:g} CPUs")
         for note in self.plan.notes:
@@ -93,17 +89,15 @@ class Report:
             yield f"Whole run, {steps} steps (hours: --device h100, or here to measure this machine)"
         else:
             yield (
-                f"Whole run, {steps} steps on {self.plan.devices} x {self.device}: {_hours(taken.hours)}, "
+                f"Whole run, {steps} steps on {self.plan.devices} x {self.device}: {hours_text(taken.hours)}, "
                 f"{taken.gpu_hours:.3g} GPU-hours"
             )
             parts = {"training": taken.training, "assistant's warm-up": taken.warmup, "measuring": taken.measuring}
-            yield "  " + ", ".join(f"{name} {_hours(hours)}" for name, hours in parts.items() if hours)
-            if self.seconds is not None and self.seconds.step < _LAUNCH_BOUND and self.device != HERE:
-                yield "  a lower bound: networks this small wait for kernel launches, which are not counted"
+            yield "  " + ", ".join(f"{name} {hours_text(hours)}" for name, hours in parts.items() if hours)
         count = disk.checkpoints // disk.checkpoint if disk.checkpoint else 0
         yield (
-            f"  disk {_bytes(disk.total)}: {count} checkpoint{'s' * (count != 1)} of {_bytes(disk.checkpoint)}, "
-            f"model {_bytes(disk.model)}, samples {_bytes(disk.samples)}"
+            f"  disk {bytes_text(disk.total)}: {count} checkpoint{'s' * (count != 1)} of "
+            f"{bytes_text(disk.checkpoint)}, model {bytes_text(disk.model)}, samples {bytes_text(disk.samples)}"
         )
 
     def _shape(self) -> Iterator[str]:
@@ -131,7 +125,7 @@ class Report:
                 title = ""
             table.add_row("", "each process", "", *_cells(group.memory), style="bold", end_section=True)
             if group.memory.host:
-                table.add_row("", "host memory", *[""] * 5, _bytes(group.memory.host))
+                table.add_row("", "host memory", *[""] * 5, bytes_text(group.memory.host))
         return table
 
     def _traffic(self) -> Iterator[str]:
@@ -143,38 +137,51 @@ class Report:
             for item in plan.traffic:
                 if item.when == when:
                     route = f"{item.source} -> {item.target}"
-                    yield f"  {route:<40} {_bytes(item.sent):>8}, back {_bytes(item.returned):>8}"
+                    yield f"  {route:<40} {bytes_text(item.sent):>8}, back {bytes_text(item.returned):>8}"
         if plan.weights_sync:
-            yield f"traffic per update: weights, learner -> generator {_bytes(plan.weights_sync)}"
+            yield f"traffic per update: weights, learner -> generator {bytes_text(plan.weights_sync)}"
 
     def _seconds(self, seconds: StepTime) -> Table:
         table = Table(title="Seconds per step", title_justify="left", box=None, padding=(0, 0, 0, 1))
         for name in ("role", "generator update", "assistant updates"):
             table.add_column(name, justify="left" if name == "role" else "right")
-        for role in {**seconds.generator_roles, **seconds.assistant_roles}:
-            cells = (phase.get(role) for phase in (seconds.generator_roles, seconds.assistant_roles))
-            table.add_row(role, *("-" if cell is None else f"{cell:.3g}" for cell in cells))
-        for name, value in seconds.communication.items():
-            row = ["-", f"{value:.3g}"] if name.endswith("assistant") else [f"{value:.3g}", "-"]
-            table.add_row(name, *row)
-        assistant = seconds.assistant + seconds.communication.get("reductions: assistant", 0.0)
-        total = (f"{seconds.step - assistant:.3g}", f"{assistant:.3g}")
-        table.add_row("in all, groups side by side", *total, style="bold")
+        for kind in (seconds.roles, seconds.communication):
+            phases = kind("generator"), kind("assistant")
+            for name in {**phases[0], **phases[1]}:
+                table.add_row(name, *(f"{phase[name]:.3g}" if name in phase else "-" for phase in phases))
+        total = f"{seconds.generator:.3g}", f"{seconds.assistant:.3g}"
+        table.add_row("in all, as the calls overlap", *total, style="bold")
         return table
 
-    def _rates(self, rates: Rates) -> str:
-        source = "as measured here"
-        if self.device != HERE:
-            source = f"assumed, {ACHIEVED:.0%} of the peak; links {ACHIEVED_LINK:.0%}"
-        return f"rates ({source}): networks {rates.network / 1e12:.3g} TFLOP/s, decoder {rates.decoder / 1e12:.3g}"
+    def _waiting(self, seconds: StepTime) -> Iterator[str]:
+        images = self.recipe.optimization.batch_size / seconds.step
+        yield f"step {seconds.step:.3g} s, {images:.3g} images/s; exposed communication {seconds.exposed:.2g} s"
+        shares = ", ".join(f"{group} {max(0.0, share):.0%}" for group, share in seconds.idle.items())
+        yield f"devices that wait for others: {shares} of the step"
+
+
+def step_json(seconds: StepTime) -> dict[str, object]:
+    """A step as plain data."""
+    phases = ("generator", "assistant")
+    return {
+        "step": seconds.step,
+        "generator": seconds.generator,
+        "assistant": seconds.assistant,
+        "assistant_update": seconds.assistant_update,
+        "image": seconds.image,
+        "exposed_communication": seconds.exposed,
+        "idle": dict(seconds.idle),
+        "roles": {phase: seconds.roles(phase) for phase in phases},
+        "communication": {phase: seconds.communication(phase) for phase in phases},
+    }
 
 
 def _cells(memory: Memory) -> list[str]:
     work = memory.activations + memory.buffers
-    return [_bytes(n) for n in (memory.weights, memory.gradients, memory.optimizer, work, memory.device)]
+    return [bytes_text(n) for n in (memory.weights, memory.gradients, memory.optimizer, work, memory.device)]
 
 
-def _bytes(number: int) -> str:
+def bytes_text(number: int) -> str:
     """Bytes in decimal units: 12.3 GB."""
     if not number:
         return "-"
@@ -191,22 +198,8 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def show_options(options: Sequence[Option]) -> None:
-    """Print placements, the fastest that fits first, and how to take it."""
-    console = PlainConsole(width=80)
-    table = Table(box=None, padding=(0, 2, 0, 0), title="Placements, the fastest first", title_justify="left")
-    table.add_column("devices and roles", overflow="fold")
-    for name in ("per process", "hours"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for option in options[:_SHOWN]:
-        hours = _hours(option.duration.hours) if option.fits else "does not fit"
-        table.add_row(option.describe(), _bytes(option.memory), hours)
-    console.print(table)
-    if options[0].fits:  # not wrapped: it is copied
-        console.print(f"the first one: --set 'placement.groups={options[0].yaml()}'", soft_wrap=True)
-
-
-def _hours(hours: float) -> str:
+def hours_text(hours: float) -> str:
+    """Hours, minutes or seconds."""
     if hours >= 1:
         return f"{hours:.3g} hours"
     return f"{60 * hours:.2g} minutes" if hours >= 1 / 60 else f"{3600 * hours:.2g} seconds"

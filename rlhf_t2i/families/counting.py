@@ -6,6 +6,7 @@ What convolutions and attention borrow while they run is their libraries' choice
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rlhf_t2i.families import kernels as kernel_counts
 from rlhf_t2i.families import layouts
 from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.families.recomputing import checkpoint_layers
@@ -47,33 +49,41 @@ class Network:
     call: Callable[[nn.Module], tuple[Tensor, Tensor]] = field(compare=False)
     recompute: Callable[[nn.Module], None] = field(default=checkpoint_layers, compare=False)
 
-    @cache  # noqa: B019 - one entry per key, and a process knows few networks
     def sizes(self) -> tuple[int, ...]:
         """Numbers in each trained parameter: of a network with adapters, in the adapters."""
-        return tuple(p.numel() for p in self.build().parameters() if p.requires_grad)
+        return self._built.sizes
 
-    @cache  # noqa: B019
     def parameters(self) -> int:
         """Numbers in all parameters."""
-        return sum(p.numel() for p in self.build().parameters())
+        return self._built.parameters
 
-    @cache  # noqa: B019
+    def layers(self) -> int:
+        """Modules that have parameters of their own."""
+        return self._built.layers
+
     def reordered(self) -> int:
         """Numbers in the weights that channels-last memory order copies: those of convolutions."""
-        weights = [p.detach() for p in self.build().parameters() if p.ndim == 4]
-        return sum(w.numel() for w in weights if w.to(memory_format=torch.channels_last) is not w)
+        return self._built.reordered
+
+    @property
+    def _built(self) -> _Built:
+        return _built(self)
 
     def flops(self) -> int:
         """FLOPs of one sample's forward; a multiply-add counts two."""
         return self._forward()[0]
 
-    @cache  # noqa: B019
-    def _forward(self) -> tuple[int, int]:
-        """(FLOPs, peak bytes of activations) of one sample's forward without gradient."""
+    def kernels(self) -> kernel_counts.Kernels:
+        """The kernels of one sample's forward."""
+        return self._forward()[2]
+
+    @cache  # noqa: B019 - one entry per key, and a process knows few networks
+    def _forward(self) -> tuple[int, int, kernel_counts.Kernels]:
+        """(FLOPs, peak bytes of activations, kernels) of one sample's forward without gradient."""
         network = self._frozen()
         with torch.no_grad(), _Counter(network) as counter:
             self.call(network)
-        return counter.flops, counter.highest
+        return counter.flops, counter.highest, counter.kernels
 
     def _frozen(self) -> nn.Module:
         return freeze_convs(self.build()).to(memory_format=torch.channels_last)
@@ -92,6 +102,30 @@ class Network:
         if recomputed:
             self.recompute(network)
         return peak(network, lambda: self.call(network))
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a network's parameters tell; see the methods of :class:`Network`."""
+
+    sizes: tuple[int, ...]
+    parameters: int
+    layers: int
+    reordered: int
+
+
+@cache
+def _built(network: Network) -> _Built:
+    """Built once per key, and a process knows few: SDXL's UNet takes most of a second."""
+    module = network.build()
+    parameters = list(module.parameters())
+    convolutions = [p.detach() for p in parameters if p.ndim == 4]
+    return _Built(
+        sizes=tuple(p.numel() for p in parameters if p.requires_grad),
+        parameters=sum(p.numel() for p in parameters),
+        layers=sum(1 for m in module.modules() if next(m.parameters(recurse=False), None) is not None),
+        reordered=sum(w.numel() for w in convolutions if w.to(memory_format=torch.channels_last) is not w),
+    )
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -126,7 +160,9 @@ class _Counter(TorchDispatchMode):
         self.flops = self.highest = self._now = 0
         # By address, which is a storage's own while it lives.
         owned = () if network is None else (*network.parameters(), *network.buffers())
-        self._known = {t.untyped_storage()._cdata for t in owned}
+        self._owned = frozenset(t.untyped_storage()._cdata for t in owned)
+        self._known = set(self._owned)
+        self.kernels: kernel_counts.Kernels = Counter()
 
     def __enter__(self) -> _Counter:
         self._settings = ExitStack()
@@ -145,8 +181,12 @@ class _Counter(TorchDispatchMode):
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         result = layouts.run(func, args, kwargs or {})
+        flops = 0
         if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        self.flops += flops
+        if (kernel := kernel_counts.kernel(func, (args, kwargs), result, flops, self._owned)) is not None:
+            self.kernels[kernel] += 1
         for made in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(made, Tensor):
                 storage = made.untyped_storage()
@@ -182,7 +222,9 @@ def _flash_attention(counter: _Counter) -> Iterator[None]:
     original = functional.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        counter.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        kernel = kernel_counts.attention(query, key, value)
+        counter.flops += kernel.flops
+        counter.kernels[kernel] += 1
         return _Flash.apply(query, key, value)
 
     functional.scaled_dot_product_attention = attention

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.families import adapters, sources
+from rlhf_t2i.families import adapters, flops, sources
 from rlhf_t2i.families.counting import Network
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.families.store import DTYPES, ModelStore
@@ -35,6 +35,7 @@ class Footprints:
         self.store = ModelStore(recipe.models, recipe.student, _META, self._precision)
         _ = self.store.schedule  # built here, with values: below, everything new is on the meta device
         config = json.dumps(self.store.family.network_config, sort_keys=True, default=str)
+        self._parts: dict[str, Network | None] = {}
         self._where = (recipe.models.reference, recipe.models.vae, self.store.size, config)
 
     def place(self, role: str) -> ModelRef:
@@ -87,6 +88,19 @@ class Footprints:
             raise NotImplementedError("text encoders are not run on the meta device")
 
         return Network(("text encoders", *self._where), self.store.family.build_text_encoders, call)
+
+    @property
+    def precision(self) -> str:
+        """Of the computation."""
+        return self._precision
+
+    def part(self, name: str) -> Network | None:
+        """A network by the names of :mod:`rlhf_t2i.families.flops`; None for a reward whose network is not known."""
+        if name in self._parts:
+            return self._parts[name]
+        made = {flops.NETWORK: self.network, flops.DECODER: self.decoder}
+        network = made[name]() if name in made else self.rewards[name.partition(":")[2]][1]
+        return self._parts.setdefault(name, network)
 
     @cached_property
     def rewards(self) -> Mapping[str, tuple[str, Network | None]]:

@@ -94,18 +94,20 @@ def test_every_part_of_a_step_is_timed_beside_the_plan(built: Any) -> None:
     import full_size
 
     settings = dataclasses.replace(built, overrides=("models.height=64", "models.width=64"))
-    rates = full_size.Rates(1e9, 2e9)
+    image = {
+        part: {"forward": 1.0, "inputs": 1.0, "weights": 1.0} for part in ("network", "decoder", "reward:pickscore")
+    }
     rows = []
     for part in full_size.PARTS:
         told, found = (
-            full_size.predict(settings, rates, part, "false"),
+            full_size.predict(settings, full_size.measured(image), part, "false"),
             full_size.measure(settings, part, "false"),
         )
         rows.append({"part": part, "checkpointing": "kept", "predicted": told, "measured": found})
         assert told["seconds"] > 0 < found["seconds"]
         if part != "generator: drawing":
             assert found["activations"] == pytest.approx(told["activations"], rel=0.25), part
-    text = full_size.table(dataclasses.asdict(rates), rows)
+    text = full_size.table(image, rows)
     assert all(f"| {part} | kept |" in text for part in full_size.PARTS)
     # Guidance asks the frozen reference for two branches, the assistant for one.
     work = {row["part"]: row["predicted"]["seconds"] for row in rows}

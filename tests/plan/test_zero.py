@@ -159,6 +159,7 @@ def test_what_ranks_exchange(stage: int | None, expected: int, overlaps: bool) -
     sent = zero.collectives(SIZES, setting(stage), micro_batches=5)
     assert sum(item.bytes for item in sent) == expected
     assert all(item.overlaps == overlaps for item in sent)
+    assert any(item.every for item in sent) == (stage in (2, 3))
     assert zero.collectives(SIZES, setting(stage, ranks=1), micro_batches=5) == []
 
 

@@ -14,7 +14,7 @@ from rlhf_t2i.families import flops
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import plan as planning
-from rlhf_t2i.tools.planning.devices import Rates
+from rlhf_t2i.tools.planning.speed import Measured, Passes
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -36,10 +36,14 @@ def build(pipeline: Path, **algorithm: Any) -> Recipe:
     return Recipe.model_validate(data)
 
 
+PARTS = ("network", "decoder", "reward:guide", "reward:pick")
+SPEED = Measured(dict.fromkeys(PARTS, Passes(1.0, 1.0, 1.0)))
+
+
 def everything(recipe: Recipe) -> tuple[Any, ...]:
     """All that planning and the FLOPs of metrics.jsonl say about a recipe."""
     work = [*flops.generator_step(recipe), *flops.assistant_step(recipe)]
-    return work, planning.make(recipe), planning.step_time(recipe, Rates(1.0, 1.0))
+    return work, planning.make(recipe), planning.step_time(recipe, SPEED)
 
 
 def test_a_copy_of_kl_is_planned_and_counted_like_kl(tiny_sdxl: Path, tmp_path: Path) -> None:

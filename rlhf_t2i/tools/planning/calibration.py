@@ -1,34 +1,41 @@
-"""Rates of this machine, from running the heaviest block of a recipe's own networks (``plan --device here``).
+"""Seconds on this machine, from running a recipe's own networks with random weights (``plan --device here``).
 
-A block runs as it does in a step: in the recipe's precision, its micro-batch and its layouts, forward and backward. So
-its rate, in model FLOPs per second, includes norms, activations and launches besides the products.
+A network runs as it does in a step: in the recipe's precision, its micro-batch and its layouts. A large one runs block
+by block, each distinct block once.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_t2i.families import counting
+from rlhf_t2i.families import counting, flops
 from rlhf_t2i.families.compiling import compile_blocks
 from rlhf_t2i.families.counting import Network
 from rlhf_t2i.families.footprints import Footprints
 from rlhf_t2i.families.frozen import freeze_convs
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools.planning.devices import Rates
+from rlhf_t2i.tools.planning.speed import Measured, Passes
 from rlhf_t2i.utils.device import default_device
 
-_SECONDS, _MOST = 3.0, 10
-"""How long, and how often at most, a block is timed."""
+_SECONDS, _MOST = 1.0, 10
+"""How long, and how often at most, something is timed."""
+_WHOLE = 300_000_000
+"""Parameters up to which a network runs in one piece."""
+_COPIED = 2**26
+_TOKENS = 77
+
+_Inputs = tuple[tuple[object, ...], dict[str, object]]
 
 
-def rates(recipe: Recipe, micro: int) -> Rates:
-    """Measure the rates of the denoising network and of the decoder here, on the GPU if there is one.
+def measure(recipe: Recipe, micro: int) -> Measured:
+    """Measure the networks of a recipe here, on the GPU if there is one.
 
     Args:
         recipe: Names networks, precisions and sizes.
@@ -39,56 +46,103 @@ def rates(recipe: Recipe, micro: int) -> Rates:
     """
     networks = Footprints(recipe)
     family, compiled = networks.store.family, recipe.optimization.compile
+    decoder = family.build_decoder(networks.store.vae)
+    found = {
+        flops.NETWORK: _passes(networks.network(), micro, family.block_names if compiled else (), train=True),
+        flops.DECODER: _passes(networks.decoder(), micro, decoder.block_names if compiled else (), train=False),
+    }
+    for label, (_, network) in networks.rewards.items():
+        known = Passes(0.0, 0.0, 0.0) if network is None else _passes(network, micro, (), train=False)
+        found[f"reward:{label}"] = known
+    rate = networks.network().flops() / found[flops.NETWORK].forward
+    text = 2 * _TOKENS * networks.text_encoders().parameters() / rate
+    return Measured(found, text, _bandwidth(default_device()))
 
-    def rate(network: Network, block_names: tuple[str, ...], train: bool) -> float:
-        return _Block(network, micro).rate(block_names if compiled else (), train)
 
-    decoder = networks.store.family.build_decoder(networks.store.vae)
-    return Rates(
-        rate(networks.network(), family.block_names, True), rate(networks.decoder(), decoder.block_names, False)
-    )
+def _passes(network: Network, batch: int, compiled: tuple[str, ...], train: bool) -> Passes:
+    """Seconds of one image in a batch."""
+    units, covered = _units(network), 0
+    sums = dict.fromkeys(("forward", "frozen", "trained"), 0.0)
+    for unit in units:
+        covered += unit.count * unit.flops
+        for kind in sums:
+            if kind != "trained" or train:
+                sums[kind] += unit.count * unit.seconds(kind, batch, compiled)
+    scale = network.flops() / covered / batch if covered else 1.0 / batch
+    forward, frozen = sums["forward"], max(sums["frozen"], sums["forward"])
+    weights = max(sums["trained"] - frozen, 0.0)
+    return Passes(scale * forward, scale * (frozen - forward), scale * weights)
 
 
-class _Block:
-    """The block with the most FLOPs in a forward of a network, with the inputs that the forward gives it."""
+class _Unit:
+    """A part of a network that runs by itself, with the inputs that the forward gives it for one sample."""
 
-    def __init__(self, network: Network, batch: int) -> None:
-        built, seen = network.build(), dict[nn.Module, tuple[tuple[object, ...], dict[str, object]]]()
-        hooks = [
-            block.register_forward_pre_hook(lambda m, args, kwargs: seen.update({m: (args, kwargs)}), with_kwargs=True)
-            for block in _outermost_blocks(built)
-        ]
+    def __init__(self, module: nn.Module, inputs: _Inputs) -> None:
+        self._module, (self._args, self._kwargs) = module, inputs
+        self.count = 1
         with torch.no_grad():
-            network.call(built)
-        for hook in hooks:
-            hook.remove()
+            self.flops = counting.flops(lambda: module(*self._args, **self._kwargs))
 
-        def flops(block: nn.Module) -> int:
-            args, kwargs = seen[block]
-            return counting.flops(lambda: block(*args, **kwargs))
+    @property
+    def layout(self) -> object:
+        """Equal for parts that take equal time."""
+        inputs = [tuple(t.shape) for t in tree_leaves((self._args, self._kwargs)) if isinstance(t, Tensor)]
+        return type(self._module), tuple(inputs), tuple(tuple(p.shape) for p in self._module.parameters())
 
-        self._module = max(seen, key=flops)
-        self._flops = batch * flops(self._module)
-        self._args, self._kwargs = seen[self._module]
-        self._batch = batch
-
-    def rate(self, compiled: tuple[str, ...], train: bool) -> float:
-        """Model FLOPs per second of a forward and backward, trained or frozen."""
+    def seconds(self, kind: str, batch: int, compiled: tuple[str, ...]) -> float:
+        """Of a ``forward``, or of it and the backward of a ``frozen`` or ``trained`` network."""
         device = default_device()
+        train = kind == "trained"
         module = _filled(self._module, device).train(train).requires_grad_(train)
         if not train:
             freeze_convs(module)
         if compiled:
             compile_blocks(module, compiled)
-        args, kwargs = tree_map(partial(_filled_input, batch=self._batch, device=device), (self._args, self._kwargs))
+        args, kwargs = tree_map(partial(_filled_input, batch=batch, device=device), (self._args, self._kwargs))
 
         def run() -> None:
-            output = module(*args, **kwargs)
-            output = output[0] if isinstance(output, tuple) else output
-            output.backward(torch.ones_like(output))
-            module.zero_grad(set_to_none=True)
+            with torch.set_grad_enabled(kind != "forward"):
+                made = [t for t in tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+            if kind != "forward":
+                torch.autograd.backward(next(t for t in made if t.requires_grad).sum())
+                module.zero_grad(set_to_none=True)
 
-        return (3 if train else 2) * self._flops / _seconds(run, device)
+        return _seconds(run, device)
+
+
+def _units(network: Network) -> list[_Unit]:
+    """What is timed: the network in one piece if it is small, else its distinct blocks."""
+    small = network.parameters() <= _WHOLE
+    built = network.build()
+    wanted = set(built.modules()) if small else set(_outermost_blocks(built))
+    seen: list[tuple[nn.Module, _Inputs]] = []
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if not running:  # the outermost of those wanted
+            seen.append((module, (args, kwargs)))
+        running.append(module)
+
+    def leave(module: nn.Module, *_: object) -> None:
+        running.pop()
+
+    hooks = []
+    for module in wanted:
+        hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(leave))
+    with torch.no_grad():
+        network.call(built)
+    for hook in hooks:
+        hook.remove()
+    found: dict[object, _Unit] = {}
+    counts: Counter[object] = Counter()
+    for module, inputs in seen:
+        unit = _Unit(module, inputs)
+        found.setdefault(unit.layout, unit)
+        counts[unit.layout] += 1
+    for layout, unit in found.items():
+        unit.count = counts[layout]
+    return list(found.values())
 
 
 def _outermost_blocks(network: nn.Module) -> Iterator[nn.Module]:
@@ -110,7 +164,7 @@ def _outermost_blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def _filled(module: nn.Module, device: torch.device) -> nn.Module:
-    """Memory for a meta module's weights, with values that keep numbers in range."""
+    """Memory for a meta module's weights, channels last, with values that keep numbers in range."""
     module.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -118,7 +172,7 @@ def _filled(module: nn.Module, device: torch.device) -> nn.Module:
                 parameter.normal_(0.0, 0.02)
             else:
                 parameter.fill_(float("norm" in name and name.endswith("weight")))
-    return module
+    return module.to(memory_format=torch.channels_last)
 
 
 def _filled_input(value: object, batch: int, device: torch.device) -> object:
@@ -134,18 +188,29 @@ def _filled_input(value: object, batch: int, device: torch.device) -> object:
     return made.requires_grad_(True)
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of one call, the mean over a few after a first one."""
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second that are read and written."""
+    source = torch.zeros(_COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(partial(_copy, target, source), device)
 
-    def synchronize() -> None:
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Of one call, the median of several after a first one."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - began
 
-    run()
-    synchronize()
-    began, times = time.perf_counter(), 0
-    while times < _MOST and (times == 0 or time.perf_counter() - began < _SECONDS):
-        run()
-        synchronize()
-        times += 1
-    return (time.perf_counter() - began) / times
+    once()
+    taken: list[float] = []
+    while len(taken) < _MOST and sum(taken) < _SECONDS:
+        taken.append(once())
+    return sorted(taken)[len(taken) // 2]

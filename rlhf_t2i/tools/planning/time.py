@@ -1,16 +1,20 @@
-"""Seconds per step, estimated from counted FLOPs and a device's rates; without optimizers and text encoding."""
+"""Seconds per step: how long each call takes on a device, put on the graph of a step and simulated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rlhf_t2i.recipe.placement import batch_geometry
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools.planning import zero
-from rlhf_t2i.tools.planning.devices import Rates
+from rlhf_t2i.tools.planning import graph, simulation, zero
+from rlhf_t2i.tools.planning.graph import Rules, Shape, Trained
 from rlhf_t2i.tools.planning.memory import zero_setting
+from rlhf_t2i.tools.planning.simulation import Kind, Timeline
+from rlhf_t2i.tools.planning.speed import Speed
 
 if TYPE_CHECKING:
     from rlhf_t2i.families.flops import Work
@@ -22,96 +26,248 @@ _STORE = 70e6
 """Bytes per second of float32 weights through Ray's object store to a generator elsewhere; from a run on two cores."""
 _PAGEABLE = 5e9
 """Assumed bytes per second from a device to pageable host memory: the moving average is updated there."""
+_HOP = 3e-3
+"""Assumed seconds of a call of an actor, or of its answer: copies between device and host, Ray, a pickle of latents."""
+_EMA_BYTES = 12
+"""Per number of a sharded moving average: the average and the masters are read, the average is written."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a generator update with its assistant updates.
+    """Seconds of a step and what its devices do meanwhile.
 
     Attributes:
-        generator: Of the generator update's computation.
-        assistant: Of the computation of all assistant updates of a step.
-        generator_roles: What each role computes in the generator update, on one of its devices.
-        assistant_roles: The same in the assistant updates.
-        communication: What is waited for besides, by name: reductions, weights, the moving average.
-        assistant_update: Of one assistant update alone, with its reductions.
+        timeline: Every call with its start and end.
+        update: Of one assistant update alone.
+        without_communication: The step's seconds if exchanging data took no time.
         image: To draw, decode and score one image between steps, on all devices that do so.
     """
 
-    generator: float
-    assistant: float
-    generator_roles: Mapping[str, float]
-    assistant_roles: Mapping[str, float]
-    communication: Mapping[str, float]
-    assistant_update: float
+    timeline: Timeline
+    update: Timeline
+    without_communication: float
     image: float
 
     @property
     def step(self) -> float:
         """Everything."""
-        return self.generator + self.assistant + sum(self.communication.values())
+        return self.timeline.seconds
+
+    @property
+    def assistant_update(self) -> float:
+        """Of one assistant update alone."""
+        return self.update.seconds
+
+    @cached_property
+    def assistant(self) -> float:
+        """Until the last assistant update of a step ends."""
+        return max((s.end for s in self.timeline.spans if s.call.name.startswith("assistant")), default=0.0)
+
+    @property
+    def generator(self) -> float:
+        """Of the generator update, which follows."""
+        return self.step - self.assistant
+
+    @property
+    def exposed(self) -> float:
+        """Seconds that the step would be shorter if exchanging data took no time."""
+        return self.step - self.without_communication
+
+    @property
+    def idle(self) -> Mapping[str, float]:
+        """Share of the step, by group, in which its devices wait for others."""
+        return self.timeline.idle()
+
+    def roles(self, phase: str) -> dict[str, float]:
+        """What each role computes in the ``assistant`` or ``generator`` updates, on one of its devices."""
+        return self._sums(phase, "compute", lambda call: call.role)
+
+    def communication(self, phase: str) -> dict[str, float]:
+        """What is exchanged there, by name; not all of it makes the step longer."""
+
+        def label(call: simulation.Call) -> str:
+            return call.role if call.role == graph.HOP else f"{call.role}: {call.name.rpartition(': ')[2]}"
+
+        return self._sums(phase, "communication", label)
+
+    def _sums(self, phase: str, kind: Kind, label: Callable[[simulation.Call], str]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for span in self.timeline.spans:
+            if span.call.name.startswith(phase) and span.call.kind == kind:
+                name = label(span.call)
+                found[name] = found.get(name, 0.0) + span.call.seconds
+        return found
 
 
-def estimate(recipe: Recipe, placed: Placed, networks: Footprints, rates: Rates) -> StepTime:
+def estimate(recipe: Recipe, placed: Placed, networks: Footprints, speed: Speed, rules: Rules = graph.NOW) -> StepTime:
     """Estimate a step.
 
     Args:
         recipe: The recipe.
         placed: (group, devices) of every role.
         networks: Of the recipe.
-        rates: Of every device.
+        speed: Of every device.
+        rules: Which calls overlap.
     """
-    from rlhf_t2i.families import flops
-
-    counted = flops.forwards(recipe)
-
-    def seconds(works: Iterable[Work], images: float) -> list[tuple[str, str, float]]:
-        """(role, group, seconds) of works on ``images``."""
-        found = []
-        for group, work in _located(works, placed):
-            rate = rates.decoder if work.part == flops.DECODER else rates.network
-            again = recipe.optimization.checkpoints(work.role if work.part == flops.NETWORK else "reward")
-            ranks = next(devices for name, devices in placed.values() if name == group)
-            found.append((work.role, group, images * work.flops(counted[work.part], again) / (ranks * rate)))
-        return found
-
-    batch, rounds = recipe.optimization.batch_size, recipe.algorithm.assistant_steps
-    made = seconds(flops.generator_step(recipe), batch)
-    generator = _sums((role, value) for role, _, value in made)
-    beside = _sums((group, value) for role, group, value in made if role != "learner")
-    update = _sums((role, value) for role, _, value in seconds(flops.assistant_step(recipe), batch))
-    reductions = {
-        role: _reductions(recipe, placed, networks, rates, role, busy)
-        for role, busy in (("learner", generator["learner"]), ("assistant", update["assistant"]))
-    }
-    communication = {
-        "reductions: learner": reductions["learner"],
-        "reductions: assistant": rounds * reductions["assistant"],
-        **_copies(recipe, placed, networks),
-    }
+    shape = _Shaper(recipe, placed, networks, speed, rules)
+    made = shape.shape()
+    calls = graph.step(made, rules)
     return StepTime(
-        generator=generator["learner"] + overlapped(beside),
-        assistant=rounds * sum(update.values()),
-        generator_roles=generator,
-        assistant_roles={role: rounds * value for role, value in update.items()},
-        communication={name: value for name, value in communication.items() if value},
-        assistant_update=sum(update.values()) + reductions["assistant"],
-        image=sum(value for _, _, value in seconds(flops.measuring(recipe), 1.0)),
+        simulation.simulate(calls),
+        simulation.simulate(graph.assistant_update(made, rules)),
+        simulation.simulate(simulation.without_communication(calls)).seconds,
+        shape.image(),
     )
 
 
-def overlapped(groups: Mapping[str, float]) -> float:
-    """Seconds from the learner's x_0 to its gradient, from what every group does for it in that time.
+@dataclass(frozen=True)
+class _Calls:
+    """So many calls of a process, of so many images each."""
 
-    Groups work side by side: the calls of all of them start together. Within a group one device does one call after
-    the other, the learner's own rewards and denoisers included. The learner's own pass overlaps with nothing.
-    """
-    return max(groups.values(), default=0.0)
+    count: int
+    images: int
 
 
-def _located(works: Iterable[Work], placed: Placed) -> Iterator[tuple[str, Work]]:
+@dataclass(frozen=True)
+class _Shaper:
+    recipe: Recipe
+    placed: Placed
+    networks: Footprints
+    speed: Speed
+    rules: Rules
+
+    def shape(self) -> Shape:
+        """How long each call of a step takes."""
+        from rlhf_t2i.families import flops
+
+        recipe = self.recipe
+        groups = {role: self.placed[role][0] for role in ("learner", "generator", "assistant", "reference")}
+        (generator, assistant), works = flops.assistant_step(recipe), flops.generator_step(recipe)
+        own = {work.role: work for work in works}
+        predict, product = {}, {}
+        for role in ("assistant", "reference"):
+            # Both branches of guidance are one batch.
+            branches = round(own[role].forwards) if role == "reference" else 1
+            calls = self._served(role, "learner")
+            predict[role], product[role] = self._seconds(own[role], calls, branches)
+        draw, backward = self._seconds(own["learner"], _Calls(1, self._micro("learner")))
+        return Shape(
+            groups=groups,
+            assistant=self._trained("assistant"),
+            learner=self._trained("learner"),
+            rounds=recipe.algorithm.assistant_steps,
+            sample=sum(self._seconds(generator, self._served("generator", "assistant"))),
+            train=sum(self._seconds(assistant, _Calls(1, self._micro("assistant")))),
+            draw=draw,
+            backward=backward,
+            predict=predict,
+            product=product,
+            score=self._scores(works),
+            encode=(self._encode("assistant", ("generator", "assistant")), self._encode("learner", groups)),
+            hop=_HOP if recipe.placement.mode == "ray" else 0.0,
+        )
+
+    def image(self) -> float:
+        """Seconds of an image between steps."""
+        from rlhf_t2i.families import flops
+
+        total = 0.0
+        for group, work in _located(flops.measuring(self.recipe), self.placed):
+            devices = self._devices(group)
+            images = -(-self.recipe.evaluation.batch_size // devices)
+            total += sum(self._seconds(work, _Calls(1, images))) / (images * devices)
+        return total
+
+    def _micro(self, role: str) -> int:
+        settings = self.recipe.optimization
+        return batch_geometry(settings.batch_size, self.placed[role][1], settings.micro_batch, role)[0]
+
+    def _devices(self, group: str) -> int:
+        return next(devices for name, devices in self.placed.values() if name == group)
+
+    def _served(self, role: str, caller: str) -> _Calls:
+        """The calls of one of a role's processes for a micro-batch of all the caller's ranks."""
+        return self._in_group(self._devices(self.placed[role][0]), caller)
+
+    def _in_group(self, servers: int, caller: str) -> _Calls:
+        ranks, micro = self.placed[caller][1], self._micro(caller)
+        if ranks >= servers:
+            return _Calls(ranks // servers, micro)
+        return _Calls(1, -(-micro * ranks // servers))
+
+    def _seconds(self, work: Work, calls: _Calls, branches: int = 1) -> tuple[float, float]:
+        """Seconds of forwards, and of gradients; ``branches`` of the forwards are one batch."""
+        from rlhf_t2i.families import flops
+
+        passes = self.speed.passes(work.part, calls.images * branches)
+        again = self.recipe.optimization.checkpoints(work.role if work.part == flops.NETWORK else "reward")
+        back = work.backwards * (passes.inputs + (passes.forward if again else 0.0)) + work.weights * passes.weights
+        return calls.count * work.forwards * passes.forward / branches, calls.count * back / branches
+
+    def _scores(self, works: Sequence[Work]) -> dict[str, list[tuple[str, float]]]:
+        """By group, decoder and rewards; a reward's own micro-batch bounds what is decoded at once."""
+        found: dict[str, list[tuple[str, float]]] = {}
+        sizes = {f"reward:{choice.key}": choice.micro_batch for choice in self.recipe.algorithm.rewards}
+        for group, work in _located([w for w in works if w.role not in self.placed or w.role in sizes], self.placed):
+            calls = self._in_group(self._devices(group), "learner")
+            own = [sizes[role] for role, (name, _) in self.placed.items() if name == group and role in sizes]
+            images = min([calls.images, *(size for size in own if size)])
+            several = _Calls(calls.count * math.ceil(calls.images / images), images)
+            found.setdefault(group, []).append((work.role, sum(self._seconds(work, several))))
+        return found
+
+    def _encode(self, caller: str, roles: Sequence[str] | Mapping[str, str]) -> dict[str, float]:
+        """By group, encoding a micro-batch's prompts once; nothing where their embeddings are on disk."""
+        if self.recipe.models.embeddings is not None:
+            return {}
+        found = {}
+        for group in {self.placed[role][0] for role in roles}:
+            calls = self._in_group(self._devices(group), caller)
+            found[group] = self.speed.encode(calls.count * calls.images)
+        return found
+
+    def _trained(self, role: str) -> Trained:
+        """What an update needs besides its passes."""
+        recipe, settings = self.recipe, self.recipe.optimization
+        optimizer = settings.generator if role == "learner" else settings.assistant
+        setting = zero_setting(recipe, self.placed[role][1])
+        _, micro_batches = batch_geometry(settings.batch_size, setting.ranks, settings.micro_batch, role)
+        sizes = zero.sizes_of(self.networks.network(optimizer.lora).sizes())
+        sent = zero.collectives(sizes, setting, micro_batches)
+
+        def seconds(every: bool, overlaps: bool) -> float:
+            items = [item for item in sent if (item.every, item.overlaps) == (every, overlaps)]
+            total = sum(self.speed.links.seconds(item.bytes, setting.ranks) for item in items)
+            return total / micro_batches if every else total
+
+        share = -(-sizes.total // setting.ranks) if setting.stage else sizes.total
+        finish: list[tuple[str, Kind, float]] = [
+            ("reduce", "communication", seconds(False, False)),
+            ("update", "compute", self.speed.update(share, setting)),
+        ]
+        if role == "learner":
+            finish += self._copies(share)
+        return Trained(micro_batches, seconds(True, False), seconds(True, True), finish)
+
+    def _copies(self, share: int) -> Iterator[tuple[str, Kind, float]]:
+        """The moving average, and weights to a generator in another group."""
+        numbers, recipe = self.networks.network().parameters(), self.recipe
+        if recipe.optimization.ema is not None:
+            if self.rules.ema_on_device:
+                yield "moving average", "compute", self.speed.copy(_EMA_BYTES * share)
+            else:
+                yield "moving average", "communication", 4 * numbers / _PAGEABLE
+        if self.placed["generator"][0] != self.placed["learner"][0]:
+            if self.rules.broadcast_weights:
+                width = zero.BYTES[recipe.optimization.precision]
+                ranks = self.placed["learner"][1] + self.placed["generator"][1]
+                yield "weights to the generator", "communication", self.speed.links.seconds(width * numbers, ranks)
+            else:
+                yield "weights to the generator", "communication", 4 * numbers / _STORE
+
+
+def _located(works: Sequence[Work], placed: Placed) -> Iterator[tuple[str, Work]]:
     """(group, work); every group that holds rewards decodes for them."""
-    works = list(works)
     for work in works:
         if work.role != "decoder":
             yield placed[work.role][0], work
@@ -119,33 +275,3 @@ def _located(works: Iterable[Work], placed: Placed) -> Iterator[tuple[str, Work]
         scored = [placed[other.role][0] for other in works if other.role.startswith("reward:")]
         for group in dict.fromkeys(scored):
             yield group, replace(work, backwards=work.backwards * scored.count(group) / len(scored))
-
-
-def _sums(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in pairs:
-        found[name] = found.get(name, 0.0) + value
-    return found
-
-
-def _reductions(recipe: Recipe, placed: Placed, networks: Footprints, rates: Rates, role: str, busy: float) -> float:
-    """Seconds that an update of a role waits for its ranks' collectives, beyond ``busy``, its own computation."""
-    if not rates.link:
-        return 0.0
-    settings = recipe.optimization
-    optimizer = settings.generator if role == "learner" else settings.assistant
-    setting = zero_setting(recipe, placed[role][1])
-    _, micro_batches = batch_geometry(settings.batch_size, setting.ranks, settings.micro_batch, role)
-    sent = zero.collectives(zero.sizes_of(networks.network(optimizer.lora).sizes()), setting, micro_batches)
-    overlapping = sum(item.bytes for item in sent if item.overlaps) / rates.link
-    return sum(item.bytes for item in sent if not item.overlaps) / rates.link + max(0.0, overlapping - busy)
-
-
-def _copies(recipe: Recipe, placed: Placed, networks: Footprints) -> dict[str, float]:
-    """Seconds of copies of the whole network in float32 through host memory."""
-    weights, found = 4 * networks.network().parameters(), {}
-    if placed["generator"][0] != placed["learner"][0]:
-        found["weights to the generator"] = weights / _STORE
-    if recipe.optimization.ema is not None:
-        found["moving average"] = weights / _PAGEABLE
-    return found

@@ -104,10 +104,18 @@ def saved(setting: Setting) -> int:
 
 @dataclass(frozen=True)
 class Collective:
-    """Bytes that a rank sends in the collectives of one update, and whether the computation goes on meanwhile."""
+    """Bytes that a rank sends in the collectives of one update.
+
+    Attributes:
+        bytes: In all.
+        reason: What they are for.
+        every: Whether a part of them is sent in every micro-batch, not all after the last one.
+        overlaps: Whether the computation goes on meanwhile.
+    """
 
     bytes: int
     reason: str
+    every: bool = False
     overlaps: bool = False
 
 
@@ -121,13 +129,15 @@ def collectives(sizes: Sizes, setting: Setting, micro_batches: int) -> list[Coll
         return [Collective(2 * once, "gradients are all-reduced after the last micro-batch")]
     if setting.stage == 3:  # overlap_comm is on in stage 3 alone
         return [
-            Collective(2 * micro_batches * once, "weights are gathered for every forward and every backward", True),
-            Collective(micro_batches * once, "gradients are reduce-scattered in every micro-batch", True),
+            Collective(
+                2 * micro_batches * once, "weights are gathered for every forward and every backward", True, True
+            ),
+            Collective(micro_batches * once, "gradients are reduce-scattered in every micro-batch", True, True),
         ]
     times, when = (1, "after the last micro-batch") if setting.stage == 1 else (micro_batches, "in every micro-batch")
     return [
         # use_multi_rank_bucket_allreduce: whole buckets are all-reduced, and a rank keeps its share.
-        Collective(2 * times * once, f"gradients are all-reduced {when}"),
+        Collective(2 * times * once, f"gradients are all-reduced {when}", every=setting.stage == 2),
         Collective(once, "updated weights are gathered"),
     ]
 

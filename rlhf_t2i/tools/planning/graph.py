@@ -1,0 +1,229 @@
+"""The calls of one training step as a graph: who calls whom, and what waits for what.
+
+This is the order in which ``training/loop.py``, ``roles/learner.py`` and ``roles/assistant.py`` make their calls; where
+they change, :data:`NOW` changes with them. Every call stands for all devices of its group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rlhf_t2i.tools.planning.simulation import Call, Kind
+
+After = tuple[str, ...]
+HOP, TEXT = "calls between groups", "text encoders"
+"""Roles of what no role of the recipe does."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which calls the code lets overlap.
+
+    Attributes:
+        rewards_beside_denoisers: Rewards in the learner's own group run while denoisers elsewhere work.
+        next_micro_batch: The learner draws the next micro-batch, and asks for its predictions, while the last one's
+            products are on their way.
+        draws_ahead: The generator draws the assistant's next samples while the assistant trains on the last ones.
+        ema_on_device: The moving average is updated in shards on the devices, not in the first rank's host memory.
+        broadcast_weights: A generator in another group gets the weights in the compute precision over the links, not in
+            float32 through Ray's object store.
+    """
+
+    rewards_beside_denoisers: bool = True
+    next_micro_batch: bool = False
+    draws_ahead: bool = False
+    ema_on_device: bool = False
+    broadcast_weights: bool = False
+
+
+NOW = Rules()
+"""What the code does."""
+ALL = Rules(True, True, True, True, True)
+"""Everything that keeps the numbers of the serial order."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trained role does besides its passes, on one of its devices.
+
+    Attributes:
+        micro_batches: Per update.
+        reduce: Seconds in which the devices exchange gradients after every micro-batch.
+        beside: Seconds of every micro-batch's collectives that the computation hides, as far as it lasts.
+        finish: After the last micro-batch: (name, kind, seconds), one after the other.
+    """
+
+    micro_batches: int
+    reduce: float = 0.0
+    beside: float = 0.0
+    finish: Sequence[tuple[str, Kind, float]] = ()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step's calls: where, how many, and how long each takes for one micro-batch on a device of its group.
+
+    Attributes:
+        groups: The group of learner, generator, assistant and reference.
+        assistant, learner: The trained roles.
+        rounds: Assistant updates per step.
+        sample: Drawing the assistant's samples.
+        train: The assistant's forward and backward.
+        draw: The learner's forward.
+        backward: The learner's backward.
+        predict: Forwards of assistant and reference.
+        product: Their vector-Jacobian products.
+        score: By group, (role, seconds) of decoder and rewards, forward and backward.
+        encode: By group, encoding the prompts of a micro-batch of the assistant's update, and of the learner's.
+        hop: Of sending a call to another group, and of its answer.
+    """
+
+    groups: Mapping[str, str]
+    assistant: Trained
+    learner: Trained
+    rounds: int
+    sample: float
+    train: float
+    draw: float
+    backward: float
+    predict: Mapping[str, float]
+    product: Mapping[str, float]
+    score: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
+    encode: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {})
+    hop: float = 0.0
+
+
+def step(shape: Shape, rules: Rules = NOW) -> list[Call]:
+    """All calls of a step in order of precedence: the assistant's updates, then the generator's."""
+    graph, done = _Graph(shape, rules), After()
+    for number in range(shape.rounds):
+        done = graph.assistant_update(f"assistant {number}", done)
+    graph.generator_update("generator", done)
+    return graph.calls
+
+
+def assistant_update(shape: Shape, rules: Rules = NOW) -> list[Call]:
+    """The calls of one assistant update alone, as in the warm-up."""
+    graph = _Graph(shape, rules)
+    graph.assistant_update("assistant", ())
+    return graph.calls
+
+
+class _Graph:
+    """The calls so far. Its methods return the names that the next call waits for."""
+
+    def __init__(self, shape: Shape, rules: Rules) -> None:
+        self._shape, self._rules = shape, rules
+        self._sampled: list[After] = []
+        self._trained: list[After] = []
+        self.calls: list[Call] = []
+
+    def assistant_update(self, name: str, after: After) -> After:
+        """Samples are drawn, the assistant learns to denoise them."""
+        shape, done = self._shape, after
+        home, drawn_at = shape.groups["assistant"], shape.groups["generator"]
+        for number in range(shape.assistant.micro_batches):
+            at = f"{name}.{number}"
+            # Theta is the same in all rounds of a step, but not in the step before.
+            free = (*self._sampled[-1], *self._trained[-2]) if len(self._trained) > 1 else after
+            asked = free if self._rules.draws_ahead else done
+            ready = self._hop(f"{at}: ask for samples", home, drawn_at, asked)
+            ready = self._encode(f"{at}: encode", 0, drawn_at, ready)
+            ready = self._add(f"{at}: sample", "generator", drawn_at, shape.sample, ready)
+            self._sampled.append(ready)
+            ready = self._hop(f"{at}: samples", drawn_at, home, ready)
+            if home != drawn_at:
+                ready = self._encode(f"{at}: encode again", 0, home, ready)
+            done = self._micro_batch(at, "assistant", shape.assistant, shape.train, (*ready, *done))
+            self._trained.append(done)
+        return self._finish(name, "assistant", shape.assistant, done)
+
+    def generator_update(self, name: str, after: After) -> After:
+        """Micro-batch by micro-batch: draw, ask rewards and denoisers, go backward; then the update."""
+        shape, done, predicted, before = self._shape, after, after, after
+        home = shape.groups["learner"]
+        for number in range(shape.learner.micro_batches):
+            at = f"{name}.{number}"
+            # While the last products are on their way, one micro-batch ahead: the graphs of two are alive.
+            free = (*predicted, *before) if self._rules.next_micro_batch else done
+            drawn = self._encode(f"{at}: encode", 1, home, free)
+            drawn = self._add(f"{at}: draw", "learner", home, shape.draw, drawn)
+            predicted, answers = self._answers(at, drawn)
+            before = done
+            done = self._micro_batch(at, "learner", shape.learner, shape.backward, (*answers, *done))
+        return self._finish(name, "learner", shape.learner, done)
+
+    def _answers(self, at: str, asked: After) -> tuple[After, After]:
+        """The predictions of one micro-batch; and gradients of rewards and products of denoisers."""
+        shape, home = self._shape, self._shape.groups["learner"]
+        denoisers = [role for role in ("assistant", "reference") if shape.groups[role] != home]
+        beside = self._rules.rewards_beside_denoisers and bool(denoisers)
+        arrived = {
+            group: self._hop(f"{at}: ask {group}", home, group, asked)
+            for group in dict.fromkeys([*shape.score, *shape.groups.values()])
+        }
+        encoded = {}
+        for group in dict.fromkeys([*shape.score, *(shape.groups[role] for role in ("assistant", "reference"))]):
+            again = group != home
+            encoded[group] = self._encode(f"{at}: encode, {group}", 1, group, arrived[group]) if again else asked
+        scores = After()
+        for group in shape.score:
+            if group != home or beside:
+                scores += self._score(at, group, encoded[group])
+        predictions = After()
+        for role in ("assistant", "reference"):
+            where = shape.groups[role]
+            ready = self._add(f"{at}: predict, {role}", role, where, shape.predict[role], encoded[where])
+            predictions += self._hop(f"{at}: prediction, {role}", where, home, ready)
+        products = After()
+        for role in ("assistant", "reference"):
+            where = shape.groups[role]
+            ready = self._hop(f"{at}: ask product, {role}", home, where, predictions)
+            ready = self._add(f"{at}: product, {role}", role, where, shape.product[role], ready)
+            products += self._hop(f"{at}: product back, {role}", where, home, ready)
+        if home in shape.score and not beside:
+            scores += self._score(at, home, products)
+        return predictions, scores + products
+
+    def _score(self, at: str, group: str, ready: After) -> After:
+        for role, seconds in self._shape.score[group]:
+            ready = self._add(f"{at}: {role}, {group}", role, group, seconds, ready)
+        return self._hop(f"{at}: scores, {group}", group, self._shape.groups["learner"], ready)
+
+    def _micro_batch(self, at: str, role: str, trained: Trained, seconds: float, ready: After) -> After:
+        """The pass that makes gradients, and the exchange of them."""
+        group = self._shape.groups[role]
+        done = self._add(f"{at}: backward", role, group, seconds, ready)
+        if trained.beside:
+            done += self._add(f"{at}: collectives", role, group, trained.beside, ready, "communication", link=True)
+        return self._add(f"{at}: reduce", role, group, trained.reduce, done, "communication")
+
+    def _finish(self, name: str, role: str, trained: Trained, done: After) -> After:
+        for what, kind, seconds in trained.finish:
+            done = self._add(f"{name}: {what}", role, self._shape.groups[role], seconds, done, kind)
+        return done
+
+    def _encode(self, name: str, phase: int, group: str, after: After) -> After:
+        """Every process encodes a prompt once: its roles share what is cached."""
+        return self._add(name, TEXT, group, self._shape.encode[phase].get(group, 0.0), after)
+
+    def _hop(self, name: str, source: str, target: str, after: After) -> After:
+        seconds = self._shape.hop if source != target else 0.0
+        return self._add(name, HOP, None, seconds, after, "communication")
+
+    def _add(
+        self,
+        name: str,
+        role: str,
+        group: str | None,
+        seconds: float,
+        after: After,
+        kind: Kind = "compute",
+        link: bool = False,
+    ) -> After:
+        """Add a call; one that takes no time is left out, and whoever waits for it waits for what it waits for."""
+        if not seconds:
+            return after
+        self.calls.append(Call(name, role, group, seconds, tuple(dict.fromkeys(after)), kind, link))
+        return (name,)
