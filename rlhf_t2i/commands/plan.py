@@ -54,7 +54,7 @@ def plan_command(
     What `run` would refuse is refused here, but a missing prompt file is a warning: a plan needs none. Exit code 1
     means that it does not fit the device, 2 that it cannot start.
     """
-    from rlhf_t2i.recipe import placement, reading
+    from rlhf_t2i.recipe import header, placement, reading
     from rlhf_t2i.tools.planning import devices
 
     name, profile = (None, None) if device is None else devices.find(device)
@@ -88,6 +88,7 @@ def plan_command(
         seconds=None if speed is None else planning.step_time(loaded, speed),
         fit=_fit(loaded, plan, device_memory or (profile.memory if profile else None)),
         cluster=None if cluster is None else cluster.resources,
+        result=header.read(recipe).result,
     )
     if json_:
         typer.echo(json.dumps(report.as_json(), indent=2))

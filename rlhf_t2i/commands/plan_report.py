@@ -30,6 +30,7 @@ class Report:
         seconds: Of a step on it.
         fit: Whether it fits.
         cluster: What a Ray cluster has, by kind.
+        result: What the recipe's header says to expect, and whose result that is.
     """
 
     recipe: Recipe
@@ -39,6 +40,7 @@ class Report:
     seconds: StepTime | None = None
     fit: Fit | None = None
     cluster: dict[str, float] | None = None
+    result: str | None = None
 
     @property
     def duration(self) -> Duration | None:
@@ -49,6 +51,8 @@ class Report:
         """Plain data; sizes in bytes, rates in FLOP/s, times in seconds and hours."""
         plan, taken = self.plan, self.duration
         run: dict[str, object] = {"steps": self.recipe.steps, "disk": {**asdict(plan.disk), "total": plan.disk.total}}
+        if self.result is not None:
+            run["result"] = self.result
         if taken is not None:
             run |= {"hours": taken.hours, "gpu_hours": taken.gpu_hours, "parts": asdict(taken)}
         groups = [asdict(g) | {"memory": {**asdict(g.memory), "device": g.memory.device}} for g in plan.groups]
@@ -99,6 +103,8 @@ class Report:
             f"  disk {bytes_text(disk.total)}: {count} checkpoint{'s' * (count != 1)} of "
             f"{bytes_text(disk.checkpoint)}, model {bytes_text(disk.model)}, samples {bytes_text(disk.samples)}"
         )
+        if self.result is not None:
+            yield f"  result, as the recipe says: {self.result}"
 
     def _shape(self) -> Iterator[str]:
         plan = self.plan

@@ -10,10 +10,12 @@ import typer
 from typer.testing import CliRunner
 
 from rlhf_t2i.commands import plan as command
+from rlhf_t2i.recipe import header
 from tests import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith(("ablation", "table")))
+FOR_A_CPU = ("quickstart.yaml", "black_box.yaml")
 LORA = "{rank: 4}"
 VARIANTS = {
     "recomputed": ["optimization.gradient_checkpointing=true"],
@@ -45,14 +47,42 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=name)
-def test_every_shipped_recipe_is_planned(path: Path, prompts: str) -> None:
-    text = plan(path, prompts, "--device", "h100")
+def test_every_shipped_recipe_is_planned_as_its_header_says(path: Path, prompts: str) -> None:
+    said = header.read(path)
+    device = said.planned["device"] if said.planned else "h100"
+    text = plan(path, prompts, "--device", device)
     assert text.startswith("Whole run, ")
     assert "GPU-hours" in text.splitlines()[0]
     assert "note:" not in text, "a network was not counted"
-    data = json.loads(plan(path, prompts, "--device", "h100", "--json"))
-    assert data["run"]["hours"] > 0 < data["run"]["disk"]["total"]
+    data = json.loads(plan(path, prompts, "--device", device, "--json"))
     assert all(data["parts"].values())
+    assert data["run"].get("result") == said.result
+    assert (said.planned is None) == (path.name in FOR_A_CPU)
+    if said.planned is None:
+        return
+    assert said.result, "what to expect, and whose result that is"
+    figures = {
+        "devices": data["devices"],
+        "hours": data["run"]["hours"],
+        "gpu_hours": data["run"]["gpu_hours"],
+        "memory": max(group["memory"]["device"] for group in data["groups"]) / 1e9,
+        "disk": data["run"]["disk"]["total"] / 1e9,
+    }
+    for key, value in figures.items():
+        assert float(said.planned[key]) == pytest.approx(value, rel=0.1), key
+
+
+def test_a_recipe_says_what_to_expect(prompts: str) -> None:
+    text = plan(RECIPES / "sd15/sim.yaml", prompts)
+    assert "  result, as the recipe says: nobody's yet: no paper publishes this setting" in text
+
+
+def test_headers_are_read_as_far_as_the_comment_goes(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("# A title.\n# Result: ours,\n#   over two lines.\nsteps: 1\n# Result: not this\n", "utf-8")
+    assert header.read(file) == header.Header(None, "ours, over two lines.")
+    file.write_text("steps: 1\n", "utf-8")
+    assert header.read(file) == header.Header()
 
 
 @pytest.mark.parametrize("path", [RECIPES / "quickstart.yaml", RECIPES / "sd15/di_star_pickscore.yaml"], ids=name)
