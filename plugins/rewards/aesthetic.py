@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from rlhf_t2i_plugins.rewards.checkpoints import find_file, load_exactly, read_state
-from rlhf_t2i_plugins.rewards.clip_model import clip_footprint, load_clip
+from rlhf_t2i_plugins.rewards.clip_model import check_clip, clip_footprint, load_clip
 from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 from torch import Tensor
 
@@ -50,6 +50,13 @@ class Aesthetic(plugins.Reward):
             raise UsageError(f"{path} reads {first.shape[-1]} features but {self.options.model} gives {width}")
         self.head = RegressionHead(width)
         load_exactly(self.head, state, path)
+
+    @classmethod
+    def preflight(cls, options: AestheticOptions) -> None:
+        """Refuse a model that is no CLIP, a processor of another model, and a folder without the head."""
+        check_clip(options.model)
+        if (head := sources.parse(options.head)).is_local:
+            find_file(head, _FILES)
 
     @classmethod
     def footprint(cls, options: AestheticOptions) -> plugins.Footprint | None:

@@ -7,7 +7,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from rlhf_t2i_plugins.rewards.checkpoints import load_open_clip, open_clip_footprint
-from rlhf_t2i_plugins.rewards.clip_model import ClipScorer, clip_footprint, load_clip, load_tokenizer, unit_rows
+from rlhf_t2i_plugins.rewards.clip_model import (
+    ClipScorer,
+    check_clip,
+    clip_footprint,
+    load_clip,
+    load_tokenizer,
+    unit_rows,
+)
 from torch import Tensor, nn
 
 from rlhf_t2i import plugins
@@ -83,6 +90,12 @@ class CLIPReward(plugins.Reward):
         if (name, pretrained) in _PUBLISHED:
             return load_clip(_PUBLISHED[name, pretrained])
         return plugins.shared(OpenClipScorer, name, pretrained)
+
+    @classmethod
+    def preflight(cls, options: CLIPOptions) -> None:
+        """Refuse a model that is no CLIP, and a processor of another model."""
+        if options.open_clip is None:
+            check_clip(options.model)
 
     @classmethod
     def hub_models(cls, options: CLIPOptions) -> list[str]:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, first_line
-from rlhf_t2i.families import sources
+from rlhf_t2i.families import clip, sources
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.plugins.precision import at_least_float32
 from rlhf_t2i.plugins.preprocessing import Preprocess
 from rlhf_t2i.utils.device import send
 from rlhf_t2i.utils.quiet import quietly
 
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -148,12 +147,37 @@ def load_clip(model: str, processor: str | None = None, fallback: str | None = N
     Raises:
         UsageError: Missing, damaged or foreign files; weights that the architecture needs and the file lacks.
     """
-    source = sources.parse(model)
+    check_clip(model, processor, fallback)
+    source, where = _places(model, processor, fallback)
     network = plugins.shared(_clip_network, source)
-    where = sources.parse(processor) if processor else source
-    if processor is None and fallback is not None and not has_processor(source):
-        where = sources.parse(fallback)
-    return ClipScorer(network, load_tokenizer(where, network.config.text_config.vocab_size), read_preprocess(where))
+    preprocess = clip.read_preprocess(where)
+    clip.check_size(preprocess, where, network.config.vision_config.image_size)
+    return ClipScorer(network, load_tokenizer(where, network.config.text_config.vocab_size), preprocess)
+
+
+def check_clip(model: str, processor: str | None = None, fallback: str | None = None) -> None:
+    """Refuse by its files what :func:`load_clip` would; of a hub model only files in the hub's cache are read.
+
+    Raises:
+        UsageError: As of :func:`load_clip`, but for what only the weights tell.
+    """
+    source, where = _places(model, processor, fallback)
+    if where.is_local and not has_tokenizer(where):
+        raise _no_tokenizer(where)
+    clip.check(source, where)
+
+
+def _places(model: str, processor: str | None, fallback: str | None) -> tuple[ModelRef, ModelRef]:
+    """Where a CLIPModel is, and its tokenizer and image processor."""
+    source = sources.parse(model)
+    if processor is not None:
+        return source, sources.parse(processor)
+    # What a hub repository lacks is asked of the hub when it is loaded; its cache answers at once.
+    return source, source if fallback is None or has_processor(source) else sources.parse(fallback)
+
+
+def _no_tokenizer(source: ModelRef) -> UsageError:
+    return UsageError(f"{source.location} holds no tokenizer: one of {', '.join(_TOKENIZERS)} is needed")
 
 
 def _clip_network(source: ModelRef) -> Any:
@@ -164,7 +188,7 @@ def _clip_network(source: ModelRef) -> Any:
 
 def has_processor(source: ModelRef) -> bool:
     """Whether a folder or hub repository holds an image processor and a tokenizer."""
-    return _has_one(source, _PREPROCESSORS) and has_tokenizer(source)
+    return _has_one(source, clip.PROCESSORS) and has_tokenizer(source)
 
 
 def has_tokenizer(source: ModelRef) -> bool:
@@ -225,7 +249,7 @@ def load_tokenizer(source: ModelRef, vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
     if source.is_local and not has_tokenizer(source):
-        raise UsageError(f"{source.location} holds no tokenizer: one of {', '.join(_TOKENIZERS)} is needed")
+        raise _no_tokenizer(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.kwargs)
     except Exception as error:
@@ -236,22 +260,3 @@ def load_tokenizer(source: ModelRef, vocabulary: int) -> Any:
             "its files are missing or belong to another model"
         )
     return tokenizer
-
-
-def read_preprocess(source: ModelRef) -> Preprocess:
-    """The preprocessing that a model's image processor describes.
-
-    Raises:
-        UsageError: No image processor there, or one that does what this project does not.
-    """
-    for file in _PREPROCESSORS:
-        if source.is_local and not (Path(source.location) / file).is_file():
-            continue
-        try:
-            return Preprocess.from_config(sources.read_json(source, file))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{source.location}/{file}: {error}") from error
-        except UsageError:
-            if source.is_local or file == _PREPROCESSORS[-1]:
-                raise
-    raise UsageError(f"{source.location} holds no image processor: {' or '.join(_PREPROCESSORS)} is needed")

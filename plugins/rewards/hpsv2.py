@@ -52,6 +52,13 @@ class HPSv2(plugins.Reward):
         self.clip = ClipScorer(network, tokenizer, Preprocess.square(size, pad=True, clamp=False))
 
     @classmethod
+    def preflight(cls, options: HPSv2Options) -> None:
+        """Refuse a local folder that lacks its files."""
+        source = sources.parse(options.model)
+        if source.is_local:
+            find_file(source, [_FILES[options.version]])
+
+    @classmethod
     def hub_models(cls, options: HPSv2Options) -> list[str]:
         """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         own = options.tokenizer or has_tokenizer(sources.parse(options.model))

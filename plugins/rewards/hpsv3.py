@@ -76,6 +76,15 @@ class HPSv3(plugins.Reward):
         self.text = QwenText(tokenizer)
 
     @classmethod
+    def preflight(cls, options: HPSv3Options) -> None:
+        """Refuse a local folder that lacks its files."""
+        source, base = sources.parse(options.model), sources.parse(options.base)
+        if source.is_local:
+            find_file(source, [_FILE])
+        if base.is_local:
+            sources.read_json(base, "config.json")
+
+    @classmethod
     def hub_models(cls, options: HPSv3Options) -> list[str]:
         """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         return [options.model, options.base]

@@ -38,6 +38,9 @@ _NAMES = (
 )
 
 
+_FILES = ("ImageReward.pt", "ImageReward.safetensors")
+
+
 class ImageRewardOptions(plugins.Options):
     """Where the checkpoint and the tokenizer are."""
 
@@ -59,7 +62,7 @@ class ImageReward(plugins.Reward):
     def __init__(self, options: ImageRewardOptions | None = None) -> None:
         super().__init__(options)
         source = sources.parse(self.options.model)
-        path = find_file(source, ["ImageReward.pt", "ImageReward.safetensors"])
+        path = find_file(source, _FILES)
         state = read_state(path)
         vision = rename_vision(state)
         text = _below(state, "blip.text_encoder.")
@@ -90,6 +93,14 @@ class ImageReward(plugins.Reward):
                 f"the model knows {self.text.config.vocab_size}"
             )
         return tokenizer
+
+    @classmethod
+    def preflight(cls, options: ImageRewardOptions) -> None:
+        """Refuse a local folder that lacks its files."""
+        source = sources.parse(options.model)
+        if source.is_local:
+            place = find_file(source, _FILES).parent
+            sources.read_json(sources.ModelRef(str(place)), "med_config.json")
 
     @classmethod
     def hub_models(cls, options: ImageRewardOptions) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from rlhf_t2i_plugins.rewards.clip_model import clip_footprint, has_processor, load_clip
+from rlhf_t2i_plugins.rewards.clip_model import check_clip, clip_footprint, has_processor, load_clip
 from torch import Tensor
 
 from rlhf_t2i import plugins
@@ -41,6 +41,11 @@ class PickScore(plugins.Reward):
         # Read in float32: in bfloat16 the scale would be off by up to 1%.
         self._scale = float(self.clip.logit_scale()) if self.options.unit == "logit" else 1.0
         self.value_range = (-self._scale, self._scale)
+
+    @classmethod
+    def preflight(cls, options: PickScoreOptions) -> None:
+        """Refuse a model that is no CLIP, and a processor of another model."""
+        check_clip(options.model, options.processor, _PROCESSOR)
 
     @classmethod
     def hub_models(cls, options: PickScoreOptions) -> list[str]:

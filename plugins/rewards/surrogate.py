@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from rlhf_t2i_plugins.rewards.clip_model import clip_footprint, load_clip
+from rlhf_t2i_plugins.rewards.clip_model import check_clip, clip_footprint, load_clip
 from rlhf_t2i_plugins.rewards.scorer_calls import ScorerCalls, check_cache
 from rlhf_t2i_plugins.rewards.surrogate_model import Fit, Head, Replay, concordance
 from torch import Tensor
@@ -121,10 +121,11 @@ class Surrogate(plugins.OnlineReward):
 
     @classmethod
     def preflight(cls, options: SurrogateOptions) -> None:
-        """Refuse a scorer that is missing, cannot be wrapped, or refuses itself."""
+        """Refuse a scorer that cannot be wrapped or refuses itself, features of no CLIP, and a damaged cache."""
         scorer, parsed = options.of.resolve()
         registry.check_packages(scorer, options.of.name)
         scorer.preflight(parsed)
+        check_clip(options.features)
         if options.cache:
             check_cache("reward 'surrogate': its cache")
 

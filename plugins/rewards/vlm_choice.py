@@ -95,6 +95,14 @@ class VLMChoice(plugins.Reward):
         return ids[0]
 
     @classmethod
+    def preflight(cls, options: VLMChoiceOptions) -> None:
+        """Refuse a local folder of another model."""
+        source = sources.parse(options.model)
+        if source.is_local:
+            cls.footprint(options)
+            _preprocess(source, options.max_pixels)
+
+    @classmethod
     def hub_models(cls, options: VLMChoiceOptions) -> list[str]:
         """See :meth:`rlhf_t2i.plugins.Reward.hub_models`."""
         return [options.model]

@@ -15,9 +15,9 @@ from torch import Tensor
 from rlhf_t2i.errors import UsageError, first_line, option
 from rlhf_t2i.evaluation import identity
 from rlhf_t2i.evaluation.results import Metric
+from rlhf_t2i.families import clip as clip_files
 from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Decoder
-from rlhf_t2i.plugins.preprocessing import Preprocess
 from rlhf_t2i.utils import files, fingerprints, inputs, stats
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -38,6 +38,18 @@ class Extractor:
     extract: Callable[[Tensor], Tensor]
 
 
+def check(location: str) -> None:
+    """Refuse by its files what :class:`ClipFeatures` would, before anything is drawn.
+
+    Raises:
+        UsageError: No CLIPModel, or an image processor of another model.
+    """
+    try:
+        clip_files.check(sources.parse(location))
+    except UsageError as error:
+        raise UsageError(f"{option('features')}: {error}") from None
+
+
 class ClipFeatures:
     """The projected image features of a transformers CLIPModel, and its zero-shot classes.
 
@@ -56,11 +68,8 @@ class ClipFeatures:
         self.location, self.device = location, device
         try:
             self.model = CLIPModel.from_pretrained(source.location, **source.kwargs).eval().to(device)
-            try:
-                config = sources.read_json(source, "preprocessor_config.json")
-            except UsageError:
-                config = sources.read_json(source, "processor_config.json")
-            self.preprocess = Preprocess.from_config(config)
+            self.preprocess = clip_files.read_preprocess(source)
+            clip_files.check_size(self.preprocess, source, self.model.config.vision_config.image_size)
         except UsageError:
             raise
         except Exception as error:

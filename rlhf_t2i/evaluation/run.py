@@ -93,6 +93,8 @@ class Evaluation:
             raise UsageError(
                 f"{option('real')}: {settings.real} holds {len(self.real)} images: at least two are needed"
             )
+        if settings.features != "vae" and {"diversity", "class_entropy", "frechet_clip"} & {*settings.named.values()}:
+            features.check(settings.features)
         self._rewards = {label: self._reward_key(label, name) for label, name in settings.named.items()
                          if name not in SPECIAL}  # fmt: skip
 

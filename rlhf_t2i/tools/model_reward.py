@@ -6,14 +6,11 @@ import re
 from types import ModuleType
 
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.families import sources
-from rlhf_t2i.families.sources import ModelRef
-from rlhf_t2i.plugins.preprocessing import Preprocess
+from rlhf_t2i.families import clip, sources
 from rlhf_t2i.plugins.scaffold import Scaffold
 from rlhf_t2i.recipe.mistakes import hint
 from rlhf_t2i.training.model_card import stated_license
 
-_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _PLAIN = re.compile(r"[^\x00-\x1f\"\\$]+")
 """What may stand in a Python string of the package that is written."""
 
@@ -33,7 +30,7 @@ def scaffold_of(model: str, label: str | None = None) -> Scaffold:
     if source.is_local:
         model = source.location  # absolute: the package may be used from anywhere
     config = sources.read_json(source, "config.json")
-    _check_preprocessor(source)
+    clip.read_preprocess(source)
     words = {"model": _plain(model, "the model's name"), "license": _plain(stated_license(source) or "not stated", "")}
     classifier = next((n for n in config.get("architectures") or () if n.endswith("ForImageClassification")), None)
     if classifier is not None and hasattr(_transformers(), classifier):
@@ -51,19 +48,6 @@ def scaffold_of(model: str, label: str | None = None) -> Scaffold:
     # SigLIP was trained on prompts padded to its whole context, without a mask.
     inputs = '("input_ids",)' if kind.startswith("siglip") else '("input_ids", "attention_mask")'
     return Scaffold("pair", {**words, "hf_class": pair, "inputs": inputs}, f'model: "{words["model"]}"')
-
-
-def _check_preprocessor(source: ModelRef) -> None:
-    for file in _PREPROCESSORS:
-        found = sources.find_json(source, file)
-        if found is None:
-            continue
-        try:
-            Preprocess.from_config(found)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{source.location}/{file}: {error}") from None
-        return
-    raise UsageError(f"{source.location} holds no image processor: {' or '.join(_PREPROCESSORS)} is needed")
 
 
 def _label(config: sources.Config, label: str | None) -> str:
