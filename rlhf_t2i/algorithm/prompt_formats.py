@@ -238,14 +238,26 @@ def _opened(path: Path, place: str) -> Iterator[Iterator[str]]:
 
 
 def _lines(text: io.TextIOWrapper, where: str) -> Iterator[str]:
-    number = 0
+    number = empty = 0
     while line := _line(text, where, number):
         number += 1
+        empty = empty + 1 if line.isspace() else 0
+        check_empty(empty, where)
         if "\0" in line:
             raise UsageError(f"{where} holds binary data, not prompts")
         if len(line) == _LINE and line[-1] not in "\r\n":
             raise UsageError(f"{where}, line {number}: over {_LINE:,} characters: is it one prompt per line?")
         yield line
+
+
+def check_empty(count: int, where: str) -> None:
+    """Refuse a file of empty lines, or of rows without a prompt: it may be packed small, and be endless.
+
+    Raises:
+        UsageError: There are too many in a row.
+    """
+    if count > inputs.EMPTY_LINES:
+        raise UsageError(f"{where} holds over {inputs.EMPTY_LINES:,} empty lines in a row: is it a list of prompts?")
 
 
 def _line(text: io.TextIOWrapper, where: str, number: int) -> str:
@@ -262,7 +274,8 @@ def _binary(path: Path, place: str) -> Iterator[IO[bytes]]:
     with inputs.open_regular(path, "prompt file", inputs.PROMPTS, place) as file:
         try:
             packed = path.name.lower().endswith(".gz")
-            yield cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if packed else file
+            unpacked = inputs.Unpacked(file, f"{place}{path}", inputs.PROMPTS) if packed else file
+            yield cast("IO[bytes]", unpacked)
         except UnicodeDecodeError:
             raise UsageError(f"{place}{path} is not UTF-8 text: save it as UTF-8") from None
         except (gzip.BadGzipFile, EOFError, zlib.error):

@@ -82,12 +82,14 @@ def _checked(found: Iterator[str], where: str) -> Iterator[str]:
     Raises:
         UsageError: One that no tokenizer reads, or that is no prompt by its length.
     """
-    number = total = 0
+    number = total = empty = 0
     for raw in found:
         prompt = raw.strip().strip("\ufeff").strip()  # the byte order marks of files that were joined
         if not prompt:
+            empty += 1
+            prompt_formats.check_empty(empty, where)
             continue
-        number += 1
+        number, empty = number + 1, 0
         total += len(prompt)
         if len(prompt) > _MAX_PROMPT:
             raise UsageError(

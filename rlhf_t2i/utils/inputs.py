@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import os
 import stat
 from pathlib import Path
 from typing import IO, Final, TypeAlias
@@ -19,8 +22,13 @@ BENCHMARK: Final = 2_000_000_000
 PROMPTS: Final = 64_000_000_000
 SOURCE: Final = 10_000_000
 LOG: Final = 8_000_000_000
+EMPTY_LINES: Final = 1_000_000
+_RATIO: Final = 200
+_SMALL: Final = 2**26
 """Most bytes of a recipe, of a model's JSON file (tokenizers are the largest), of a benchmark's list, which is read
-whole, of a file of prompts, which is not, of Python, and of a log with a row per step."""
+whole, of a file of prompts, which is not, of Python, and of a log with a row per step; most empty lines in a row. A
+packed file may have ``_RATIO`` times its size unpacked, and always ``_SMALL`` bytes: text packs ten times smaller,
+nothing but empty lines a thousand times."""
 
 
 def open_regular(path: Path, noun: str, limit: int, place: str = "") -> IO[bytes]:
@@ -52,6 +60,41 @@ def open_regular(path: Path, noun: str, limit: int, place: str = "") -> IO[bytes
         raise UsageError(f"{place}the {noun} {str(path)[:200]} cannot be read: {error.strerror}") from None
     except ValueError:
         raise UsageError(f"{place}no such {noun}: the path holds a zero byte") from None
+
+
+class Unpacked(io.BufferedIOBase):
+    """What a ``.gz`` file holds, as far as a file of its size may.
+
+    Args:
+        file: The packed file.
+        name: Of it, for the error message.
+        limit: Most bytes.
+
+    Raises:
+        UsageError: It holds more; while it is read.
+    """
+
+    def __init__(self, file: IO[bytes], name: str, limit: int) -> None:
+        self._file, self._name, self._count = gzip.GzipFile(fileobj=file), name, 0
+        self._limit = min(limit, max(_RATIO * os.fstat(file.fileno()).st_size, _SMALL))
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As :meth:`io.BufferedIOBase.read`."""
+        return self._counted(self._file.read(-1 if size is None else size))
+
+    def read1(self, size: int = -1) -> bytes:
+        """As :meth:`io.BufferedIOBase.read1`."""
+        return self._counted(self._file.read1(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._count += len(data)
+        if self._count > self._limit:
+            raise UsageError(f"{self._name} unpacks to over {self._limit:,} bytes: is it a packed list of prompts?")
+        return data
 
 
 def read_bytes(path: Path, noun: str, limit: int, place: str = "") -> bytes:

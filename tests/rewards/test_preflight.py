@@ -81,7 +81,7 @@ def test_a_whole_clip_passes(clip: Path) -> None:
 
 
 def test_the_features_of_a_surrogate_are_checked_beside_its_scorer(clip: Path, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
+    builders.write_processor(tmp_path / "other")
     (tmp_path / "other/config.json").write_text('{"model_type": "vit"}')
     of = {"name": "clip", "options": {"model": str(clip)}}
     assert "other is no CLIPModel" in refuse("surrogate", of=of, features=str(tmp_path / "other"))
