@@ -28,23 +28,37 @@ def add(module: nn.Module, settings: Lora, targets: Sequence[str], seed: int) ->
         seed: Of the first factor's random start; the same on every rank.
 
     Raises:
-        UsageError: A target names no layer, or one that is not linear.
+        UsageError: As of :func:`check`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    for target in targets:
-        found = [part for name, part in module.named_modules() if name == target or name.endswith(f".{target}")]
-        if not found:
-            raise UsageError(f"lora.targets: the network has no layer {target!r} (the default is its attention)")
-        other = next((part for part in found if not isinstance(part, nn.Linear)), None)
-        if other is not None:
-            raise UsageError(f"lora.targets: {target!r} is a {type(other).__name__}: adapters go on linear layers")
+    check(module, targets)
     alpha = settings.alpha or settings.rank
     config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     module.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module, adapter_name=_ADAPTER)
+
+
+def check(module: nn.Module, targets: Sequence[str], place: str = "lora.targets") -> None:
+    """Refuse targets that a network does not have; it may be on the meta device.
+
+    Args:
+        module: The network.
+        targets: See :func:`add`.
+        place: Begins the error message.
+
+    Raises:
+        UsageError: A target names no layer, or one that is not linear.
+    """
+    for target in targets:
+        found = [part for name, part in module.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise UsageError(f"{place}: the network has no layer {target!r} (the default is its attention)")
+        other = next((part for part in found if not isinstance(part, nn.Linear)), None)
+        if other is not None:
+            raise UsageError(f"{place}: {target!r} is a {type(other).__name__}: adapters go on linear layers")
 
 
 def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -46,6 +46,8 @@ class PipelineFamily(PromptFamily):
     """The network's class in diffusers."""
     patch_size: ClassVar[int] = 1
     """Latents per side of a token; the latents' sides are multiples of it."""
+    side_multiple: ClassVar[int] = 1
+    """Pixels of which the pipeline's own check asks height and width to be multiples, whatever the decoder's factor."""
     decoder_classes: ClassVar[tuple[str, ...]]
     """The classes in diffusers that decode its latents."""
 
@@ -220,11 +222,16 @@ class PipelineFamily(PromptFamily):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """See :meth:`Family.latent_shape`."""
-        factor = self._factor(None) * self.patch_size
+        factor = self._factor(None)
         for name, pixels in (("height", height), ("width", width)):
-            if pixels % factor:
-                raise UsageError(f"models.{name}: {pixels} is not a multiple of {factor}, the pixels per latent")
-        factor //= self.patch_size
+            if pixels % (factor * self.patch_size):
+                raise UsageError(
+                    f"models.{name}: {pixels} is not a multiple of {factor * self.patch_size}, the pixels per latent"
+                )
+            if pixels % self.side_multiple:
+                raise UsageError(
+                    f"models.{name}: {pixels} is not a multiple of {self.side_multiple}, as {self.pipelines[0]} asks"
+                )
         latents = height // factor, width // factor
         most = self.most_patches()
         if most is not None and max(latents) > most * self.patch_size:

@@ -37,6 +37,7 @@ class SanaFamily(FlowFamily):
     network_class = "SanaTransformer2DModel"
     decoder_classes = ("AutoencoderDC",)
     patch_size = 1
+    side_multiple = 32
     block_names = ("SanaTransformerBlock",)
     reads_guidance: ClassVar[bool] = False
     """Whether the network is given a guidance scale, as SANA-Sprint's is."""

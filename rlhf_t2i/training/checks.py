@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_t2i.families import sources
+from rlhf_t2i.families import adapters, sources
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
@@ -34,7 +34,19 @@ def check_models(recipe: Recipe) -> ModelStore:
     store.check()
     for role in ("generator", "assistant"):
         store.timestep_range(recipe.algorithm.timesteps, role)
+    _check_adapters(recipe, store)
     return store
+
+
+def _check_adapters(recipe: Recipe, store: ModelStore) -> None:
+    """Look for the layers that the recipe names itself, in networks without weights."""
+    for role, family in (("generator", store.generator_family), ("assistant", store.family)):
+        lora = getattr(recipe.optimization, role).lora
+        if lora is not None and lora.targets is not None:
+            key = ("optimization", role, "lora", "targets")
+            with torch.device("meta"):
+                network = family.build_network()
+            adapters.check(network, lora.targets, f"{recipe.where(key)}: {'.'.join(key)}")
 
 
 def are_local(recipe: Recipe) -> bool:

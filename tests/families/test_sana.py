@@ -131,3 +131,9 @@ def test_a_sprint_of_another_size_is_refused(models: dict[str, Path], tmp_path: 
     file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"num_layers": 1}), "utf-8")
     with pytest.raises(UsageError, match=r"models.generator: .* has num_layers 1, the reference's network has 2"):
         store(models, generator=str(tmp_path / "sprint")).check()
+
+
+def test_sizes_that_the_pipeline_refuses_are_refused(models: dict[str, Path]) -> None:
+    assert store(models, height=64).latent_shape[1:] == (32, 16)
+    with pytest.raises(UsageError, match=r"^models\.height: 40 is not a multiple of 32, as SanaPipeline asks$"):
+        store(models, height=40).check()

@@ -40,6 +40,14 @@ class Apart(plugins.Divergence):
         ("algorithm.timesteps.assistant=[1, 5000]", r"algorithm\.timesteps\.assistant"),
         ("student.timesteps=[1000]", r"student\.timesteps: 1000 is outside"),
         ("models.vae=FOLDER", "FOLDER"),
+        (
+            "optimization.generator.lora={rank: 2, targets: [to_x]}",
+            r"^--set .*: optimization\.generator\.lora\.targets: the network has no layer 'to_x'",
+        ),
+        (
+            "optimization.assistant.lora={rank: 2, targets: [conv_in]}",
+            r"optimization\.assistant\.lora\.targets: 'conv_in' is a Conv2d: adapters go on linear layers",
+        ),
     ],
 )
 def test_plan_and_run_refuse_alike(
