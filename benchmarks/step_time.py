@@ -26,9 +26,8 @@ from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.roles.assistant import AssistantRole
-from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.stopwatch import WAIT
+from rlhf_t2i.training.overlap import Updates
 
 WARM_UP = 3
 ROLES = "roles: [learner, generator, assistant, reference, reward]"
@@ -53,6 +52,7 @@ class Timed:
             from rlhf_t2i.cluster.ray_cluster import RayCluster
 
             self.cluster = RayCluster(recipe)
+        self._updates = Updates(recipe, self.cluster)
         self._stream = prompts.PromptStream(prompts.read(recipe.data.prompts), recipe.seed, "benchmark")
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.roles: defaultdict[str, list[float]] = defaultdict(list)
@@ -65,10 +65,9 @@ class Timed:
         batch = self._stream.batch(self._steps * size, size)
         self.cluster.readings()
         began = time.perf_counter()
-        self.cluster.call_all("assistant", AssistantRole.train, self._steps, batch)
+        self._updates.assistant({self._steps: batch}, (self._steps, batch))
         middle = time.perf_counter()
-        self.cluster.call_all("learner", LearnerRole.step, self._steps, batch)
-        self.cluster.sync_generator()
+        self._updates.generator(self._steps, batch)
         ended = time.perf_counter()
         self._steps += 1
         if not record:

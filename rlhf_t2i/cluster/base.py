@@ -25,12 +25,16 @@ class Cluster(ABC):
     def clients(self, role: str) -> Sequence[Client]:
         """Clients that spread a call over all processes of a role: one, but for ``reward`` one per group of rewards."""
 
-    @abstractmethod
     def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
         """Call a method with the same arguments on every rank of a role; results in rank order.
 
         The method is given as a function, ``LearnerRole.step``.
         """
+        return self.submit_all(role, method, *args, **kwargs).result()
+
+    @abstractmethod
+    def submit_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
+        """Start a call of every rank of a role; in one process it is made when its result is asked for."""
 
     def sample(self, prompts: Sequence[str], keys: Sequence[rng.Key], weights: str) -> Tensor:
         """Latents [B, C, h, w] from the generator."""

@@ -39,9 +39,9 @@ class LocalCluster(Cluster):
         """The worker."""
         return [_WorkerClient(self, role)]
 
-    def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        """Call a method on every rank of a role; here, one."""
-        return [self.call(role, method, *args, **kwargs)]
+    def submit_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
+        """See :meth:`Cluster.submit_all`; a role has one rank here."""
+        return Deferred(lambda: [self.call(role, method, *args, **kwargs)])
 
     def call(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a method of a role, for at most ``placement.step_timeout_s``."""

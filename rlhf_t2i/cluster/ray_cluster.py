@@ -207,15 +207,15 @@ class RayCluster(Cluster):
             for group, reward_limit in groups.items()
         ]
 
-    def call_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
-        """See :meth:`Cluster.call_all`."""
+    def submit_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
+        """See :meth:`Cluster.submit_all`."""
         # Large arguments (weights) are stored once for all ranks.
         with translate_ray_errors(role):
             arguments = dispatch.bind(method, *args, **kwargs).values()
             stored = [ray.put(value) if isinstance(value, dict) else value for value in arguments]
         if self._weight_store is not None and method == GeneratorRole.load:
             self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
-        return self.clients(role)[0].submit_all(method, stored).result()
+        return self.clients(role)[0].submit_all(method, stored)
 
     def submit_to_reward(self, label: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See :meth:`Cluster.submit_to_reward`."""

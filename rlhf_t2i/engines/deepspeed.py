@@ -63,6 +63,10 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate; ranks are averaged at the boundary."""
+        if self._stage in (1, 2):
+            # DeepSpeed resets what it counts in a backward pass at the next forward pass, and this one's may have run
+            # before the last backward pass.
+            self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(loss)
         self._micro_steps += 1
         if self._micro_steps % self._accumulation:

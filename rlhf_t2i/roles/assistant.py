@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -13,7 +13,7 @@ from rlhf_t2i.algorithm.losses import assistant_loss
 from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.denoiser import Branch, DenoiserServer
-from rlhf_t2i.roles.dispatch import Client
+from rlhf_t2i.roles.dispatch import Client, Future
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.trained import TrainedRole, Update
 from rlhf_t2i.utils.device import send
@@ -33,6 +33,7 @@ class AssistantRole(DenoiserServer, TrainedRole):
         timesteps = context.recipe.algorithm.timesteps
         self._range, self._law = self._store.timestep_range(timesteps, "assistant"), self._store.timestep_law(timesteps)
         self._generator: Client | None = None
+        self._samples: dict[int, list[Future[Tensor]]] = {}
 
     def connect(self, generator: Client) -> None:
         """Set where samples come from."""
@@ -45,14 +46,13 @@ class AssistantRole(DenoiserServer, TrainedRole):
             round_index: Counts assistant updates from the start of the run; seeds the noise and sets the warm-up.
             prompts: The global batch.
         """
-        assert self._generator is not None
         seed, store, schedule = self._context.recipe.seed, self._store, self._store.schedule
+        self.request_samples({round_index: prompts})
         losses = []
-        for micro in self._context.micro_batches():
+        for micro, samples in zip(self._context.micro_batches(), self._samples.pop(round_index), strict=True):
             chosen = [prompts[i] for i in micro]
             keys = [(seed, "assistant", round_index, i) for i in micro]
-            x0 = self._generator.submit(GeneratorRole.sample, chosen, [(*k, "z") for k in keys], "raw", True).result()
-            x0 = send(x0, self._context.device)
+            x0 = send(samples.result(), self._context.device)
             t = send(schedule.sample_timesteps(self._law, *self._range, [(*k, "t") for k in keys]), x0.device)
             noise = send(rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]), x0.device)
             x_t = schedule.add_noise(x0, noise, t)
@@ -62,6 +62,23 @@ class AssistantRole(DenoiserServer, TrainedRole):
             losses.append(loss.detach())
         norm = self.engine.step(learning_rate(self._settings, round_index))
         return Update(norm, loss=sum(torch.stack(losses).cpu().tolist()) / len(losses))
+
+    def request_samples(self, batches: Mapping[int, Sequence[str]]) -> None:
+        """Ask for the samples of coming updates; a generator elsewhere draws them while the assistant trains.
+
+        Args:
+            batches: The prompts of each update, by its number. Until then the generator must not be updated.
+        """
+        assert self._generator is not None
+        for round_index, prompts in batches.items():
+            if round_index in self._samples:
+                continue
+            self._samples[round_index] = []
+            for micro in self._context.micro_batches():
+                chosen = [prompts[i] for i in micro]
+                keys = [(self._context.recipe.seed, "assistant", round_index, i, "z") for i in micro]
+                drawn = self._generator.submit(GeneratorRole.sample, chosen, keys, "raw", True)
+                self._samples[round_index].append(drawn)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Denoisers behind autograd: a divergence never learns where the networks live.
+"""Denoisers behind futures: a divergence never learns where the networks live.
 
 A denoiser serves two stateless calls: ``forward`` gives an x0-prediction, ``vjp`` the vector-Jacobian product with
 respect to x_t. The graph kept between them is only a cache, keyed by a request_id: where it was lost (a restart, an
@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from rlhf_t2i.roles.dispatch import Client, Future, batched
 from rlhf_t2i.roles.local_calls import gather
@@ -98,53 +97,44 @@ class DenoiserCall:
         return self.client.submit(DenoiserServer.vjp, request_id, x_t, t, prompts, self.branch, cotangent)
 
 
-def denoise(
-    calls: Sequence[DenoiserCall], request_id: str, x_t: Tensor, t: Tensor, prompts: Sequence[str], with_graph: bool
-) -> tuple[Tensor, ...]:
-    """Call all denoisers of a step; their forwards, and then their products, run side by side.
+class Denoising:
+    """One request to all denoisers of a step: their forwards, and then their products, run side by side.
+
+    The forwards start here; calls in this process are made when their results are asked for.
 
     Args:
         calls: Which denoisers.
         request_id: Names this request; the same for a repeated one.
-        x_t: Noised latents [B, C, h, w].
+        x_t: Noised latents [B, C, h, w], without a graph.
         t: Integer timesteps [B].
         prompts: B prompts.
-        with_graph: Whether gradients will flow back to x_t.
-
-    Returns:
-        One x0-prediction per call.
+        with_graph: Whether products will be asked for.
     """
-    if not with_graph:
-        with torch.no_grad():
-            return tuple(gather([c.forward(request_id, x_t, t, prompts, keep_graph=False) for c in calls]))
-    return _Denoise.apply(x_t, t, tuple(calls), request_id, tuple(prompts))
 
-
-class _Denoise(torch.autograd.Function):
-    """All denoisers of a step as one node of the learner's graph."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
+    def __init__(
+        self,
+        calls: Sequence[DenoiserCall],
+        request_id: str,
         x_t: Tensor,
         t: Tensor,
-        calls: tuple[DenoiserCall, ...],
-        request_id: str,
-        prompts: tuple[str, ...],
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x_t, t)
-        ctx.request = (calls, request_id, prompts)
-        plain = x_t.detach()
-        return tuple(gather([c.forward(request_id, plain, t, prompts, keep_graph=True) for c in calls]))
+        prompts: Sequence[str],
+        with_graph: bool,
+    ) -> None:
+        self._calls, self._request = calls, (request_id, x_t, t, prompts)
+        self._forwards = [call.forward(*self._request, keep_graph=with_graph) for call in calls]
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        x_t, t = ctx.saved_tensors
-        calls, request_id, prompts = ctx.request
-        plain = x_t.detach()
-        gradient, *others = gather(
-            [c.vjp(request_id, plain, t, prompts, g.detach()) for c, g in zip(calls, cotangents, strict=True)]
-        )
-        for other in others:
-            gradient = gradient + other
-        return gradient, None, None, None, None
+    def predictions(self) -> list[Tensor]:
+        """One detached x0-prediction per call."""
+        return gather(self._forwards)
+
+    def submit_products(self, cotangents: Sequence[Tensor]) -> list[Future[Tensor]]:
+        """Start every denoiser's vector-Jacobian product with the gradient at its prediction; see :func:`pull_back`."""
+        return [c.vjp(*self._request, g) for c, g in zip(self._calls, cotangents, strict=True)]
+
+
+def pull_back(products: Sequence[Future[Tensor]]) -> Tensor:
+    """The gradient at x_t [B, C, h, w]: the sum of the products, in the order of the calls."""
+    gradient, *others = gather(products)
+    for other in others:
+        gradient = gradient + other
+    return gradient

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,10 @@ from rlhf_t2i.engines.base import learning_rate
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.roles.context import RankContext
-from rlhf_t2i.roles.denoiser import DenoiserCall, denoise
-from rlhf_t2i.roles.dispatch import Client
+from rlhf_t2i.roles.denoiser import DenoiserCall, Denoising, pull_back
+from rlhf_t2i.roles.dispatch import Client, Future
+from rlhf_t2i.roles.local_calls import Done, LocalClient, run_local
+from rlhf_t2i.roles.micro_batch import MicroBatch, Request, RewardValues
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.trained import Measured, TrainedRole, Update, read
 from rlhf_t2i.utils.device import send
@@ -43,7 +47,10 @@ class LearnerRole(TrainedRole):
         self._latent_rewards = self._build_latent_rewards()
         self._assistant: Client | None = None
         self._reference: Client | None = None
-        self._rewards: Sequence[Client] = ()
+        self._rewards_here: Sequence[Client] = ()
+        self._rewards_elsewhere: Sequence[Client] = ()
+        self._overlaps = False
+        self._begun: dict[int, MicroBatch] = {}
         self._ema: dict[str, Tensor] | None = None
         if recipe.optimization.ema is not None:
             self._ema = self._gather()
@@ -65,10 +72,27 @@ class LearnerRole(TrainedRole):
 
     def connect(self, assistant: Client, reference: Client, rewards: Sequence[Client]) -> None:
         """Set where the other roles are called."""
-        self._assistant, self._reference, self._rewards = assistant, reference, rewards
+        self._assistant, self._reference = assistant, reference
+        self._rewards_here = [client for client in rewards if isinstance(client, LocalClient)]
+        self._rewards_elsewhere = [client for client in rewards if not isinstance(client, LocalClient)]
+        elsewhere = [client for client in (assistant, reference, *rewards) if not isinstance(client, LocalClient)]
+        # Under ZeRO-3 DeepSpeed expects that a backward pass follows each forward pass.
+        self._overlaps = bool(elsewhere) and self._recipe.optimization.zero_stage != 3
+
+    def begin(self, step: int, prompts: Sequence[str]) -> None:
+        """Draw the first micro-batch of an update and start its rewards, while the assistant still trains elsewhere.
+
+        Neither depends on the assistant. Arguments as for :meth:`step`, which goes on with it.
+        """
+        micro = self._draw(step, prompts, 0)
+        micro.here = self._start_rewards(self._rewards_here, micro)
+        self._begun = {step: micro}
 
     def step(self, step: int, prompts: Sequence[str]) -> Update:
         """One generator update.
+
+        While the last products of a micro-batch come back from other processes, the next one is drawn and its calls
+        start. The order in which gradients are added is always that of the samples.
 
         Args:
             step: Counts generator updates from 0; seeds the noise and sets the warm-up.
@@ -76,17 +100,23 @@ class LearnerRole(TrainedRole):
         """
         measured: Measured = {}
         seen: list[str] = []
-        for number, micro in enumerate(self._context.micro_batches()):
-            chosen = [prompts[i] for i in micro]
-            keys = [(self._recipe.seed, "generator", step, i) for i in micro]
-            noise = keyed_noise(self._store.latent_shape, [(*k, "z") for k in keys], self._context.device)
-            depths = self._store.student.sample_depths([(*k, "z", "depth") for k in keys])
-            x0 = self._store.generate(self.engine, chosen, noise, depths)
-            request_id = f"{step}.{self._context.rank}.{number}"
-            gradient = self.gradient_at_x0(request_id, x0.detach(), chosen, keys, measured, depths)
+        started: deque[MicroBatch] = deque()
+
+        def start(number: int) -> None:
+            begun = self._begun.pop(step, None) if number == 0 else None
+            started.append(begun or self._draw(step, prompts, number))
+            self._ask_denoisers(started[-1])
+
+        count = len(self._context.micro_batches())
+        for number in range(count):
+            if not started:
+                start(number)
+            micro = started.popleft()
+            ahead = self._overlaps and number + 1 < count
+            gradient = self._gradient(micro, measured, partial(start, number + 1) if ahead else lambda: None)
             _measure(measured, _FINITE, gradient.flatten(1).isfinite().all(1))
-            seen += chosen
-            self.engine.backward((x0 * gradient).sum() / len(micro))
+            seen += micro.prompts
+            self.engine.backward((micro.x0 * gradient).sum() / len(micro.prompts))
         norm = self.engine.step(learning_rate(self._settings, step))
         if self._ema is not None and math.isfinite(norm):
             self._update_ema((step + 1) * self._recipe.optimization.batch_size)
@@ -94,6 +124,22 @@ class LearnerRole(TrainedRole):
         finite = samples.pop(_FINITE)
         bad = tuple(prompt for prompt, fine in zip(seen, finite, strict=True) if not fine)
         return Update(norm, samples=samples, bad=bad)
+
+    def _draw(self, step: int, prompts: Sequence[str], number: int) -> MicroBatch:
+        """Draw x_0 of a micro-batch with its graph, and start the rewards in other processes."""
+        samples = self._context.micro_batches()[number]
+        chosen = [prompts[i] for i in samples]
+        keys = [(self._recipe.seed, "generator", step, i) for i in samples]
+        noise = keyed_noise(self._store.latent_shape, [(*k, "z") for k in keys], self._context.device)
+        depths = self._store.student.sample_depths([(*k, "z", "depth") for k in keys])
+        x0 = self._store.generate(self.engine, chosen, noise, depths)
+        micro = MicroBatch(f"{step}.{self._context.rank}.{number}", chosen, keys, x0, depths)
+        micro.elsewhere = self._start_rewards(self._rewards_elsewhere, micro)
+        return micro
+
+    def _start_rewards(self, clients: Sequence[Client], micro: MicroBatch) -> list[Future[RewardValues]]:
+        x0 = micro.x0.detach()
+        return [client.submit(RewardRole.value_and_grad, x0, micro.prompts) for client in clients]
 
     def gradient_at_x0(
         self,
@@ -104,61 +150,101 @@ class LearnerRole(TrainedRole):
         measured: Measured,
         depths: Tensor | None = None,
     ) -> Tensor:
-        """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8).
+        """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8)."""
+        micro = MicroBatch(request_id, prompts, keys, x0, depths)
+        micro.elsewhere = self._start_rewards(self._rewards_elsewhere, micro)
+        self._ask_denoisers(micro)
+        return self._gradient(micro, measured, lambda: None)
+
+    def _gradient(self, micro: MicroBatch, measured: Measured, meanwhile: Callable[[], None]) -> Tensor:
+        """See :meth:`gradient_at_x0`.
 
         Reward calls start first and are collected last, so that they run beside the denoisers where these are on
         other devices.
+
+        Args:
+            micro: Its denoisers have been asked.
+            measured: Gets its measurements.
+            meanwhile: Called when nothing is left to do here but to wait for other processes.
         """
-        rewards = [client.submit(RewardRole.value_and_grad, x0, prompts) for client in self._rewards]
-        leaf = x0.clone().requires_grad_(True)
-        divergence = self._divergence_gradient(request_id, leaf, prompts, keys, measured)
-        values: dict[str, tuple[Tensor, Tensor]] = {}
+        x0 = micro.x0.detach()
+        here = self._start_rewards(self._rewards_here, micro) if micro.here is None else micro.here
+        direct, products = self._divergence_gradient(micro, measured)
+        products = run_local(products)
+        rewards: list[Future[RewardValues]] = [*(Done(future.result()) for future in here), *micro.elsewhere]
+        meanwhile()
+        divergence = self._through_noise(micro, direct, products)
+        values: RewardValues = {}
         for pending in rewards:
             values.update(pending.result())
         if self._latent_rewards is not None:
-            context = _ReferenceContext(self, request_id, keys)
-            values.update(self._latent_rewards.value_and_grad(x0, prompts, context=context))
+            context = _ReferenceContext(self, micro.request_id, micro.keys)
+            values.update(self._latent_rewards.value_and_grad(x0, micro.prompts, context=context))
         missing = self._scales.keys() - values.keys()
         if missing:
             raise RunError(f"no process evaluated the reward {sorted(missing)[0]!r}")
-        pull = self._reward_gradient(x0, values, measured, depths)
+        pull = self._reward_gradient(x0, values, measured, micro.depths)
         _measure(measured, "grad_norm/divergence", _norm(divergence))
         _measure(measured, "grad_cosine", torch.cosine_similarity(divergence.flatten(1), pull.flatten(1)))
         # A value that is not finite goes on into the parameters' gradients: there the engines skip the update, on all
         # ranks alike.
         return divergence + pull
 
-    def _divergence_gradient(
-        self, request_id: str, x0: Tensor, prompts: Sequence[str], keys: Sequence[rng.Key], measured: Measured
-    ) -> Tensor:
-        """The gradient of the regularizer, and under outer CFG of equation (3.6)."""
-        algorithm = self._recipe.algorithm
-        t, noise = self.draw(keys, x0)
-        x_t = self.schedule.add_noise(x0, noise, t)
-        outer = algorithm.cfg.mode == "outer" and algorithm.cfg.guidance_scale > 0
+    @property
+    def _outer(self) -> bool:
+        """Whether guidance is a term of the loss, equation (3.6)."""
+        cfg = self._recipe.algorithm.cfg
+        return cfg.mode == "outer" and cfg.guidance_scale > 0
+
+    def _ask_denoisers(self, micro: MicroBatch) -> None:
+        """Add noise to x_0 and start the calls of assistant and reference."""
+        leaf = micro.x0.detach().clone().requires_grad_(True)
+        t, noise = self.draw(micro.keys, leaf)
+        x_t = self.schedule.add_noise(leaf, noise, t)
         assert self._assistant is not None
         assert self._reference is not None
         calls = [
             DenoiserCall(self._assistant, "conditional"),
-            DenoiserCall(self._reference, "both" if outer else "guided"),
+            DenoiserCall(self._reference, "both" if self._outer else "guided"),
         ]
-        d_assistant, d_reference = denoise(calls, request_id, x_t, t, prompts, self._divergence.needs_vjp)
-        if outer:
+        with_graph = self._divergence.needs_vjp
+        denoising = Denoising(calls, micro.request_id, x_t.detach(), t, micro.prompts, with_graph)
+        micro.request = Request(leaf, x_t, t, denoising)
+
+    def _divergence_gradient(self, micro: MicroBatch, measured: Measured) -> tuple[Tensor, list[Future[Tensor]]]:
+        """The gradient of the regularizer at x_0 without its way through x_t, and the products on that way."""
+        request, algorithm = micro.request, self._recipe.algorithm
+        assert request is not None
+        leaf, needs_vjp = request.leaf, self._divergence.needs_vjp
+        predictions = [p.requires_grad_(needs_vjp) for p in request.denoising.predictions()]
+        d_assistant, d_reference = predictions
+        if self._outer:
             d_reference, unconditional = d_reference.unbind(1)
             loss = losses.outer_divergence_loss(
-                self._divergence, x0, t, d_assistant, d_reference, unconditional, self.schedule,
+                self._divergence, leaf, request.t, d_assistant, d_reference, unconditional, self.schedule,
                 algorithm.cfg.guidance_scale, algorithm.weighting,
             )  # fmt: skip
         else:
             loss = losses.divergence_loss_from_predictions(
-                self._divergence, x0, t, d_assistant, d_reference, self.schedule, algorithm.weighting
+                self._divergence, leaf, request.t, d_assistant, d_reference, self.schedule, algorithm.weighting
             )
-        gradient = losses.two_stage_gradient(loss, x0)
         delta = (d_assistant - d_reference).detach()
         _measure(measured, "divergence", self._divergence.value(delta))
         _measure(measured, "delta_norm", _norm(delta))
-        _measure(measured, "timestep", t)
-        return gradient
+        _measure(measured, "timestep", request.t)
+        if not needs_vjp:
+            return losses.two_stage_gradient(loss, leaf), []
+        direct, *cotangents = torch.autograd.grad(loss.sum(), [leaf, *predictions], materialize_grads=True)
+        return direct, request.denoising.submit_products(cotangents)
+
+    def _through_noise(self, micro: MicroBatch, direct: Tensor, products: Sequence[Future[Tensor]]) -> Tensor:
+        """Add the products, pulled back from x_t to x_0, to the rest of the divergence's gradient."""
+        if not products:
+            return direct
+        request = micro.request
+        assert request is not None
+        (through,) = torch.autograd.grad(request.x_t, request.leaf, pull_back(products))
+        return direct + through
 
     def _reward_gradient(
         self, x0: Tensor, values: Mapping[str, tuple[Tensor, Tensor]], measured: Measured, depths: Tensor | None
@@ -190,7 +276,8 @@ class LearnerRole(TrainedRole):
     ) -> tuple[Tensor, Tensor]:
         """The reference's predictions with and without the prompt, without a graph."""
         assert self._reference is not None
-        (both,) = denoise([DenoiserCall(self._reference, "both")], request_id, x_t, t, prompts, with_graph=False)
+        call = DenoiserCall(self._reference, "both")
+        both = call.forward(request_id, x_t, t, prompts, keep_graph=False).result()
         return both[:, 0], both[:, 1]
 
     def _update_ema(self, images_seen: int) -> None:

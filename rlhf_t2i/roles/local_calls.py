@@ -24,12 +24,25 @@ class Deferred(Generic[T]):
         return self.call()
 
 
+@dataclass
+class Done(Generic[T]):
+    """A call that was made."""
+
+    value: T
+
+    def result(self) -> T:
+        """Its result."""
+        return self.value
+
+
+def run_local(futures: Sequence[Future[T]]) -> list[Future[T]]:
+    """Make the calls of this process now, in order, while other processes work on theirs."""
+    return [Done(future.result()) if isinstance(future, Deferred) else future for future in futures]
+
+
 def gather(futures: Sequence[Future[T]]) -> list[T]:
     """Results in the order of ``futures``; calls in this process run first, while other processes work on theirs."""
-    results: dict[int, T] = {}
-    for number in sorted(range(len(futures)), key=lambda i: not isinstance(futures[i], Deferred)):
-        results[number] = futures[number].result()
-    return [results[number] for number in range(len(futures))]
+    return [future.result() for future in run_local(futures)]
 
 
 class Background:

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from rlhf_t2i.algorithm import prompts
+from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, Stopped, UsageError, option
 from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.trained import Update
 from rlhf_t2i.training import checkpoints, model_card
@@ -28,6 +28,7 @@ from rlhf_t2i.training.interrupts import SignalHandler
 from rlhf_t2i.training.log import RunLog
 from rlhf_t2i.training.metrics import reward_term, step_metrics
 from rlhf_t2i.training.online import OnlineRewards
+from rlhf_t2i.training.overlap import Updates
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
 
@@ -89,12 +90,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         train, held_out, seed = self.prompts.train, self.prompts.held_out, self.recipe.seed
-        self._generator_prompts = prompts.PromptStream(train, seed, "generator")
-        self._assistant_prompts = prompts.PromptStream(train, seed, "assistant")
+        self._generator_prompts = PromptStream(train, seed, "generator")
+        self._assistant_prompts = PromptStream(train, seed, "assistant")
         self._log = RunLog(self.recipe, self.out, self.callback)
-        stream = prompts.PromptStream(held_out, 0, "held out")
+        stream = PromptStream(held_out, 0, "held out")
         self._evaluator = Evaluator(self.recipe, self.out, self.cluster, self.callback, stream, self._log.preview)
         self._online = OnlineRewards(self.recipe, self.cluster, train, self.state, self.callback.on_phase)
+        self._updates = Updates(self.recipe, self.cluster)
         self._checkpoint: tuple[tuple[int, int, int], Path] | None = None
         self._checkpoint_seconds: float | None = None
 
@@ -134,7 +136,7 @@ class Trainer:
             self._online.start(self._stop_if_requested)
             rounds = algorithm.assistant_steps + (algorithm.assistant_warmup if state.step == 0 else 0)
             while state.round < rounds:
-                self._assistant_round()
+                self._assistant_round(rounds)
                 self._stop_if_requested()
             self._online.finish()
             middle = time.perf_counter()
@@ -145,25 +147,30 @@ class Trainer:
             )
             self._stop_if_requested()
 
-    def _assistant_round(self) -> None:
-        state, size = self.state, self.recipe.optimization.batch_size
-        warmup = self.recipe.algorithm.assistant_warmup
+    def _assistant_round(self, rounds: int) -> None:
+        """One update of the assistant; ``rounds`` is their number before the next generator update."""
+        state, warmup = self.state, self.recipe.algorithm.assistant_warmup
         if warmup and state.step == 0 and state.round % 10 == 0:
             self.callback.on_phase(f"assistant warm-up, round {state.round} of {warmup}")
-        batch = self._assistant_prompts.batch(state.rounds * size, size)
-        reports = self.cluster.call_all("assistant", AssistantRole.train, state.rounds, batch)
+        left = rounds - state.round
+        numbers = range(state.rounds, state.rounds + min(2, left))
+        batches = {number: self._batch(self._assistant_prompts, number) for number in numbers}
+        following = (state.step, self._batch(self._generator_prompts, state.step)) if left == 1 else None
+        reports = self._updates.assistant(batches, following)
         self._count_skipped("assistant", reports)
         loss = sum(report.loss for report in reports) / len(reports)
         state.reports.append({"loss": loss, "grad_norm": reports[0].grad_norm})
         state.round += 1
         state.rounds += 1
 
+    def _batch(self, stream: PromptStream, number: int) -> list[str]:
+        size = self.recipe.optimization.batch_size
+        return stream.batch(number * size, size)
+
     def _generator_step(self) -> list[Update]:
-        state, size = self.state, self.recipe.optimization.batch_size
-        batch = self._generator_prompts.batch(state.step * size, size)
-        reports = self.cluster.call_all("learner", LearnerRole.step, state.step, batch)
+        step = self.state.step
+        reports = self._updates.generator(step, self._batch(self._generator_prompts, step))
         self._count_skipped("generator", reports)
-        self.cluster.sync_generator()
         return reports
 
     def _finish_step(self, learner: list[Update], seconds: dict[str, float]) -> None:

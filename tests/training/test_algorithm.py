@@ -202,14 +202,14 @@ def test_every_update_has_a_number_and_prompts_of_its_own(
 ) -> None:
     """K rounds before each generator step, more before the first; nothing comes twice, or noise would be shared."""
     calls: list[tuple[Any, ...]] = []
-    original = LocalCluster.call_all
+    original = LocalCluster.submit_all
 
-    def recorded(cluster: LocalCluster, role: str, method: Callable[..., Any], *args: Any) -> list[Any]:
+    def recorded(cluster: LocalCluster, role: str, method: Callable[..., Any], *args: Any) -> Any:
         if method in (AssistantRole.train, LearnerRole.step):
             calls.append((role, *args))
         return original(cluster, role, method, *args)
 
-    monkeypatch.setattr(LocalCluster, "call_all", recorded)
+    monkeypatch.setattr(LocalCluster, "submit_all", recorded)
     recipe = make_recipe(steps=2, algorithm__assistant_steps=2, algorithm__assistant_warmup=1)
     run.run(recipe, tmp_path / "out")
 

@@ -15,7 +15,7 @@ from rlhf_t2i.engines.local import LocalEngine
 from rlhf_t2i.recipe.schema import Optimization, Recipe
 from tests.training.ranks import run_ranks
 
-ACCUMULATION = 2
+ACCUMULATION = 3
 
 
 def network() -> nn.Module:
@@ -23,14 +23,19 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 5))
 
 
-def norms(engine: Engine, rank: int, ranks: int, dtype: torch.dtype) -> list[float]:
-    """The gradient norms of three steps of two micro-batches."""
+def norms(engine: Engine, rank: int, ranks: int, dtype: torch.dtype, ahead: bool = False) -> list[float]:
+    """The gradient norms of three steps of three micro-batches; ``ahead``: forwards before backwards."""
     found = []
     for step in range(3):
         inputs = torch.randn(ACCUMULATION, 4, 7, generator=torch.Generator().manual_seed(step)).to(dtype)
+        losses: list[torch.Tensor] = []
         for micro in inputs:
             share = micro.chunk(ranks)[rank]
-            engine.backward(engine(share).float().square().sum(1).sub(1).square().mean())
+            losses.append(engine(share).float().square().sum(1).sub(1).square().mean())
+            if len(losses) > ahead:
+                engine.backward(losses.pop(0))
+        for loss in losses:
+            engine.backward(loss)
         found.append(engine.step(1e-2))
     return found
 
@@ -47,6 +52,9 @@ def compare(rank: int, ranks: int, stages: list[Optimization]) -> None:
             assert found == pytest.approx(expected, rel=1e-5), settings
         else:  # after an update bf16 weights are elsewhere
             assert found[0] == pytest.approx(expected[0], rel=0.01), settings
+        if settings.zero_stage != 3:  # the learner draws its next micro-batch before this one's gradient is there
+            again = DeepSpeedEngine(network().to(dtype), settings.generator, ACCUMULATION, 4 // ranks, settings)
+            assert norms(again, rank, ranks, dtype, ahead=True) == found, settings
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
