@@ -32,8 +32,18 @@ class Engine(Protocol):
             The gradient norm over all ranks before clipping; infinite if it is not finite: then no rank updates.
         """
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter gathered, adapters merged, in float32 on the device; all ranks must iterate together."""
+    def full_parameters(self, adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter gathered, adapters merged, in float32 on the device; all ranks must iterate together.
+
+        Args:
+            adapted: Only the weights of layers with adapters.
+        """
+
+    def masters(self) -> list[Tensor]:
+        """This rank's share of the trained float32 weights, in the engine's own layout; in place, without a graph."""
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace a trained parameter in the masters by a whole one; its copies in the network stay as they are."""
 
     def adapter_factors(self) -> Iterator[tuple[str, Tensor]]:
         """Adapters alone, see :func:`rlhf_t2i.families.adapters.factors`; all ranks must iterate together."""

@@ -94,9 +94,30 @@ class DeepSpeedEngine:
         self._engine.step()
         return norm
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The float32 master weights, gathered one at a time, adapters merged."""
-        return adapters.merged(self.module, self._full)
+        return adapters.merged(self.module, self._full, adapted)
+
+    def masters(self) -> list[Tensor]:
+        """ZeRO's partition of this rank, or whole weights where nothing is partitioned."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return [self._whole_master(p).detach() for p in self.module.parameters() if p.requires_grad]
+        flat = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        return [partition.detach() for partition in flat]
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Copy this rank's share of a value into ZeRO's partition."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self._stage == 0:
+            self._whole_master(parameter).detach().copy_(value)
+        elif self._stage < 3:
+            safe_set_full_fp32_param(parameter, value)
+        else:  # DeepSpeed's own call for a whole parameter fails where the ranks do not divide it
+            size = parameter.ds_tensor.numel()
+            share = value.flatten()[size * distributed.get_rank() :][:size]
+            safe_set_local_fp32_param(parameter, nn.functional.pad(share, (0, size - len(share))))
 
     def adapter_factors(self) -> Iterator[tuple[str, Tensor]]:
         """The adapters' float32 masters."""
@@ -111,14 +132,21 @@ class DeepSpeedEngine:
         """The gathered float32 weights of a trained parameter; all ranks must call it together."""
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if self._stage == 0:
+            return self._whole_master(parameter).detach()
+        gathered: Tensor | None = safe_get_full_fp32_param(parameter)
+        return gathered
+
+    def _whole_master(self, parameter: nn.Parameter) -> Tensor:
+        """Without ZeRO: the master of a bf16 weight, to which DeepSpeed gives no link, or the float32 weight itself."""
         optimizer = self._engine.optimizer
-        if self._stage == 0 and hasattr(optimizer, "fp16_groups"):  # bf16 without ZeRO: DeepSpeed links no masters
+        if hasattr(optimizer, "fp16_groups"):
             for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 for copy, master in zip(copies, masters, strict=True):
                     if copy is parameter:
-                        return master.detach()
-        gathered: Tensor | None = safe_get_full_fp32_param(parameter)
-        return gathered
+                        found: Tensor = master
+                        return found
+        return parameter
 
     def bf16_drift(self) -> dict[str, float]:
         """Compare masters with copies on a sample of the weights, now and at the start."""

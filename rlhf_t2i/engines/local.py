@@ -43,9 +43,17 @@ class LocalEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm if math.isfinite(norm) else math.inf
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The parameters, adapters merged."""
-        return adapters.merged(self.module, _full)
+        return adapters.merged(self.module, _full, adapted)
+
+    def masters(self) -> list[Tensor]:
+        """The trained parameters themselves."""
+        return [parameter.detach() for parameter in self._trained]
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Copy a value into the parameter."""
+        parameter.detach().copy_(value)
 
     def adapter_factors(self) -> Iterator[tuple[str, Tensor]]:
         """The adapters alone."""

@@ -61,7 +61,14 @@ def check(module: nn.Module, targets: Sequence[str], place: str = "lora.targets"
             raise UsageError(f"{place}: {target!r} is a {type(other).__name__}: adapters go on linear layers")
 
 
-def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def adapted(module: nn.Module) -> set[str]:
+    """The plain names of the weights with adapters."""
+    return {f"{name}.weight" for name, layer in module.named_modules() if _ADAPTER in getattr(layer, "lora_A", ())}
+
+
+def merged(
+    module: nn.Module, full: Callable[[nn.Parameter], Tensor], only_adapted: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its plain name with the adapters added in, in float32; without adapters, as they are.
 
     Weights are parameters and the buffers that belong to a state dict (a transformer's fixed position embedding).
@@ -69,16 +76,21 @@ def merged(module: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> Iterato
     Args:
         module: The network; all ranks iterate together.
         full: Gives a parameter's whole float32 value.
+        only_adapted: Leave out all but the weights with adapters.
     """
+    changed = adapted(module)
     for name, parameter in module.named_parameters():
-        if any(factor in name for factor in _FACTORS):
+        plain = name.replace(_BASE, ".")
+        if any(factor in name for factor in _FACTORS) or (only_adapted and plain not in changed):
             continue
         value = full(parameter)
         if name.endswith(f"{_BASE}weight"):
             layer = module.get_submodule(name.removesuffix(f"{_BASE}weight"))
             first, second = (full(factor[_ADAPTER].weight) for factor in (layer.lora_A, layer.lora_B))
             value = value + layer.scaling[_ADAPTER] * (second @ first)
-        yield name.replace(_BASE, "."), value
+        yield plain, value
+    if only_adapted:
+        return
     stored = module.state_dict(keep_vars=True)
     for name, buffer in module.named_buffers():
         if name in stored:

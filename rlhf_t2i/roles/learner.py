@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import losses, rng
 from rlhf_t2i.algorithm.student import keyed_noise
-from rlhf_t2i.engines import pickles
-from rlhf_t2i.engines.base import learning_rate
+from rlhf_t2i.engines import average, pickles
+from rlhf_t2i.engines.average import Average
+from rlhf_t2i.engines.base import Engine, learning_rate
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.roles.context import RankContext
@@ -26,6 +27,7 @@ from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.trained import Measured, TrainedRole, Update, read
 from rlhf_t2i.utils.device import send
 
+_AVERAGE = "average.pt"
 _FINITE = "finite"  # among the measurements: whether a sample's gradient at x_0 is
 
 
@@ -51,9 +53,7 @@ class LearnerRole(TrainedRole):
         self._rewards_elsewhere: Sequence[Client] = ()
         self._overlaps = False
         self._begun: dict[int, MicroBatch] = {}
-        self._ema: dict[str, Tensor] | None = None
-        if recipe.optimization.ema is not None:
-            self._ema = self._gather()
+        self._ema = None if recipe.optimization.ema is None else average.of(self.engine)
 
     def _build_latent_rewards(self) -> RewardRole | None:
         """Rewards that need the reference denoiser live here, beside its client."""
@@ -286,21 +286,14 @@ class LearnerRole(TrainedRole):
         assert ema is not None
         assert self._ema is not None
         half_life = min(ema.half_life_kimg * 1000, ema.rampup * images_seen)
-        beta = 0.5 ** (self._recipe.optimization.batch_size / max(half_life, 1e-8))
-        for name, parameter in self.engine.full_parameters():
-            if self._context.rank == 0:
-                self._ema[name].lerp_(parameter.cpu(), 1.0 - beta)
-
-    def _gather(self) -> dict[str, Tensor]:
-        """The whole network in float32 on the CPU; empty on ranks other than 0, which still take part."""
-        first = self._context.rank == 0
-        return {n: p.cpu().clone() for n, p in self.engine.full_parameters() if first or p is None}
+        self._ema.update(1.0 - 0.5 ** (self._recipe.optimization.batch_size / max(half_life, 1e-8)))
 
     def weights(self, kind: str) -> dict[str, Tensor]:
-        """The ``raw`` or ``ema`` weights on rank 0; every rank must call it."""
-        if kind == "ema" and self._ema is not None:
-            return self._ema
-        return self._gather()
+        """The ``raw`` or ``ema`` weights in float32 on the CPU, on rank 0; every rank must call it."""
+        averaged = kind == "ema" and self._ema is not None
+        source: Engine | Average = self._ema if averaged and self._ema is not None else self.engine
+        first = self._context.rank == 0
+        return {n: p.cpu().clone() for n, p in source.full_parameters() if first or p is None}
 
     def adapter(self) -> dict[str, Tensor]:
         """The adapters alone, {} without any; complete on rank 0, and every rank must call it."""
@@ -309,15 +302,17 @@ class LearnerRole(TrainedRole):
     def save(self, folder: str) -> None:
         """Write this rank's training state, and the moving average on rank 0."""
         super().save(folder)
-        if self._ema is not None and self._context.rank == 0:
-            torch.save(self._ema, Path(folder) / "average.pt")
+        if self._ema is not None:
+            gathered = self.weights("ema")
+            if self._context.rank == 0:
+                torch.save(gathered, Path(folder) / _AVERAGE)
 
     def load(self, folder: str) -> str | None:
         """Restore both; see :meth:`TrainedRole.load`."""
         message = super().load(folder)
-        if self._ema is not None and self._context.rank == 0:
+        if self._ema is not None:
             with pickles.explained(Path(folder)):
-                self._ema = torch.load(Path(folder) / "average.pt", map_location="cpu", weights_only=True)
+                self._ema.load(torch.load(Path(folder) / _AVERAGE, map_location="cpu", weights_only=True, mmap=True))
         return message
 
 

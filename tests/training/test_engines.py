@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf_t2i.engines import average
 from rlhf_t2i.engines.base import Engine
 from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
 from rlhf_t2i.engines.local import LocalEngine
-from rlhf_t2i.recipe.schema import Optimization, Recipe
+from rlhf_t2i.families import adapters
+from rlhf_t2i.recipe.schema import Lora, Optimization, Recipe
 from tests.training.ranks import run_ranks
 
 ACCUMULATION = 3
@@ -55,6 +57,37 @@ def compare(rank: int, ranks: int, stages: list[Optimization]) -> None:
         if settings.zero_stage != 3:  # the learner draws its next micro-batch before this one's gradient is there
             again = DeepSpeedEngine(network().to(dtype), settings.generator, ACCUMULATION, 4 // ranks, settings)
             assert norms(again, rank, ranks, dtype, ahead=True) == found, settings
+        check_average(engine, rank, ranks, settings)
+        if settings.zero_stage != 3:
+            adapted = network().to(dtype)
+            adapters.add(adapted, Lora(rank=2), ["0"], seed=0)
+            check_average(
+                DeepSpeedEngine(adapted, settings.generator, ACCUMULATION, 4 // ranks, settings), rank, ranks, settings
+            )
+
+
+def whole(source: Engine | average.Average) -> dict[str, torch.Tensor]:
+    return {name: value.cpu().clone() for name, value in source.full_parameters()}
+
+
+def check_average(engine: DeepSpeedEngine, rank: int, ranks: int, settings: Optimization) -> None:
+    """The sharded average is that of the gathered weights, bit for bit, and the masters are what they were."""
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    averaged = average.of(engine)
+    expected = whole(engine)
+    for weight in (0.3, 0.6):
+        norms(engine, rank, ranks, dtype)
+        averaged.update(weight)
+        for name, value in whole(engine).items():
+            expected[name].lerp_(value, weight)
+    now, found = whole(engine), whole(averaged)
+    assert found.keys() == now.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), (settings, name)
+        assert torch.equal(whole(engine)[name], now[name]), (settings, name)
+    assert any(not torch.equal(found[name], now[name]) for name in now)
+    if settings.zero_stage and isinstance(averaged, average.MasterAverage):  # and ZeRO's padding
+        assert sum(map(torch.numel, averaged._shards)) <= sum(map(torch.numel, now.values())) / ranks + 16
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rlhf_t2i.engines import average
 from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
 from rlhf_t2i.recipe.schema import Optimization, Recipe
 from tests.training.ranks import run_ranks
@@ -46,26 +47,34 @@ def state(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 def begin(rank: int, ranks: int, stage: Optimization, folder: Path) -> None:
     """Three steps, a checkpoint, three more: what the others are compared with."""
     engine = build(stage, ranks)
+    averaged = average.of(engine)
     train(engine, rank, ranks, 0, 3)
+    averaged.update(0.5)
     engine.save(folder)
     at_checkpoint = state(engine)
+    gathered = {name: value.clone() for name, value in averaged.full_parameters()}
     train(engine, rank, ranks, 3, 6)
     whole = state(engine)
     if rank == 0:
-        torch.save((at_checkpoint, whole), folder / "states.pt")
+        torch.save((at_checkpoint, whole, gathered), folder / "states.pt")
 
 
 def resume(rank: int, ranks: int, stage: Optimization, folder: Path) -> None:
     """Load, compare, go on."""
-    at_checkpoint, whole = torch.load(folder / "states.pt", weights_only=True)
+    at_checkpoint, whole, gathered = torch.load(folder / "states.pt", weights_only=True)
     engine = build(stage, ranks)
     said = engine.load(folder)
     assert said is not None
     assert "bit-equality is not promised" in said
+    averaged = average.of(engine)
+    averaged.load(gathered)
+    for name, value in averaged.full_parameters():
+        assert torch.equal(value, gathered[name]), (stage.zero_stage, name)
     loaded = state(engine)
     for name, expected in at_checkpoint.items():
         assert expected.any(), name
         assert torch.equal(loaded[name], expected), (stage.zero_stage, name)
+        assert name not in gathered or not torch.equal(gathered[name], expected), name
     train(engine, rank, ranks, 3, 6)
     ended = state(engine)
     for name, expected in whole.items():
