@@ -16,10 +16,10 @@ from rlhf_t2i.errors import exit_in_plugin
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from torch import Tensor
     from torch.distributed import TCPStore
 
     from rlhf_t2i.cluster.clients import RemoteClient
+    from rlhf_t2i.roles.packing import Packed
     from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 
 _TIMEOUT_MARGIN_S = 60.0
@@ -103,8 +103,9 @@ class WorkerActor:
         self.build(None)
         if self._weight_store is not None:
             weight_store = ray.get_actor(self._weight_store)
-            for name, stored in ray.get(weight_store.newest.remote()).items():
-                self._worker.call("generator", GeneratorRole.load, name, ray.get(stored))
+            for name, parts in ray.get(weight_store.newest.remote()).items():
+                for packed in parts:
+                    self._worker.call("generator", GeneratorRole.load, name, ray.get(packed))
 
     @ray.method(concurrency_group="watch")
     def status(self) -> str:
@@ -125,13 +126,13 @@ class WeightStore:
     """Holds the newest weights of a generator in a group of its own, for its process after a restart."""
 
     def __init__(self) -> None:
-        self._newest: dict[str, ObjectRef[dict[str, Tensor]]] = {}
+        self._newest: dict[str, list[ObjectRef[Packed]]] = {}
 
-    def keep(self, name: str, stored: list[ObjectRef[dict[str, Tensor]]]) -> None:
-        """Remember a reference to weights; in a list, for Ray would fetch a bare one."""
-        self._newest[name] = stored[0]
+    def keep(self, name: str, parts: list[ObjectRef[Packed]]) -> None:
+        """Remember references to weights, which may still be on their way; in a list, for Ray would fetch bare ones."""
+        self._newest[name] = parts
 
-    def newest(self) -> dict[str, ObjectRef[dict[str, Tensor]]]:
+    def newest(self) -> dict[str, list[ObjectRef[Packed]]]:
         """References by name."""
         return self._newest
 

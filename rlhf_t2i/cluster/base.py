@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.worker import Reading
 
+Weights = Literal["raw", "ema"]
 STEP_TIMEOUT_KEY = "placement.step_timeout_s"
 
 
@@ -54,8 +56,11 @@ class Cluster(ABC):
         """Start a method of the one process that holds a reward that learns; ``RewardRole.learn``."""
 
     @abstractmethod
-    def sync_generator(self) -> None:
-        """Give the generator the learner's newest weights, where it does not share them."""
+    def sync_generator(self, weights: Weights = "raw") -> int:
+        """Give the generator the learner's newest weights, or their average; returns the bytes that were sent.
+
+        Nothing is sent of the raw weights where both roles share them.
+        """
 
     @abstractmethod
     def readings(self) -> dict[str, Reading]:

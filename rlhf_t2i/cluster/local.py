@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf_t2i.cluster.base import STEP_TIMEOUT_KEY, Cluster
+from rlhf_t2i.cluster.base import STEP_TIMEOUT_KEY, Cluster, Weights
 from rlhf_t2i.plugins.time_limit import limited
 from rlhf_t2i.recipe.schema import ROLES, Recipe
 from rlhf_t2i.roles.dispatch import Client, Future, Method, P, T
+from rlhf_t2i.roles.generator import GeneratorRole
+from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.local_calls import Deferred
 from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 
@@ -52,8 +54,13 @@ class LocalCluster(Cluster):
         """Called when its result is asked for: this process has one device."""
         return Deferred(partial(self._worker.call, "reward", method, *args, **kwargs))
 
-    def sync_generator(self) -> None:
-        """Nothing to send: the generator is the learner's own network."""
+    def sync_generator(self, weights: Weights = "raw") -> int:
+        """See :meth:`Cluster.sync_generator`: the generator is the learner's own network."""
+        if weights == "raw":
+            return 0
+        size, packed = self.call("learner", LearnerRole.pack, weights, 0, 1)
+        self.call("generator", GeneratorRole.load, weights, packed)
+        return size
 
     def readings(self) -> dict[str, Reading]:
         """See :meth:`Cluster.readings`."""

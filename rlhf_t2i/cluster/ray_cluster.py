@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_t2i.cluster import node_check
 from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
-from rlhf_t2i.cluster.base import Cluster
+from rlhf_t2i.cluster.base import Cluster, Weights
 from rlhf_t2i.cluster.clients import First, Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
 from rlhf_t2i.cluster.control import RayMonitor
@@ -31,7 +32,6 @@ from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles import dispatch
 from rlhf_t2i.roles.dispatch import Future, Method, P, T
-from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Reading, WorkerSpec, hosted_rewards
 
@@ -209,13 +209,7 @@ class RayCluster(Cluster):
 
     def submit_all(self, role: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[list[T]]:
         """See :meth:`Cluster.submit_all`."""
-        # Large arguments (weights) are stored once for all ranks.
-        with translate_ray_errors(role):
-            arguments = dispatch.bind(method, *args, **kwargs).values()
-            stored = [ray.put(value) if isinstance(value, dict) else value for value in arguments]
-        if self._weight_store is not None and method == GeneratorRole.load:
-            self._wait([self._weight_store.keep.remote(stored[0], stored[1:])], role)
-        return self.clients(role)[0].submit_all(method, stored)
+        return self.clients(role)[0].submit_all(method, list(dispatch.bind(method, *args, **kwargs).values()))
 
     def submit_to_reward(self, label: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See :meth:`Cluster.submit_to_reward`."""
@@ -278,11 +272,33 @@ class RayCluster(Cluster):
     def _limit(self) -> Limit:
         return Limit(self._recipe.placement.step_timeout_s)
 
-    def sync_generator(self) -> None:
-        """Send the learner's weights to a generator in another group."""
-        if self._roles["generator"][0] != self._roles["learner"][0]:
-            weights = self.call_all("learner", LearnerRole.weights, "raw")[0]
-            self.call_all("generator", GeneratorRole.load, "raw", weights)
+    def sync_generator(self, weights: Weights = "raw") -> int:
+        """See :meth:`Cluster.sync_generator`.
+
+        The learner's answers go to the generator's processes without passing this one; the store names them first, so
+        that a process that is lost in between gets all of the new weights and not a mixture.
+        """
+        learner, generator = (self._actors[self._roles[role][0]] for role in ("learner", "generator"))
+        if weights == "raw" and learner == generator:
+            return 0
+        parts = 1 if weights == "ema" else self._parts
+        sizes, stored = [], []
+        with translate_ray_errors("learner"):
+            for part in range(parts):
+                calls = [a.call.options(num_returns=2).remote("learner", "pack", weights, part, parts) for a in learner]
+                sizes += [size for size, _ in calls]
+                stored.append(calls[0][1])
+        if self._weight_store is not None:
+            self._wait([self._weight_store.keep.remote(weights, stored)], "generator")
+        with translate_ray_errors("generator"):
+            loading = [a.call.remote("generator", "load", weights, packed) for packed in stored for a in generator]
+        sent = sum(cast(list[int], self._wait(sizes, "learner")))
+        self._wait(loading, "generator")
+        return sent
+
+    @cached_property
+    def _parts(self) -> int:
+        return self.call_all("learner", LearnerRole.weight_parts)[0]
 
     def readings(self) -> dict[str, Reading]:
         """See :meth:`Cluster.readings`."""

@@ -39,6 +39,14 @@ class Engine(Protocol):
             adapted: Only the weights of layers with adapters.
         """
 
+    def copies(self, part: int = 0, parts: int = 1) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters whole, as the network computes with them; all ranks must iterate together.
+
+        Args:
+            part: Which of ``parts`` equal numbers of parameters, in the network's order.
+            parts: How many.
+        """
+
     def masters(self) -> list[Tensor]:
         """This rank's share of the trained float32 weights, in the engine's own layout; in place, without a graph."""
 
@@ -56,6 +64,12 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> str | None:
         """Restore what :meth:`save` wrote; returns None if bit for bit, otherwise a message that says why not."""
+
+
+def trained(module: nn.Module, part: int = 0, parts: int = 1) -> list[tuple[str, nn.Parameter]]:
+    """The trained parameters of a network by name, or one of ``parts`` equal numbers of them."""
+    found = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return found[part * len(found) // parts : (part + 1) * len(found) // parts]
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:

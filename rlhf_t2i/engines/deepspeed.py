@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from rlhf_t2i.engines import pickles, resharding
-from rlhf_t2i.engines.base import adamw
+from rlhf_t2i.engines.base import adamw, trained
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.families import adapters
 from rlhf_t2i.recipe.schema import Optimization, Optimizer
@@ -97,6 +97,14 @@ class DeepSpeedEngine:
     def full_parameters(self, adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The float32 master weights, gathered one at a time, adapters merged."""
         return adapters.merged(self.module, self._full, adapted)
+
+    def copies(self, part: int = 0, parts: int = 1) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters, under ZeRO-3 gathered one at a time."""
+        from deepspeed import zero
+
+        for name, parameter in trained(self.module, part, parts):
+            with zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                yield name, parameter.detach()
 
     def masters(self) -> list[Tensor]:
         """ZeRO's partition of this rank, or whole weights where nothing is partitioned."""

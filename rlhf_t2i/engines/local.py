@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_t2i.engines import pickles
-from rlhf_t2i.engines.base import adamw
+from rlhf_t2i.engines.base import adamw, trained
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.families import adapters
 from rlhf_t2i.recipe.schema import Optimizer
@@ -46,6 +46,10 @@ class LocalEngine:
     def full_parameters(self, adapted: bool = False) -> Iterator[tuple[str, Tensor]]:
         """The parameters, adapters merged."""
         return adapters.merged(self.module, _full, adapted)
+
+    def copies(self, part: int = 0, parts: int = 1) -> Iterator[tuple[str, Tensor]]:
+        """The trained parameters."""
+        yield from ((name, parameter.detach()) for name, parameter in trained(self.module, part, parts))
 
     def masters(self) -> list[Tensor]:
         """The trained parameters themselves."""

@@ -91,6 +91,19 @@ class RankContext:
         first = self.rank * micro * accumulation
         return [range(first + i * micro, first + (i + 1) * micro) for i in range(accumulation)]
 
+    def trained_network(self, network: Callable[[torch.dtype | None], nn.Module], optimizer: Optimizer) -> nn.Module:
+        """A network as its engine gets it: float32 weights to be trained, or adapters on weights that are not.
+
+        Arguments as for :meth:`engine`.
+        """
+        base = self.dtype if self.spec.distributed else torch.float32
+        module = network(None if optimizer.lora is None else base)
+        module.train().requires_grad_(True)
+        if optimizer.lora is not None:
+            targets = optimizer.lora.targets or self.store.family.adapter_targets
+            adapters.add(module, optimizer.lora, targets, self.recipe.seed)
+        return module
+
     def engine(self, role: str, network: Callable[[torch.dtype | None], nn.Module], optimizer: Optimizer) -> Engine:
         """The training engine of a role.
 
@@ -100,15 +113,10 @@ class RankContext:
                 None if all weights are trained.
             optimizer: Its settings.
         """
-        base = self.dtype if self.spec.distributed else torch.float32
-        module = network(None if optimizer.lora is None else base)
+        module = self.trained_network(network, optimizer)
         micro, accumulation = self.geometry()
         if self.recipe.optimization.checkpoints(role):
             self.store.family.enable_checkpointing(module)
-        module.train().requires_grad_(True)
-        if optimizer.lora is not None:
-            targets = optimizer.lora.targets or self.store.family.adapter_targets
-            adapters.add(module, optimizer.lora, targets, self.recipe.seed)
         if self.spec.distributed:
             return DeepSpeedEngine(module, optimizer, accumulation, micro, self.recipe.optimization)
         return LocalEngine(module, optimizer, accumulation)

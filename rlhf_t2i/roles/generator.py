@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.algorithm.student import keyed_noise
+from rlhf_t2i.errors import RunError
 from rlhf_t2i.families.base import NetworkCall
 from rlhf_t2i.roles.context import RankContext
 from rlhf_t2i.roles.dispatch import batched
+from rlhf_t2i.roles.packing import Packed, unpack
 
 
 class GeneratorRole:
@@ -24,18 +26,33 @@ class GeneratorRole:
 
     def __init__(self, context: RankContext, live: NetworkCall | None = None) -> None:
         self._store, self._device = context.store, context.device
-        self._networks: dict[str, NetworkCall] = {"raw": self._frozen() if live is None else live}
+        self._networks: dict[str, NetworkCall] = {"raw": self._like_the_learners(context) if live is None else live}
 
-    def _frozen(self) -> nn.Module:
-        return self._store.generator_network().eval().requires_grad_(False)
+    def _like_the_learners(self, context: RankContext) -> nn.Module:
+        """The learner's network before training, with its adapters, in the precision in which that computes."""
+        network = context.trained_network(context.store.generator_network, context.recipe.optimization.generator)
+        for parameter in network.parameters():  # buffers stay float32, as DeepSpeed leaves them
+            parameter.data = parameter.data.to(context.dtype)
+        return network.requires_grad_(False)  # in training mode, in which some operators round otherwise
 
-    def load(self, weights: str, state: dict[str, Tensor]) -> None:
-        """Take over weights, as ``raw`` or ``ema``."""
+    def load(self, weights: str, packed: Packed) -> None:
+        """Take over weights.
+
+        Args:
+            weights: ``raw``: what the learner trains, or a part of it. ``ema``: the whole average, adapters merged.
+            packed: The weights by name.
+
+        Raises:
+            RunError: They are not of this network.
+        """
         if weights not in self._networks:
-            self._networks[weights] = self._frozen()
+            self._networks[weights] = self._store.generator_network().eval().requires_grad_(False)
         network = self._networks[weights]
         assert isinstance(network, nn.Module)
-        network.load_state_dict(state)
+        missing, unexpected = network.load_state_dict(unpack(packed), strict=False)
+        foreign = [*unexpected, *(missing if weights == "ema" else ())]
+        if foreign:
+            raise RunError(f"the learner's {weights} weights do not fit the generator's network: {foreign[0]}")
 
     @batched("prompts", "keys", collective=True)
     @torch.no_grad()

@@ -23,10 +23,13 @@ from rlhf_t2i.roles.denoiser import DenoiserCall, Denoising, pull_back
 from rlhf_t2i.roles.dispatch import Client, Future
 from rlhf_t2i.roles.local_calls import Done, LocalClient, run_local
 from rlhf_t2i.roles.micro_batch import MicroBatch, Request, RewardValues
+from rlhf_t2i.roles.packing import Packed, pack, size
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.trained import Measured, TrainedRole, Update, read
 from rlhf_t2i.utils.device import send
 
+_PART = 2**28
+"""Bytes of weights that are sent at once."""
 _AVERAGE = "average.pt"
 _FINITE = "finite"  # among the measurements: whether a sample's gradient at x_0 is
 
@@ -294,6 +297,28 @@ class LearnerRole(TrainedRole):
         source: Engine | Average = self._ema if averaged and self._ema is not None else self.engine
         first = self._context.rank == 0
         return {n: p.cpu().clone() for n, p in source.full_parameters() if first or p is None}
+
+    def weight_parts(self) -> int:
+        """Into how many parts :meth:`pack` should divide the raw weights: one is sent while the next is copied."""
+        bytes_trained = sum(p.nbytes for _, p in self.engine.copies())
+        return -(-bytes_trained // _PART)
+
+    def pack(self, kind: str, part: int, parts: int) -> tuple[int, Packed]:
+        """Weights for a generator elsewhere, and their bytes; on rank 0, and every rank must call it.
+
+        Args:
+            kind: ``raw``: what the network computes with, in its own precision. ``ema``: the merged average in float32.
+            part: Which part of the raw weights.
+            parts: How many there are.
+        """
+        first = self._context.rank == 0
+        if kind == "raw":
+            named = self.engine.copies(part, parts)
+        else:
+            assert self._ema is not None
+            named = self._ema.full_parameters()
+        packed = pack((name, value) for name, value in named if first)
+        return size(packed), packed
 
     def adapter(self) -> dict[str, Tensor]:
         """The adapters alone, {} without any; complete on rank 0, and every rank must call it."""

@@ -9,8 +9,6 @@ from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.evaluation.held_out import HeldOut
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.roles.generator import GeneratorRole
-from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.training import history
 from rlhf_t2i.training.bf16 import Bf16Monitor
@@ -97,5 +95,4 @@ class Evaluator:
 
     def _load_ema(self) -> None:
         if self.weights == "ema":
-            ema = self._cluster.call_all("learner", LearnerRole.weights, "ema")[0]
-            self._cluster.call_all("generator", GeneratorRole.load, "ema", ema)
+            self._cluster.sync_generator("ema")

@@ -140,11 +140,10 @@ class Trainer:
                 self._stop_if_requested()
             self._online.finish()
             middle = time.perf_counter()
-            reports = self._generator_step()
+            reports, sent = self._generator_step()
             ended = time.perf_counter()
-            self._finish_step(
-                reports, {"step": ended - began, "assistant": middle - began, "generator": ended - middle}
-            )
+            seconds = {"step": ended - began, "assistant": middle - began, "generator": ended - middle}
+            self._finish_step(reports, seconds | sent)
             self._stop_if_requested()
 
     def _assistant_round(self, rounds: int) -> None:
@@ -167,11 +166,11 @@ class Trainer:
         size = self.recipe.optimization.batch_size
         return stream.batch(number * size, size)
 
-    def _generator_step(self) -> list[Update]:
+    def _generator_step(self) -> tuple[list[Update], dict[str, float]]:
         step = self.state.step
-        reports = self._updates.generator(step, self._batch(self._generator_prompts, step))
+        reports, sent = self._updates.generator(step, self._batch(self._generator_prompts, step))
         self._count_skipped("generator", reports)
-        return reports
+        return reports, sent
 
     def _finish_step(self, learner: list[Update], seconds: dict[str, float]) -> None:
         """Advance the state; then metrics, monitors, previews and checkpoints where they are due."""

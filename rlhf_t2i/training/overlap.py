@@ -5,6 +5,7 @@ The results are those of the serial order, bit for bit: theta changes only with 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,8 +75,14 @@ class Updates:
             self._cluster.call_all("learner", LearnerRole.begin, *following)
         return training.result()
 
-    def generator(self, step: int, prompts: Sequence[str]) -> list[Update]:
-        """One update of the generator; returns the report of every rank."""
+    def generator(self, step: int, prompts: Sequence[str]) -> tuple[list[Update], dict[str, float]]:
+        """One update of the generator.
+
+        Returns:
+            The report of every rank; and the seconds and bytes of sending the weights to a generator in other processes
+            (``weights``, ``weight_bytes``), or nothing where it shares them.
+        """
         reports = self._cluster.call_all("learner", LearnerRole.step, step, prompts)
-        self._cluster.sync_generator()
-        return reports
+        began = time.perf_counter()
+        sent = self._cluster.sync_generator()
+        return reports, {"weights": time.perf_counter() - began, "weight_bytes": sent} if sent else {}

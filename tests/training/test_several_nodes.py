@@ -25,10 +25,10 @@ from tests.training.test_run import metrics
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NODES = 3
-# The learner's two ranks and the rest: three processes of one CPU each, on nodes that have one.
+# The learner's two ranks and the rest: three processes of one CPU each, on nodes that have one. Weights cross nodes.
 APART = (
-    "placement={mode: ray, groups: {train: {devices: 2, roles: [learner, generator], threads: 1}, "
-    "score: {roles: [assistant, reference, reward], threads: 1}}}"
+    "placement={mode: ray, groups: {train: {devices: 2, roles: [learner], threads: 1}, "
+    "score: {roles: [generator, assistant, reference, reward], threads: 1}}}"
 )
 # The command line, telling on which node every process was placed.
 CHILD = """
@@ -128,6 +128,9 @@ def test_a_run_spreads_over_the_nodes_and_equals_local(
     # Against what training changed, not against the weights.
     assert (ours - theirs).norm() < 1e-3 * (theirs - begun).norm()
     assert (theirs - begun).norm() > 1e-3 * begun.norm()
+    timings = [json.loads(line)["timing"] for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [timing["weight_bytes"] for timing in timings] == [begun.nbytes] * 6  # to another node, once per step
+    assert all(0 < timing["weights"] < timing["step"] for timing in timings)
 
 
 def test_a_run_survives_the_loss_of_a_whole_node_bit_for_bit(
