@@ -115,6 +115,15 @@ class WorkerActor:
         waiting = ", waiting for another process" if stopwatch.waiting() else ""
         return f"{self._call} for {time.monotonic() - self._since:.0f} s{waiting}"
 
+    @ray.method(concurrency_group="disk")
+    def finish_saving(self, role: str) -> None:
+        """Wait until a trained role's state is written; in a thread of its own, while the role goes on training."""
+        from rlhf_t2i.roles.trained import TrainedRole
+
+        trained = self._worker.roles[role]
+        assert isinstance(trained, TrainedRole)
+        trained.finish_saving()
+
     def reading(self) -> Reading:
         """What this process has measured since its last reading; nothing after a restart."""
         from rlhf_t2i.roles.worker import Reading

@@ -63,6 +63,10 @@ class Cluster(ABC):
         """
 
     @abstractmethod
+    def finish_saving(self, role: str) -> None:
+        """Wait until every rank of a trained role has written its state, while they train; for a thread of its own."""
+
+    @abstractmethod
     def readings(self) -> dict[str, Reading]:
         """What every process (``group/rank``) has measured since the last reading."""
 

@@ -14,6 +14,7 @@ from rlhf_t2i.roles.dispatch import Client, Future, Method, P, T
 from rlhf_t2i.roles.generator import GeneratorRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.local_calls import Deferred
+from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 
 
@@ -61,6 +62,12 @@ class LocalCluster(Cluster):
         size, packed = self.call("learner", LearnerRole.pack, weights, 0, 1)
         self.call("generator", GeneratorRole.load, weights, packed)
         return size
+
+    def finish_saving(self, role: str) -> None:
+        """See :meth:`Cluster.finish_saving`."""
+        trained = self._worker.roles[role]
+        assert isinstance(trained, TrainedRole)
+        trained.finish_saving()
 
     def readings(self) -> dict[str, Reading]:
         """See :meth:`Cluster.readings`."""

@@ -128,7 +128,7 @@ class RayCluster(Cluster):
             spec = replace(spec, neighbors=neighbors[nodes[bundle]])
             # By name: Ray warns of restarts whose arguments hold references.
             weight_store = store_name if self._weight_store and "generator" in spec.roles else None
-            actor = ray.remote(concurrency_groups={"watch": 1})(WorkerActor).options(
+            actor = ray.remote(concurrency_groups={"watch": 1, "disk": 1})(WorkerActor).options(
                 num_cpus=0 if self._gpus else 1,
                 num_gpus=self._share if self._gpus else 0,
                 max_restarts=0 if spec.stateful else -1,
@@ -299,6 +299,10 @@ class RayCluster(Cluster):
     @cached_property
     def _parts(self) -> int:
         return self.call_all("learner", LearnerRole.weight_parts)[0]
+
+    def finish_saving(self, role: str) -> None:
+        """See :meth:`Cluster.finish_saving`."""
+        self._wait([actor.finish_saving.remote(role) for actor in self._actors[self._roles[role][0]]], role)
 
     def readings(self) -> dict[str, Reading]:
         """See :meth:`Cluster.readings`."""

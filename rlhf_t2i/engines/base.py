@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Optimizer
 
@@ -59,8 +60,8 @@ class Engine(Protocol):
     def bf16_drift(self) -> dict[str, float]:
         """Drift of the bf16 copies from their float32 masters, {} under fp32; all ranks must call it together."""
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of the state into an existing folder."""
+    def save(self, folder: Path, writer: Writer) -> None:
+        """Write this rank's share of the state into an existing folder; the files are whole after ``writer.wait()``."""
 
     def load(self, folder: Path) -> str | None:
         """Restore what :meth:`save` wrote; returns None if bit for bit, otherwise a message that says why not."""

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from rlhf_t2i.engines import pickles, resharding
 from rlhf_t2i.engines.base import adamw, trained
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.families import adapters
 from rlhf_t2i.recipe.schema import Optimization, Optimizer
@@ -186,10 +187,15 @@ class DeepSpeedEngine:
             sample.append((master.flatten()[::stride].double().cpu(), copy[::stride].double().cpu()))
         return sample
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, writer: Writer) -> None:
         """Write the ZeRO shards in DeepSpeed's format, without frozen parameters."""
-        partial = bool(adapters.frozen(self.module))
-        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False, exclude_frozen_parameters=partial)
+        partial, files = bool(adapters.frozen(self.module)), self._engine.checkpoint_engine
+        save = files.save
+        files.save = lambda state_dict, path: writer.write(state_dict, lambda copied: save(copied, path))
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False, exclude_frozen_parameters=partial)
+        finally:
+            files.save = save
         if distributed.get_rank() == 0:
             resharding.write_layout(folder, self._stage)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i.engines import pickles
 from rlhf_t2i.engines.base import adamw, trained
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.families import adapters
 from rlhf_t2i.recipe.schema import Optimizer
@@ -67,11 +68,12 @@ class LocalEngine:
         """{}: the weights are float32 themselves."""
         return {}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, writer: Writer) -> None:
         """Write ``local.pt``, without frozen parameters."""
         frozen = adapters.frozen(self.module)
         module = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
-        torch.save({"module": module, "optimizer": self._optimizer.state_dict()}, folder / "local.pt")
+        state = {"module": module, "optimizer": self._optimizer.state_dict()}
+        writer.write(state, lambda copied: torch.save(copied, folder / "local.pt"))
 
     def load(self, folder: Path) -> None:
         """Read ``local.pt``."""

@@ -325,12 +325,12 @@ class LearnerRole(TrainedRole):
         return {name: factor.cpu().clone() for name, factor in self.engine.adapter_factors()}
 
     def save(self, folder: str) -> None:
-        """Write this rank's training state, and the moving average on rank 0."""
+        """Copy this rank's training state, and the moving average on rank 0; see :meth:`TrainedRole.save`."""
         super().save(folder)
         if self._ema is not None:
             gathered = self.weights("ema")
             if self._context.rank == 0:
-                torch.save(gathered, Path(folder) / _AVERAGE)
+                self.writer.write(gathered, lambda copied: torch.save(copied, Path(folder) / _AVERAGE))
 
     def load(self, folder: str) -> str | None:
         """Restore both; see :meth:`TrainedRole.load`."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlhf_t2i.engines.base import Engine
+from rlhf_t2i.engines.writer import Writer
 
 Samples = dict[str, list[float]]
 """Per-sample measurements of a step; the controller averages them over all ranks."""
@@ -43,12 +45,22 @@ class TrainedRole:
         """What bf16 loses against the masters; see :meth:`Engine.bf16_drift`."""
         return self.engine.bf16_drift()
 
+    @cached_property
+    def writer(self) -> Writer:
+        """Writes the role's files while it goes on training."""
+        return Writer()
+
     def save(self, folder: str) -> None:
-        """Write this rank's training state into an existing folder."""
-        self.engine.save(Path(folder))
+        """Copy this rank's training state, to be written into an existing folder; see :meth:`finish_saving`."""
+        self.engine.save(Path(folder), self.writer)
+
+    def finish_saving(self) -> None:
+        """Wait until the state is written, while the role trains in another thread; raises what the writing raised."""
+        self.writer.wait()
 
     def load(self, folder: str) -> str | None:
         """Restore it; returns None if bit for bit, otherwise a message that says why not."""
+        self.finish_saving()
         return self.engine.load(Path(folder))
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rlhf_t2i.cluster.base import Cluster
@@ -22,40 +25,101 @@ def name_of(state: TrainState) -> str:
     return f"step_{state.step:06d}" + (f"_round_{state.round:03d}" if state.round else "")
 
 
-def save(
+class Writing:
+    """A checkpoint that a thread completes while training goes on.
+
+    Args:
+        path: The checkpoint.
+        complete: What is left to do.
+
+    Attributes:
+        seconds: How long that took; None until it is done.
+    """
+
+    def __init__(self, path: Path, complete: Callable[[], None]) -> None:
+        self.path, self._complete = path, complete
+        self.seconds: float | None = None
+        self._error: BaseException | None = None
+        # It ends with the process: a second signal does not wait for it.
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            self._complete()
+        except BaseException as error:  # raised where it is waited for
+            self._error = error
+        self.seconds = time.perf_counter() - began
+
+    def wait(self) -> Path:
+        """Wait until it is whole.
+
+        Raises:
+            RunError: The disk is full or the folder cannot be written; the last whole checkpoint is intact.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.path
+
+    def check(self) -> float | None:
+        """Raise what :meth:`wait` would, if it has ended; returns :attr:`seconds`."""
+        if self.seconds is not None:
+            self.wait()
+        return self.seconds
+
+
+def begin(
     cluster: Cluster,
     out: Path,
     state: TrainState,
     policy: Checkpoints,
     also: Callable[[Path], None] = lambda folder: None,
-) -> Path:
-    """Write a checkpoint and prune old ones.
+) -> Writing:
+    """Copy the state of a run to memory and start to write a checkpoint; older ones are pruned when it is whole.
 
     Args:
         cluster: The roles.
-        out: The run's folder.
+        out: The run's folder; no other checkpoint is being written in it.
         state: Of the run.
         policy: Which checkpoints are kept.
-        also: Writes more into the checkpoint's folder.
+        also: Writes more into the checkpoint's folder, at once.
 
     Raises:
         RunError: The disk is full or the folder cannot be written; the last whole checkpoint is intact.
     """
     target = out / "checkpoints" / name_of(state)
-    try:
+    with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         files.sync_folder(out)
         files.remove_unfinished(target.parent)
-        with files.atomic_dir(target) as folder:
+        with ExitStack() as unfinished:
+            folder = unfinished.enter_context(files.atomic_dir(target))
             for role in TRAINED_ROLES.values():
                 (folder / role).mkdir()
                 cluster.call_all(role, TrainedRole.save, str(folder / role))
             also(folder)
-            manifest.write(folder, state=state.to_json(), reward=state.mean_reward())
-        _prune(out, target, policy)
+            rest = unfinished.pop_all()
+    content = {"state": state.to_json(), "reward": state.mean_reward()}
+
+    def complete() -> None:
+        with _explained(target):
+            with rest:
+                for role in TRAINED_ROLES.values():
+                    cluster.finish_saving(role)
+                manifest.write(folder, **content)
+            _prune(out, target, policy)
+
+    return Writing(target, complete)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise files.not_written(Path(error.filename or target.parent), error.strerror) from error
-    return target
 
 
 def _prune(out: Path, target: Path, policy: Checkpoints) -> None:

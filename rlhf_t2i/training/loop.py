@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,8 +98,10 @@ class Trainer:
         self._evaluator = Evaluator(self.recipe, self.out, self.cluster, self.callback, stream, self._log.preview)
         self._online = OnlineRewards(self.recipe, self.cluster, train, self.state, self.callback.on_phase)
         self._updates = Updates(self.recipe, self.cluster)
-        self._checkpoint: tuple[tuple[int, int, int], Path] | None = None
-        self._checkpoint_seconds: float | None = None
+        self._position: tuple[int, int, int] | None = None
+        self._writing: checkpoints.Writing | None = None
+        self._measured: checkpoints.Writing | None = None
+        self._timing: dict[str, float] = {}  # of checkpoints, for the next line of metrics
 
     def run(self) -> None:
         """Train from ``state`` to the last step, and export the model.
@@ -119,8 +122,12 @@ class Trainer:
             self.callback.on_phase("writing the model")
             self._export()
         except ProcessLost as lost:
+            self._finish_checkpoint()
             if self.signals.requested is not None:  # whoever asked to stop does not wait for a restart
                 raise RunError(f"{lost}, while stopping; continue with {option('resume')}") from lost
+            raise
+        except Exception:
+            self._finish_checkpoint()
             raise
         finally:
             self._log.close()
@@ -179,8 +186,8 @@ class Trainer:
         learned, state.learned = state.learned, {}
         warnings, state.lesson_warnings = state.lesson_warnings, []
         state.step, state.round = state.step + 1, 0
-        if self._checkpoint_seconds is not None:
-            seconds["checkpoint"], self._checkpoint_seconds = self._checkpoint_seconds, None
+        seconds |= self._timing | self._written()
+        self._timing = {}
         readings, began = self.cluster.readings(), time.perf_counter()
         watched = self._evaluator.monitor(state.step)
         if watched is not None:
@@ -194,7 +201,7 @@ class Trainer:
         if state.step % recipe.logging.samples_every == 0:
             self._evaluator.preview(state.step)
         if state.step % recipe.checkpoints.every == 0 and state.step < recipe.steps:
-            self._save()
+            self._begin_checkpoint()
 
     def _count_skipped(self, network: str, reports: list[Update]) -> None:
         """Count an update that the engines skipped because its gradient is not finite.
@@ -217,14 +224,43 @@ class Trainer:
         self._log.warn(f"{text}; the update is skipped", *done)
 
     def _save(self) -> Path:
-        """Write a checkpoint unless this state has one; the next step's metrics say how long that took."""
+        """The checkpoint of this state, when it is whole."""
+        self._begin_checkpoint()
+        assert self._writing is not None
+        return self._writing.wait()
+
+    def _begin_checkpoint(self) -> None:
+        """Start to write a checkpoint unless this state has one; metrics say how long training stopped for it."""
         self._online.finish()
         position = (self.state.step, self.state.round, sum(self.state.lessons.values()))
-        if self._checkpoint is None or self._checkpoint[0] != position:
-            began = time.perf_counter()
-            path = checkpoints.save(self.cluster, self.out.path, self.state, self.recipe.checkpoints, self._online.save)
-            self._checkpoint, self._checkpoint_seconds = (position, path), time.perf_counter() - began
-        return self._checkpoint[1]
+        if self._position == position:
+            return
+        began = time.perf_counter()
+        if self._writing is not None:
+            self._writing.wait()
+            self._timing |= self._written()
+        self._writing = checkpoints.begin(
+            self.cluster, self.out.path, self.state, self.recipe.checkpoints, self._online.save
+        )
+        self._position, self._timing["checkpoint"] = position, time.perf_counter() - began
+
+    def _written(self) -> dict[str, float]:
+        """How long the writing of a checkpoint took, once after its end.
+
+        Raises:
+            RunError: It could not be written.
+        """
+        seconds = None if self._writing is None else self._writing.check()
+        if seconds is None or self._writing is self._measured:
+            return {}
+        self._measured = self._writing
+        return {"checkpoint_write": seconds}
+
+    def _finish_checkpoint(self) -> None:
+        """Let a checkpoint that is being written become whole when the run fails; its own failure is not the cause."""
+        if self._writing is not None:
+            with suppress(Exception):
+                self._writing.wait()
 
     def _export(self) -> None:
         recipe = self.recipe

@@ -8,13 +8,16 @@ import os
 import random
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.evaluation import models
 from rlhf_t2i.recipe import reading
@@ -34,9 +37,12 @@ class Written:
         (Path(args[0]) / "state").write_text(role, "utf-8")
         return []
 
+    def finish_saving(self, role: str) -> None:
+        """It has."""
+
 
 def save(out: Path, step: int, reward: float | None, policy: Checkpoints) -> None:
-    checkpoints.save(Written(), out, TrainState(step, rewards=[] if reward is None else [reward]), policy)  # type: ignore[arg-type]
+    checkpoints.begin(Written(), out, TrainState(step, rewards=[] if reward is None else [reward]), policy).wait()  # type: ignore[arg-type]
 
 
 def present(out: Path) -> list[int]:
@@ -66,7 +72,7 @@ def test_the_best_by_reward_is_kept_besides_the_newest(
 
 def test_steps_are_ordered_as_numbers_and_rounds_within_them(tmp_path: Path) -> None:
     for step, count in ((999_999, 0), (1_000_000, 0), (1_000_000, 2), (1_000_000, 11)):
-        checkpoints.save(Written(), tmp_path, TrainState(step, count), Checkpoints(keep=4))  # type: ignore[arg-type]
+        checkpoints.begin(Written(), tmp_path, TrainState(step, count), Checkpoints(keep=4)).wait()  # type: ignore[arg-type]
     folder, progress, _ = checkpoints.find(tmp_path)
     assert (progress.step, progress.round) == (1_000_000, 11)
     assert folder is not None
@@ -79,14 +85,14 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path
         save(tmp_path, step, None, Checkpoints(keep=2))
     (tmp_path / "checkpoints/step_000002/learner/state").unlink()
     assert checkpoints.find(tmp_path)[1].step == 1
-    checkpoints.save(Written(), tmp_path, TrainState(1, 1), Checkpoints(keep=1))  # type: ignore[arg-type]
+    checkpoints.begin(Written(), tmp_path, TrainState(1, 1), Checkpoints(keep=1)).wait()  # type: ignore[arg-type]
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001_round_001"]
 
 
 def test_any_flipped_bit_in_any_file_is_named(tmp_path: Path) -> None:
     """All bits of all files but large ones; those go through the same digest."""
     state = TrainState(2, 1, 5, [{"loss": 0.5, "grad_norm": float("inf")}], 1, {"generator": 1}, [0.25])
-    folder = checkpoints.save(Written(), tmp_path, state, Checkpoints())  # type: ignore[arg-type]
+    folder = checkpoints.begin(Written(), tmp_path, state, Checkpoints()).wait()  # type: ignore[arg-type]
     accepted = []
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         whole = file.read_bytes()
@@ -101,6 +107,73 @@ def test_any_flipped_bit_in_any_file_is_named(tmp_path: Path) -> None:
         file.write_bytes(whole)
     assert accepted == []
     assert checkpoints.find(tmp_path) == (folder, state, [])
+
+
+class Slow(Written):
+    """Roles that write until they are told to stop, and then perhaps fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.stop, self.error = threading.Event(), error
+
+    def finish_saving(self, role: str) -> None:
+        assert self.stop.wait(300.0)
+        if self.error is not None:
+            raise self.error
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_is_absent_until_it_is_whole(tmp_path: Path) -> None:
+    cluster, state = Slow(), TrainState(1)
+    writing = checkpoints.begin(cluster, tmp_path, state, Checkpoints())  # type: ignore[arg-type]
+    state.step = 2  # the next step is done
+    assert writing.check() is None
+    assert checkpoints.find(tmp_path)[0] is None
+    cluster.stop.set()
+    assert writing.wait().name == "step_000001"
+    assert checkpoints.find(tmp_path)[1] == TrainState(1)
+    seconds = writing.check()
+    assert seconds is not None
+    assert seconds > 0
+
+
+def test_a_writer_that_fails_is_reported_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1, None, Checkpoints(keep=1))
+    cluster = Slow(RunError("the learner failed"))
+    writing = checkpoints.begin(cluster, tmp_path, TrainState(2), Checkpoints(keep=1))  # type: ignore[arg-type]
+    cluster.stop.set()
+    for _ in range(2):
+        with pytest.raises(RunError, match="the learner failed"):
+            writing.wait()
+    with pytest.raises(RunError, match="the learner failed"):
+        writing.check()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_what_a_thread_writes_is_what_was_there_when_training_went_on(tmp_path: Path) -> None:
+    writer, held, written = Writer(), threading.Event(), list[Any]()
+    weights, options = torch.zeros(3), {"lr": 1.0}
+    writer.write({"weights": [weights], "options": options}, lambda copied: (held.wait(300.0), written.append(copied)))
+    weights.add_(1)
+    options["lr"] = 2.0
+    held.set()
+    writer.wait()
+    assert written[0]["options"] == {"lr": 1.0}
+    assert torch.equal(written[0]["weights"][0], torch.zeros(3))
+
+
+def test_an_error_in_the_thread_is_raised_once_and_the_rest_is_not_written() -> None:
+    writer, written = Writer(), list[Any]()
+
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer.write(1, fail)
+    writer.write(2, written.append)
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    assert written == []
+    writer.write(3, written.append)
+    writer.wait()
+    assert written == [3]
 
 
 class Remove(TrainCallback):
@@ -322,6 +395,7 @@ def test_a_run_keeps_its_best_through_a_resume_and_measures_saving(
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert ["checkpoint" in row["timing"] for row in rows] == [False, True, True]
     assert all(row["timing"]["checkpoint"] > 0 for row in rows[1:])
+    assert any("checkpoint_write" in row["timing"] for row in rows[1:])  # of one that is whole
     rewards = {row["step"]: 100 * row["reward/pickscore"] for row in rows}
     best = max(rewards, key=lambda step: rewards[step])
     assert present(out) == sorted({best, 3})

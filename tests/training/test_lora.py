@@ -81,7 +81,9 @@ def test_checkpointed_activations_and_bf16_reach_every_adapter(make_recipe: Make
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    LocalCluster(make_recipe(**ADAPTERS)).call_all("learner", LearnerRole.save, str(tmp_path))
+    cluster = LocalCluster(make_recipe(**ADAPTERS))
+    cluster.call_all("learner", LearnerRole.save, str(tmp_path))
+    cluster.finish_saving("learner")
     with pytest.raises(RunError, match="other weights than this recipe trains"):
         LocalCluster(make_recipe()).call_all("learner", LearnerRole.load, str(tmp_path))
 
@@ -139,6 +141,7 @@ def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRe
             cluster.sync_generator()
         assert relative(flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0]), expected) < 1e-5
         for role in ("learner", "assistant"):
+            cluster.finish_saving(role)
             cluster.call_all(role, TrainedRole.load, str(tmp_path / role))
         assert torch.equal(flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0]), halfway)
     finally:

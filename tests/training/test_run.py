@@ -184,9 +184,9 @@ def no_file_over(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [10_000, 100_000])
 def test_a_full_disk_keeps_the_last_checkpoint(make_recipe: MakeRecipe, tmp_path: Path, size: int) -> None:
     cluster = LocalCluster(make_recipe())
-    checkpoints.save(cluster, tmp_path, TrainState(1, 0, 1), Checkpoints())
+    checkpoints.begin(cluster, tmp_path, TrainState(1, 0, 1), Checkpoints()).wait()
     with no_file_over(size), pytest.raises(RunError, match=r"step_000002 could not be written: .*; what was .* intact"):
-        checkpoints.save(cluster, tmp_path, TrainState(2, 0, 2), Checkpoints())
+        checkpoints.begin(cluster, tmp_path, TrainState(2, 0, 2), Checkpoints()).wait()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
     assert checkpoints.find(tmp_path)[1].step == 1
 

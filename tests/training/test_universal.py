@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_t2i.engines import average
 from rlhf_t2i.engines.deepspeed import DeepSpeedEngine
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.recipe.schema import Optimization, Recipe
 from tests.training.ranks import run_ranks
 
@@ -50,7 +51,9 @@ def begin(rank: int, ranks: int, stage: Optimization, folder: Path) -> None:
     averaged = average.of(engine)
     train(engine, rank, ranks, 0, 3)
     averaged.update(0.5)
-    engine.save(folder)
+    writer = Writer()
+    engine.save(folder, writer)
+    writer.wait()
     at_checkpoint = state(engine)
     gathered = {name: value.clone() for name, value in averaged.full_parameters()}
     train(engine, rank, ranks, 3, 6)

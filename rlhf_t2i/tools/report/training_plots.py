@@ -80,7 +80,10 @@ def slug(text: str) -> str:
 
 def _timing(rows: Rows) -> list[Plot]:
     # What happens in few steps (a checkpoint, a watch) is no phase of a step.
-    others = tuple(f"timing/{name}" for name in ("step", "bytes", "checkpoint", "watch", "weights", "weight_bytes"))
+    others = tuple(
+        f"timing/{name}"
+        for name in ("step", "bytes", "checkpoint", "checkpoint_write", "watch", "weights", "weight_bytes")
+    )
     phases = [key for key in _below(rows, "timing/") if key.count("/") == 1 and key not in others]
     series = pick([row for row in rows if row.keys() >= set(phases)], _labels(phases, "timing/"))
     found = []
