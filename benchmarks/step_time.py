@@ -1,8 +1,10 @@
-"""Time one DI* step by role and phase, in both placements, side by side in one run.
+"""Time one DI* step by role and phase, in both placements, side by side in one run and beside the plan.
 
 ``python benchmarks/step_time.py recipes/quickstart.yaml --steps 20``
 
 The placements take turns, step by step, so that a noisy machine disturbs all alike; medians over the steps are shown.
+Planned seconds come from the networks' own, measured in this process before and after the steps with the placement's
+threads (``rlhf-t2i plan --device here``).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
+from rlhf_t2i.tools.planning import calibration, plan
+from rlhf_t2i.tools.planning.speed import Measured, Passes
 from rlhf_t2i.training.overlap import Updates
 
 WARM_UP = 3
@@ -46,13 +51,15 @@ class Timed:
         self.name, self.recipe = name, recipe
         self.cluster: Cluster
         if recipe.placement.mode == "local":
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
             self.cluster = LocalCluster(recipe)
         else:
             from rlhf_t2i.cluster.ray_cluster import RayCluster
 
             self.cluster = RayCluster(recipe)
         self._updates = Updates(recipe, self.cluster)
+        threads = [group.threads for group in recipe.placement.groups.values() if group.threads]
+        self.threads = threads[0] if threads else len(os.sched_getaffinity(0))
         self._stream = prompts.PromptStream(prompts.read(recipe.data.prompts), recipe.seed, "benchmark")
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.roles: defaultdict[str, list[float]] = defaultdict(list)
@@ -86,9 +93,48 @@ class Timed:
         self.bytes.append(sent)
 
 
-def table(runs: list[Timed]) -> list[list[str]]:
+def measure(runs: list[Timed]) -> dict[int, Measured]:
+    """The speed of this machine's networks by threads, as the placements use them."""
+    found = {}
+    for threads in {run.threads for run in runs}:
+        torch.set_num_threads(threads)
+        found[threads] = calibration.measure(runs[0].recipe, runs[0].recipe.optimization.batch_size)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return found
+
+
+def mean(before: Measured, after: Measured) -> Measured:
+    """Of what was measured before the steps and after them."""
+    image = {
+        part: Passes(*(0.5 * (x + y) for x, y in zip(astuple(one), astuple(after.image[part]), strict=True)))
+        for part, one in before.image.items()
+    }
+    return replace(before, image=image)
+
+
+def planned(run: Timed, speed: Measured) -> dict[str, float]:
+    """Seconds of the phases, and of each role on all of its devices, as planned."""
+    step = plan.step_time(run.recipe, speed)
+    devices = {name: group.devices for name, group in run.recipe.placement.groups.items()}
+    found = {"assistant phase": step.assistant, "generator phase": step.generator, "step": step.step}
+    for (group, role), seconds in step.timeline.busy().items():
+        name = "reward" if role.startswith(("reward", "decoder")) else role
+        several = 1 if run.recipe.placement.mode == "local" else devices[group]
+        found[name] = found.get(name, 0.0) + several * seconds
+    return found
+
+
+def table(runs: list[Timed], speeds: dict[int, Measured]) -> list[list[str]]:
     """Rows of the result: medians, images a second, overhead against the first placement, bytes an image."""
     rows: list[list[str]] = []
+    plans = [planned(run, speeds[run.threads]) for run in runs]
+
+    def beside(name: str, values: list[float | None]) -> list[str]:
+        """Measured, and in brackets planned."""
+        return [
+            "-" if value is None else f"{value:.3f} ({told[name]:.3f})" if name in told else f"{value:.3f}"
+            for value, told in zip(values, plans, strict=True)
+        ]
 
     def row(name: str, cells: list[str]) -> None:
         rows.append([name, *cells])
@@ -96,11 +142,13 @@ def table(runs: list[Timed]) -> list[list[str]]:
     phases = ("assistant phase", "generator phase", "step")
     median: Any = statistics.median
     for phase in phases:
-        row(f"{phase}, s", [f"{median(run.seconds[phase]):.3f}" for run in runs])
+        row(f"{phase}, s (planned)", beside(phase, [median(run.seconds[phase]) for run in runs]))
     for role in ("learner", "generator", "assistant", "reference", "reward", "waiting for others"):
-        row(f"  busy: {role}, s", [f"{median(run.roles[role]):.3f}" if run.roles[role] else "-" for run in runs])
+        row(f"  busy: {role}, s", beside(role, [median(run.roles[role]) if run.roles[role] else None for run in runs]))
     size = runs[0].recipe.optimization.batch_size
     row("images a second", [f"{2 * size / median(run.seconds['step']):.1f}" for run in runs])
+    ratios = (median(run.seconds["step"]) / told["step"] for run, told in zip(runs, plans, strict=True))
+    row("step, measured / planned", [f"{ratio:.2f}" for ratio in ratios])
     base = median(runs[0].seconds["step"])
     row("against local, %", [f"{100 * (median(run.seconds['step']) / base - 1):+.1f}" for run in runs])
     row("bytes moved an image", [f"{median(run.bytes) / (2 * size):.0f}" for run in runs])
@@ -112,6 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", default="", help="placements whose name contains this")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
@@ -121,14 +170,18 @@ def main() -> None:
         "ray, two one-thread processes with all roles": [REPLICAS],
         "ray, two groups of roles": [TWO_GROUPS],
     }
-    from rlhf_t2i.cluster.connect import start_local_ray
+    variants = {name: more for name, more in variants.items() if args.only in name}
+    if any(name != "local" for name in variants):
+        from rlhf_t2i.cluster.connect import start_local_ray
 
-    start_local_ray(8)  # both Ray placements share it
+        start_local_ray(8)  # all Ray placements share it
     runs = [Timed(name, reading.load(args.recipe, [*args.overrides, *more])) for name, more in variants.items()]
+    before = measure(runs)
     for number in track(range(WARM_UP + args.steps), description="steps"):
         for run in runs:
             run.step(record=number >= WARM_UP)
-    rows = table(runs)
+    speeds = {threads: mean(before[threads], after) for threads, after in measure(runs).items()}
+    rows = table(runs, speeds)
     cores = os.cpu_count()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores ({platform.machine()})"
     conditions = (

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from rlhf_t2i.tools.planning import graph
-from rlhf_t2i.tools.planning.graph import ALL, NOW, Rules, Shape, Trained
+from rlhf_t2i.tools.planning.graph import ALL, Rules, Shape, Trained
 from rlhf_t2i.tools.planning.simulation import Call, Timeline, simulate, without_communication
 
-SERIAL = Rules(rewards_beside_denoisers=False)
+SERIAL, SOME = Rules(rewards_beside_denoisers=False), Rules()
 APART = {"learner": "train", "generator": "train", "assistant": "serve", "reference": "serve"}
 SHAPE = Shape(
     groups=APART,
@@ -70,7 +70,7 @@ def test_graphs_that_cannot_run_are_refused(calls: list[Call], words: str) -> No
         simulate(calls)
 
 
-@pytest.mark.parametrize("rules", [SERIAL, NOW, ALL], ids=["serial", "now", "all"])
+@pytest.mark.parametrize("rules", [SERIAL, SOME, ALL], ids=["serial", "some", "all"])
 def test_one_group_does_one_call_after_the_other(rules: Rules) -> None:
     """Nothing overlaps, and nothing waits, whatever the rules allow."""
     found = simulate(graph.step(TOGETHER, rules))
@@ -92,7 +92,7 @@ def test_rewards_of_the_learners_group_wait_for_the_denoisers() -> None:
 
 def test_rewards_run_beside_denoisers_elsewhere() -> None:
     """6 of the denoisers hide the 4 of the rewards: 2 + 6 + 3 for each micro-batch."""
-    found = generator(SHAPE, NOW)
+    found = generator(SHAPE, SOME)
     assert found["generator.0: decoder, train"] == (2, 5)
     assert found["generator.0: backward"] == (8, 11)
     assert found["generator.1: backward"] == (19, 22)
@@ -120,17 +120,33 @@ def test_at_most_two_micro_batches_are_alive() -> None:
 def test_samples_are_drawn_while_the_assistant_trains() -> None:
     """2 + 3 three times; ahead, all but the first drawing hide: also those of the next round."""
     two_rounds = replace(SHAPE, learner=Trained(0), rounds=2)
-    assert simulate(graph.step(two_rounds, NOW)).seconds == 6 * (2 + 3)
+    assert simulate(graph.step(two_rounds, SOME)).seconds == 6 * (2 + 3)
     ahead = simulate(graph.step(two_rounds, ALL))
     assert ahead.seconds == 2 + 6 * 3
-    assert times(ahead)["assistant 1.0: sample"] == (8, 10)
-    assert simulate(graph.assistant_update(two_rounds, NOW)).seconds == 3 * (2 + 3)
+    assert times(ahead)["assistant 1.0: sample"] == (6, 8)
+    assert simulate(graph.assistant_update(two_rounds, SOME)).seconds == 3 * (2 + 3)
+
+
+def test_the_learners_first_micro_batch_is_drawn_while_the_assistant_trains() -> None:
+    """Samples come first; predictions wait for the assistant's last update, which ends at 11, rewards do not."""
+    ahead = Rules(draws_ahead=True, first_draw=True)
+    found = times(simulate(graph.step(SHAPE, ahead)))
+    assert found["assistant 0.2: sample"] == (4, 6)
+    assert found["generator.0: draw"] == (6, 8)
+    assert found["generator.0: decoder, train"] == (8, 11)
+    assert found["generator.0: predict, assistant"] == (11, 12)
+    assert found["generator.0: backward"] == (17, 20)
+    later = simulate(graph.step(SHAPE, Rules(draws_ahead=True))).seconds
+    assert simulate(graph.step(SHAPE, ahead)).seconds == later - 2
+    assert graph.step(TOGETHER, Rules(first_draw=True)) == graph.step(TOGETHER, Rules())
+    assert ALL.under(3) == replace(ALL, next_micro_batch=False, draws_ahead=False, first_draw=False)
+    assert ALL.under(2) == ALL
 
 
 def test_calls_between_groups_and_their_answers_take_time() -> None:
     """Samples: there and back. A micro-batch of the learner: forwards there and back, products there and back."""
     far = replace(SHAPE, hop=0.5)
-    found = times(simulate(graph.step(far, NOW)))
+    found = times(simulate(graph.step(far, SOME)))
     assert found["assistant 0.0: sample"] == (0.5, 2.5)
     assert found["assistant 0.0: backward"] == (3, 6)
     assert found["generator.0: draw"] == (18, 20)
@@ -138,12 +154,12 @@ def test_calls_between_groups_and_their_answers_take_time() -> None:
     assert found["generator.0: product, assistant"] == (24.5, 25.5)
     assert found["generator.0: backward"] == (28, 31)
     together = replace(TOGETHER, hop=0.5)
-    assert simulate(graph.step(together, NOW)).seconds == simulate(graph.step(TOGETHER, NOW)).seconds
+    assert simulate(graph.step(together, SOME)).seconds == simulate(graph.step(TOGETHER, SOME)).seconds
 
 
 def test_rewards_on_devices_of_their_own() -> None:
     alone = replace(SHAPE, score={"judge": SHAPE.score["train"]})
-    found = simulate(graph.step(replace(alone, rounds=0), NOW))
+    found = simulate(graph.step(replace(alone, rounds=0), SOME))
     assert times(found)["generator.0: decoder, judge"] == (2, 5)
     assert found.seconds == 22
     assert found.idle() == {
@@ -155,9 +171,9 @@ def test_gradients_are_exchanged_in_every_micro_batch_or_at_the_end() -> None:
     update = [("reduce", "communication", 4.0), ("update", "compute", 1.0)]
     often = replace(TOGETHER, learner=Trained(2, reduce=2.0, finish=update[1:]))
     once = replace(TOGETHER, learner=Trained(2, finish=update))
-    plain = simulate(graph.step(TOGETHER, NOW)).seconds
+    plain = simulate(graph.step(TOGETHER, SOME)).seconds
     for shape in (often, once):
-        calls = graph.step(shape, NOW)
+        calls = graph.step(shape, SOME)
         found = simulate(calls)
         assert found.seconds == plain + 5
         assert simulate(without_communication(calls)).seconds == plain + 1
@@ -165,17 +181,17 @@ def test_gradients_are_exchanged_in_every_micro_batch_or_at_the_end() -> None:
 
 
 def test_collectives_beside_the_computation_show_only_where_they_are_longer() -> None:
-    plain = simulate(graph.step(TOGETHER, NOW)).seconds
+    plain = simulate(graph.step(TOGETHER, SOME)).seconds
     for beside, longer in ((3.0, 0.0), (5.0, 2 * 2.0)):
         hidden = replace(TOGETHER, learner=Trained(2, beside=beside))
-        assert simulate(graph.step(hidden, NOW)).seconds == plain + longer
+        assert simulate(graph.step(hidden, SOME)).seconds == plain + longer
 
 
 def test_every_process_encodes_a_prompt_once() -> None:
     encode = ({"train": 1.0, "serve": 1.0}, {"train": 1.0, "serve": 1.0})
-    found = simulate(graph.step(replace(SHAPE, encode=encode), NOW))
+    found = simulate(graph.step(replace(SHAPE, encode=encode), SOME))
     # 1 in either group for each of the assistant's three micro-batches, and of the learner's two.
     assert found.busy()["train", graph.TEXT] == found.busy()["serve", graph.TEXT] == 5
     assert found.seconds == 3 * 7 + 2 * 13
-    both = simulate(graph.step(replace(TOGETHER, encode=({"all": 1.0}, {"all": 1.0})), NOW))
+    both = simulate(graph.step(replace(TOGETHER, encode=({"all": 1.0}, {"all": 1.0})), SOME))
     assert both.busy()["all", graph.TEXT] == 5

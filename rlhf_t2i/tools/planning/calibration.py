@@ -172,6 +172,8 @@ def _filled(module: nn.Module, device: torch.device) -> nn.Module:
                 parameter.normal_(0.0, 0.02)
             else:
                 parameter.fill_(float("norm" in name and name.endswith("weight")))
+        for buffer in module.buffers():
+            buffer.fill_(1 if buffer.is_floating_point() else 0)  # positions must exist, deviations divide
     return module.to(memory_format=torch.channels_last)
 
 

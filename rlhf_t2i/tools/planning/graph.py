@@ -7,7 +7,7 @@ they change, :data:`NOW` changes with them. Every call stands for all devices of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlhf_t2i.tools.planning.simulation import Call, Kind
 
@@ -25,21 +25,30 @@ class Rules:
         next_micro_batch: The learner draws the next micro-batch, and asks for its predictions, while the last one's
             products are on their way.
         draws_ahead: The generator draws the assistant's next samples while the assistant trains on the last ones.
+        first_draw: The learner draws its first micro-batch, and rewards score it, while the assistant trains for the
+            last time of a step; with draws_ahead, whose samples come first.
         ema_on_device: The moving average is updated in shards on the devices, not in the first rank's host memory.
-        broadcast_weights: A generator in another group gets the weights in the compute precision over the links, not in
-            float32 through Ray's object store.
+        packed_weights: A generator in another group gets the weights as bytes in the compute precision, not as a
+            pickle of float32.
     """
 
     rewards_beside_denoisers: bool = True
     next_micro_batch: bool = False
     draws_ahead: bool = False
+    first_draw: bool = False
     ema_on_device: bool = False
-    broadcast_weights: bool = False
+    packed_weights: bool = False
+
+    def under(self, stage: int) -> Rules:
+        """Under ZeRO-3 every drawing gathers weights from all ranks, which must see the calls in one order."""
+        if stage < 3:
+            return self
+        return replace(self, next_micro_batch=False, draws_ahead=False, first_draw=False)
 
 
 NOW = Rules()
 """What the code does."""
-ALL = Rules(True, True, True, True, True)
+ALL = Rules(True, True, True, True, True, True)
 """Everything that keeps the numbers of the serial order."""
 
 
@@ -97,9 +106,10 @@ class Shape:
 def step(shape: Shape, rules: Rules = NOW) -> list[Call]:
     """All calls of a step in order of precedence: the assistant's updates, then the generator's."""
     graph, done = _Graph(shape, rules), After()
+    before = done
     for number in range(shape.rounds):
-        done = graph.assistant_update(f"assistant {number}", done)
-    graph.generator_update("generator", done)
+        before, done = done, graph.assistant_update(f"assistant {number}", done)
+    graph.generator_update("generator", done, before)
     return graph.calls
 
 
@@ -115,8 +125,6 @@ class _Graph:
 
     def __init__(self, shape: Shape, rules: Rules) -> None:
         self._shape, self._rules = shape, rules
-        self._sampled: list[After] = []
-        self._trained: list[After] = []
         self.calls: list[Call] = []
 
     def assistant_update(self, name: str, after: After) -> After:
@@ -125,36 +133,41 @@ class _Graph:
         home, drawn_at = shape.groups["assistant"], shape.groups["generator"]
         for number in range(shape.assistant.micro_batches):
             at = f"{name}.{number}"
-            # Theta is the same in all rounds of a step, but not in the step before.
-            free = (*self._sampled[-1], *self._trained[-2]) if len(self._trained) > 1 else after
-            asked = free if self._rules.draws_ahead else done
+            # Theta is the same in all rounds of a step.
+            asked = () if self._rules.draws_ahead else done
             ready = self._hop(f"{at}: ask for samples", home, drawn_at, asked)
             ready = self._encode(f"{at}: encode", 0, drawn_at, ready)
             ready = self._add(f"{at}: sample", "generator", drawn_at, shape.sample, ready)
-            self._sampled.append(ready)
             ready = self._hop(f"{at}: samples", drawn_at, home, ready)
             if home != drawn_at:
                 ready = self._encode(f"{at}: encode again", 0, home, ready)
             done = self._micro_batch(at, "assistant", shape.assistant, shape.train, (*ready, *done))
-            self._trained.append(done)
         return self._finish(name, "assistant", shape.assistant, done)
 
-    def generator_update(self, name: str, after: After) -> After:
-        """Micro-batch by micro-batch: draw, ask rewards and denoisers, go backward; then the update."""
+    def generator_update(self, name: str, after: After, last_round: After) -> After:
+        """Micro-batch by micro-batch: draw, ask rewards and denoisers, go backward; then the update.
+
+        Args:
+            name: Of the update.
+            after: Ends with the last assistant update.
+            last_round: Ends with what that update waited for.
+        """
         shape, done, predicted, before = self._shape, after, after, after
         home = shape.groups["learner"]
         for number in range(shape.learner.micro_batches):
             at = f"{name}.{number}"
             # While the last products are on their way, one micro-batch ahead: the graphs of two are alive.
             free = (*predicted, *before) if self._rules.next_micro_batch else done
+            if not number and self._rules.first_draw and home != shape.groups["assistant"]:
+                free = last_round
             drawn = self._encode(f"{at}: encode", 1, home, free)
             drawn = self._add(f"{at}: draw", "learner", home, shape.draw, drawn)
-            predicted, answers = self._answers(at, drawn)
+            predicted, answers = self._answers(at, drawn, after)
             before = done
             done = self._micro_batch(at, "learner", shape.learner, shape.backward, (*answers, *done))
         return self._finish(name, "learner", shape.learner, done)
 
-    def _answers(self, at: str, asked: After) -> tuple[After, After]:
+    def _answers(self, at: str, asked: After, trained: After) -> tuple[After, After]:
         """The predictions of one micro-batch; and gradients of rewards and products of denoisers."""
         shape, home = self._shape, self._shape.groups["learner"]
         denoisers = [role for role in ("assistant", "reference") if shape.groups[role] != home]
@@ -174,7 +187,8 @@ class _Graph:
         predictions = After()
         for role in ("assistant", "reference"):
             where = shape.groups[role]
-            ready = self._add(f"{at}: predict, {role}", role, where, shape.predict[role], encoded[where])
+            ready = (*encoded[where], *trained)
+            ready = self._add(f"{at}: predict, {role}", role, where, shape.predict[role], ready)
             predictions += self._hop(f"{at}: prediction, {role}", where, home, ready)
         products = After()
         for role in ("assistant", "reference"):

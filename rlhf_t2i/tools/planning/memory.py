@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.tools.planning import zero
+from rlhf_t2i.tools.planning import graph, zero
 
 if TYPE_CHECKING:
     from rlhf_t2i.families.counting import Network
@@ -165,6 +165,14 @@ class _Group:
         """Bytes of a number in the compute precision."""
         return zero.BYTES[self.recipe.optimization.precision]
 
+    @property
+    def _draws_ahead(self) -> bool:
+        """Whether the learner draws a micro-batch while denoisers elsewhere work on the last one."""
+        settings = self.recipe.optimization
+        apart = not {"assistant", "reference"} <= set(self.roles)
+        several = self.micro * self.ranks < settings.batch_size
+        return apart and several and graph.NOW.under(settings.zero_stage).next_micro_batch
+
     def recomputed(self, role: str) -> bool:
         return self.recipe.optimization.checkpoints(role)
 
@@ -186,7 +194,9 @@ class _Group:
         # The assistant trains on micro-batches of its own, and serves the learner's.
         own = settings.micro_batch or settings.batch_size // self.devices
         batch = self.micro if role == "learner" else max(self.images, own)
-        memory = trained_memory(sizes, setting, batch * network.activations("train", self.recomputed(role)))
+        graphs = 2 if role == "learner" and self._draws_ahead else 1
+        kept = graphs * batch * network.activations("train", self.recomputed(role))
+        memory = trained_memory(sizes, setting, kept)
         if optimizer.kind == "adamw_8bit":
             # Both moments take a byte instead of four; their scales, one number in 256, are left out.
             share = -(-sizes.total // (self.devices if setting.stage else 1))

@@ -24,6 +24,8 @@ Placed = Mapping[str, tuple[str, int]]
 
 _STORE = 70e6
 """Bytes per second of float32 weights through Ray's object store to a generator elsewhere; from a run on two cores."""
+_PACKED = 1e9
+"""Assumed bytes per second of weights as bytes through Ray's object store: copied into it and out of it, in parts."""
 _PAGEABLE = 5e9
 """Assumed bytes per second from a device to pageable host memory: the moving average is updated there."""
 _HOP = 3e-3
@@ -109,6 +111,7 @@ def estimate(recipe: Recipe, placed: Placed, networks: Footprints, speed: Speed,
         speed: Of every device.
         rules: Which calls overlap.
     """
+    rules = rules.under(recipe.optimization.zero_stage)
     shape = _Shaper(recipe, placed, networks, speed, rules)
     made = shape.shape()
     calls = graph.step(made, rules)
@@ -258,10 +261,9 @@ class _Shaper:
             else:
                 yield "moving average", "communication", 4 * numbers / _PAGEABLE
         if self.placed["generator"][0] != self.placed["learner"][0]:
-            if self.rules.broadcast_weights:
+            if self.rules.packed_weights:
                 width = zero.BYTES[recipe.optimization.precision]
-                ranks = self.placed["learner"][1] + self.placed["generator"][1]
-                yield "weights to the generator", "communication", self.speed.links.seconds(width * numbers, ranks)
+                yield "weights to the generator", "communication", width * numbers / _PACKED
             else:
                 yield "weights to the generator", "communication", 4 * numbers / _STORE
 
