@@ -46,7 +46,7 @@ class Rules:
         return replace(self, next_micro_batch=False, draws_ahead=False, first_draw=False)
 
 
-NOW = Rules()
+NOW = Rules(True, True, True, True, True, True)
 """What the code does."""
 ALL = Rules(True, True, True, True, True, True)
 """Everything that keeps the numbers of the serial order."""
