@@ -15,6 +15,7 @@ from rlhf_t2i.families.decoders import KLDecoder
 from rlhf_t2i.families.pipeline import ExportScheduler, PipelineFamily
 
 _ONE_STEP_TIMESTEP = 399.0  # DMD2's and DI*'s one-step SDXL
+_NO_MIXING = 1e6
 _BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas")
 
 
@@ -57,7 +58,7 @@ class VPFamily(PipelineFamily):
         is cut off where the student starts: for one step at 399 its betas end at 399.
 
         Raises:
-            UsageError: Scaled noise with fresh noise between steps, which no scheduler of diffusers draws.
+            UsageError: The timestep 0, or scaled noise with fresh noise between steps: no scheduler draws so.
         """
         import diffusers
 
@@ -69,6 +70,8 @@ class VPFamily(PipelineFamily):
             "prediction_type": schedule.prediction_type,
             "steps_offset": 1,  # unused by these spacings; other values make Stable Diffusion's pipeline warn
         }
+        if steps[-1] == 0:
+            raise UsageError("student.timesteps: 0 is the end of the path, from which no scheduler of diffusers draws")
         deterministic, several = student.transition == "deterministic", student.steps > 1
         if student.input == "sigma" and several and not deterministic:
             raise UsageError("student.input: sigma with several steps needs student.transition: deterministic")
@@ -80,6 +83,9 @@ class VPFamily(PipelineFamily):
         if deterministic and several:
             settings |= {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
             return ExportScheduler(diffusers.DDIMScheduler(**settings))
+        # The scheduler mixes its input into what the network predicts, the more the smaller the timestep: at 3 one part
+        # in 4,000 of the noise. The student does not; a large scale leaves nothing of it.
+        settings["timestep_scaling"] = _NO_MIXING
         if regular:
             return ExportScheduler(diffusers.LCMScheduler(**settings, original_inference_steps=student.steps))
         return ExportScheduler(diffusers.LCMScheduler(**settings), {"timesteps": steps})

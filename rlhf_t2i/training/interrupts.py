@@ -11,13 +11,17 @@ from types import FrameType
 from rlhf_t2i.errors import Stopped
 from rlhf_t2i.training.callbacks import TrainCallback
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+"""Besides the usual three the one that job systems send before a time limit (``sbatch --signal=USR1@120``), and that of
+``ulimit -t``: without a handler both would end the process at once."""
+_LEFT = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+"""Those that stay as they are where they are ignored (``nohup``), or the Python program has its own answer."""
 
 
 class SignalHandler:
-    """Handles Ctrl-C, SIGTERM and SIGHUP while the context is open.
+    """Handles Ctrl-C and the other :data:`SIGNALS` while the context is open.
 
-    Outside the main thread, where Python allows no handlers, it does nothing. SIGHUP stays ignored under ``nohup``.
+    Outside the main thread, where Python allows no handlers, it does nothing.
 
     Args:
         callback: Receives the message that a signal arrived.
@@ -38,7 +42,7 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+            handled = [n for n in SIGNALS if n not in _LEFT or signal.getsignal(n) is signal.SIG_DFL]
             self._before = {number: signal.signal(number, self._handle) for number in handled}
         return self
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rlhf_t2i.errors import UsageError, first_line
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm",
+)  # fmt: skip
 
 
 def to_8_bits(images: Tensor) -> Tensor:
@@ -47,14 +49,14 @@ def grid(images: Sequence[Image.Image], columns: int = 8, gap: int = 2) -> Image
 def read(paths: Sequence[Path], square: int | None = None) -> Tensor:
     """Images [B, 3, H, W] in [0, 1].
 
-    16-bit gray levels are scaled to 8 bits; transparent pixels show white.
+    16-bit gray levels are scaled to 8 bits; transparent pixels show white; photos are upright, as a viewer shows them.
 
     Args:
         paths: Image files.
         square: Cut the center square and scale it (Lanczos) to that side in pixels.
 
     Raises:
-        UsageError: A file is no image that Pillow reads, or the images differ in size.
+        UsageError: A file is no image that Pillow reads, or has several frames; or the images differ in size.
     """
     images = [_read(path) for path in paths]
     if square is not None:
@@ -93,7 +95,10 @@ def find(folder: Path) -> list[Path]:
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return _rgb(image, str(path))
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise UsageError(f"{path} holds {frames} frames: give single images")
+            return _rgb(ImageOps.exif_transpose(image), str(path))
     except UsageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others

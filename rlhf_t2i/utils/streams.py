@@ -1,7 +1,8 @@
-"""Standard output and error that survive the loss of their reader (``| head``, a closed terminal, a full disk)."""
+"""Standard output and error that survive their reader: lost (``| head``, a full disk), or of a poor encoding."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -19,6 +20,9 @@ def survive_lost_readers() -> None:
             os.fstat(descriptor)
         except OSError:  # closed (`>&-`): otherwise the next file opened would receive what is printed
             os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of an encoding (LC_ALL, PYTHONIOENCODING) that lacks characters
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = _Surviving.wrap(sys.stdout), _Surviving.wrap(sys.stderr)
 
 

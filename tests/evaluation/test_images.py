@@ -83,3 +83,41 @@ def test_a_grid_on_white():
     assert (grid[:5, :3] == 0).all()
     assert (grid[:, 3] == 255).all()
     assert (grid[6:, 4:] == 255).all()
+
+
+def test_a_photo_is_upright_as_a_viewer_shows_it(tmp_path):
+    image = Image.new("RGB", (8, 16))
+    image.paste("white", (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: shown turned by 90 degrees
+    image.save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    (found,) = images.read([tmp_path / "a.jpg"])
+    assert found.shape == (3, 8, 16)
+    assert found[:, :, 9:].mean() > 0.95
+    assert found[:, :, :7].mean() < 0.05
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".TIFF", ".jfif", ".gif", ".ppm", ".avif"])
+def test_other_formats_of_real_images_count(suffix, tmp_path):
+    """A folder of two PNGs and a thousand TIFFs was two images, without a word."""
+    form = {".jfif": "JPEG", ".tif": "TIFF"}.get(suffix.lower(), suffix[1:].upper())
+    Image.new("RGB", (4, 4), "white").save(tmp_path / f"a{suffix}", form)
+    assert images.find(tmp_path) == [tmp_path / f"a{suffix}"]
+    assert images.read(images.find(tmp_path)).mean() > 0.99
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".tif"])
+def test_several_frames_are_no_image(suffix, tmp_path):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("white", "black")]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(UsageError, match="holds 2 frames: give single images"):
+        images.read([tmp_path / f"a{suffix}"])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "P"])
+def test_every_color_mode_is_white_where_it_is_white(mode, tmp_path):
+    image = Image.new("RGB", (4, 4), "white").convert(mode)
+    image.save(tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png"))
+    (found,) = images.read(images.find(tmp_path))
+    assert found.shape == (3, 4, 4)
+    assert found.mean() > 0.98

@@ -59,6 +59,7 @@ def test_one_step_is_the_lcm_scheduler(timestep: int) -> None:
 STUDENTS: dict[str, dict[str, Any]] = {
     "one step at 399": {},
     "one step at 999": {"timesteps": [999]},
+    "one step at 1": {"timesteps": [1]},
     "four steps (DMD2)": {"steps": 4},
     "four steps from 799": {"timesteps": [799, 599, 399, 199]},
     "four deterministic steps": {"steps": 4, "transition": "deterministic"},
@@ -122,6 +123,14 @@ def test_the_default_steps_are_those_of_the_exported_scheduler(steps: int, trans
         exported.scheduler.set_timesteps(steps)
         assert exported.scheduler.timesteps.tolist() == list(student.timesteps)
         assert exported.arguments == {}
+
+
+def test_the_end_of_the_path_is_refused(tiny_sdxl: Path) -> None:
+    """The exported pipeline would give the noise back."""
+    for timesteps in ([0], [500, 0]):
+        models = store(tiny_sdxl, {"timesteps": timesteps})
+        with pytest.raises(UsageError, match=r"student\.timesteps: 0 is the end of the path"):
+            models.check()
 
 
 def test_irregular_steps_need_timesteps(tiny_sdxl: Path) -> None:

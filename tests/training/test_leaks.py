@@ -60,9 +60,7 @@ def test_a_leak_ends_the_run_by_name_and_the_resumed_one_is_bit_identical(
         checkpoints__every=1,
         evaluation="{images: 2, images_per_prompt: 2, batch_size: 2}",
     )
-    with pytest.raises(
-        RunError, match=r"leaky.*failed on the prompt .*leaky\.py:12: .*(can't|not enough)"
-    ):
+    with pytest.raises(RunError, match=r"leaky.*failed on the prompt .*leaky\.py:12: .*(can't|not enough)"):
         run.run(recipe, tmp_path / "out", callback=Limit())
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     folder, state, damaged = checkpoints.find(tmp_path / "out")

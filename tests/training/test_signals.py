@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,22 +40,23 @@ def terminate() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-def test_sigterm_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, handler = make_recipe(steps=1), signal.getsignal(signal.SIGTERM)
+def test_a_signal_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(steps=1)
     run.run(recipe, tmp_path / "whole")
-    phases = {
-        "starting the roles": None,
-        "measuring before training: 4 of 8": "step_000000",
-        "measuring after training: 4 of 8": "step_000001",
-        "writing the model": "step_000001",
+    phases: dict[str, tuple[signal.Signals, str | None]] = {
+        "starting the roles": (signal.SIGTERM, None),
+        "measuring before training: 4 of 8": (signal.SIGXCPU, "step_000000"),  # ulimit -t
+        "measuring after training: 4 of 8": (signal.SIGTERM, "step_000001"),
+        "writing the model": (signal.SIGUSR1, "step_000001"),  # sbatch --signal=USR1@120
     }
-    for phase, newest in phases.items():
-        out, callback = tmp_path / phase, At(phase, terminate)
+    for phase, (number, newest) in phases.items():
+        handler = signal.getsignal(number)
+        out, callback = tmp_path / phase, At(phase, partial(signal.raise_signal, number))
         told = "continue with --resume" if newest else "nothing was written"
-        with pytest.raises(Stopped, match=f"stopped by SIGTERM; .*{told}") as stopped:
+        with pytest.raises(Stopped, match=f"stopped by {number.name}; .*{told}") as stopped:
             run.run(recipe, out, callback=callback)
-        assert stopped.value.exit_code == 143
-        assert signal.getsignal(signal.SIGTERM) is handler
+        assert stopped.value.exit_code == 128 + number
+        assert signal.getsignal(number) is handler
         if newest is None:
             assert not out.exists()  # as if the command had never been given
             run.run(recipe, out)
