@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Callable
-from typing import TypeVar
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-T = TypeVar("T")
 Store = Callable[[object], None]
 """Writes a value into its file."""
 
@@ -19,10 +19,12 @@ Store = Callable[[object], None]
 class Writer:
     """Copies what a file is to hold to host memory, and writes the copies in order in a thread.
 
-    The thread ends with the process: a second signal does not wait for it.
+    The memory is kept for the next checkpoint: the first touch of new pages takes longer than the copy. The thread ends
+    with the process: a second signal does not wait for it.
     """
 
     def __init__(self) -> None:
+        self._spare: defaultdict[object, list[Tensor]] = defaultdict(list)  # by shape and dtype
         self._jobs: queue.Queue[tuple[object, Store]] = queue.Queue()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -34,7 +36,7 @@ class Writer:
             value: Tensors, in containers or not, and what else can be copied.
             store: Called in the thread.
         """
-        self._jobs.put((snapshot(value), store))
+        self._jobs.put((tree_map(self._copy, value), store))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
             self._thread.start()
@@ -54,15 +56,16 @@ class Writer:
                     store(value)
             except BaseException as error:  # raised where it is waited for
                 self._error = error
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Tensor):
+                    self._spare[leaf.shape, leaf.dtype].append(leaf)
             del value
             self._jobs.task_done()
 
-
-def snapshot(value: T) -> T:
-    """A copy in host memory that shares nothing with the value."""
-    copied: T = tree_map(_copy, value)
-    return copied
-
-
-def _copy(leaf: object) -> object:
-    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+    def _copy(self, leaf: object) -> object:
+        """What shares nothing with a leaf; of a tensor in host memory."""
+        if not isinstance(leaf, Tensor):
+            return copy.deepcopy(leaf)
+        spare = self._spare[leaf.shape, leaf.dtype]
+        held = spare.pop() if spare else torch.empty(leaf.shape, dtype=leaf.dtype)
+        return held.copy_(leaf.detach())

@@ -158,6 +158,11 @@ def test_what_a_thread_writes_is_what_was_there_when_training_went_on(tmp_path: 
     writer.wait()
     assert written[0]["options"] == {"lr": 1.0}
     assert torch.equal(written[0]["weights"][0], torch.zeros(3))
+    address = written[0]["weights"][0].data_ptr()
+    writer.write(weights, written.append)
+    writer.wait()
+    assert torch.equal(written[1], weights)
+    assert written[1].data_ptr() == address  # the memory of the last checkpoint
 
 
 def test_an_error_in_the_thread_is_raised_once_and_the_rest_is_not_written() -> None:
