@@ -239,10 +239,16 @@ class ModelStore:
         return network
 
     def _load(self, family: Family, source: ModelRef, dtype: torch.dtype) -> nn.Module:
-        network = nn.Module.float(family.load_network(source))  # diffusers' own warns
-        for parameter in network.parameters():  # buffers stay float32, as DeepSpeed leaves them
-            parameter.data = parameter.data.to(dtype)
-        return network.to(self.device)
+        def placed(tensor: Tensor) -> Tensor:
+            moved = tensor.to(self.device)
+            if not moved.is_floating_point():
+                return moved
+            # Buffers stay float32, as DeepSpeed leaves them.
+            return moved.float().to(dtype) if isinstance(tensor, nn.Parameter) else moved.float()
+
+        # One tensor at a time, converted on the device: host memory is freed as the device fills, and never holds the
+        # network in two types. By nn.Module's own method: diffusers' warns.
+        return nn.Module._apply(family.load_network(source), placed)
 
     def sequential_noise(self, generators: Sequence[torch.Generator]) -> Noise:
         """The noises that the exported pipeline draws from one ``torch.Generator`` per image."""
