@@ -161,9 +161,18 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", default="", help="placements whose name contains this")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="seconds of CPU of one thread, local only: for a machine that others use",
+    )
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
+    if args.cpu_time:
+        args.only = "local"
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+        time.perf_counter = time.process_time
     variants = {
         "local": ["placement=local"],
         "ray, one process": [ONE_GROUP],
@@ -187,6 +196,7 @@ def main() -> None:
     conditions = (
         f"{args.recipe.name}, batch {runs[0].recipe.optimization.batch_size}, median of {args.steps} steps "
         f"taken in turns, {device}, torch {torch.__version__}"
+        f"{', seconds of CPU' if args.cpu_time else ''}"
     )
     shown = Table(title=conditions)
     for column in ("", *variants):
