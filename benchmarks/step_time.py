@@ -44,6 +44,11 @@ TWO_GROUPS = (
 REPLICAS = f"placement={{mode: ray, groups: {{all: {{{ROLES}, devices: 2, threads: 1}}}}}}"
 
 
+def cores() -> int:
+    """Threads of a process that is alone."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
 class Timed:
     """One placement and what its steps took."""
 
@@ -51,7 +56,7 @@ class Timed:
         self.name, self.recipe = name, recipe
         self.cluster: Cluster
         if recipe.placement.mode == "local":
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
+            torch.set_num_threads(cores())
             self.cluster = LocalCluster(recipe)
         else:
             from rlhf_t2i.cluster.ray_cluster import RayCluster
@@ -59,7 +64,7 @@ class Timed:
             self.cluster = RayCluster(recipe)
         self._updates = Updates(recipe, self.cluster)
         threads = [group.threads for group in recipe.placement.groups.values() if group.threads]
-        self.threads = threads[0] if threads else len(os.sched_getaffinity(0))
+        self.threads = threads[0] if threads else cores()
         self._stream = prompts.PromptStream(prompts.read(recipe.data.prompts), recipe.seed, "benchmark")
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.roles: defaultdict[str, list[float]] = defaultdict(list)
@@ -99,7 +104,7 @@ def measure(runs: list[Timed]) -> dict[int, Measured]:
     for threads in {run.threads for run in runs}:
         torch.set_num_threads(threads)
         found[threads] = calibration.measure(runs[0].recipe, runs[0].recipe.optimization.batch_size)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     return found
 
 
@@ -171,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.cpu_time:
         args.only = "local"
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
+        os.environ["OMP_NUM_THREADS"] = "1"
         time.perf_counter = time.process_time
     variants = {
         "local": ["placement=local"],
@@ -191,8 +196,9 @@ def main() -> None:
             run.step(record=number >= WARM_UP)
     speeds = {threads: mean(before[threads], after) for threads, after in measure(runs).items()}
     rows = table(runs, speeds)
-    cores = os.cpu_count()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores} cores ({platform.machine()})"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores()} threads ({platform.machine()})"
+    )
     conditions = (
         f"{args.recipe.name}, batch {runs[0].recipe.optimization.batch_size}, median of {args.steps} steps "
         f"taken in turns, {device}, torch {torch.__version__}"

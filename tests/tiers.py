@@ -18,6 +18,7 @@ FAST = (
     "families/test_seam.py",
     "math",
     "plan/test_geometry.py",
+    "plan/test_simulation.py",
     "plan/test_zero.py",
     "project/test_helping.py",
     "project/test_signatures.py",
