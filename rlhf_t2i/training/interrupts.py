@@ -42,8 +42,7 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():
-            handled = [n for n in SIGNALS if n not in _LEFT or signal.getsignal(n) is signal.SIG_DFL]
-            self._before = {number: signal.signal(number, self._handle) for number in handled}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS if _is_free(number)}
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -70,3 +69,10 @@ class SignalHandler:
             raise KeyboardInterrupt  # unlike an Exception, no library takes it for an error of its own
         name = signal.Signals(number).name
         self._callback.on_message(f"{name}: the current step completes, then a checkpoint is written")
+
+
+def _is_free(number: signal.Signals) -> bool:
+    """Whether a signal is to be handled: no one else does, but perhaps the handler around this one."""
+    handler = signal.getsignal(number)
+    ours = isinstance(getattr(handler, "__self__", None), SignalHandler)
+    return number not in _LEFT or handler is signal.SIG_DFL or ours

@@ -152,12 +152,15 @@ def test_plugins_do_not_touch_the_distributed_side() -> None:
         "rlhf_t2i.plugins.precision",
         "rlhf_t2i.plugins.preprocessing",
         "rlhf_t2i.plugins.consent",
+        "rlhf_t2i.families.clip",
         "rlhf_t2i.families.sources",
         "rlhf_t2i.utils.device",
         "rlhf_t2i.utils.files",
         "rlhf_t2i.utils.images",
+        "rlhf_t2i.utils.inputs",
         "rlhf_t2i.utils.quiet",
         "rlhf_t2i.utils.stats",
+        "rlhf_t2i.utils.targets",
     }
     files = sorted((ROOT / "plugins").rglob("*.py"))
     assert len(files) > 10

@@ -18,6 +18,7 @@ from rlhf_t2i.errors import RunError, Stopped, UsageError
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.callbacks import TrainCallback
+from rlhf_t2i.training.interrupts import SIGNALS, SignalHandler
 from tests.training.test_run import metrics, model_bytes
 
 MakeRecipe = Callable[..., Recipe]
@@ -68,6 +69,28 @@ def test_a_signal_in_any_phase_loses_nothing(make_recipe: MakeRecipe, tmp_path: 
         assert metrics(out) == metrics(tmp_path / "whole"), phase
         for name in ("evaluation/before/results.json", "evaluation/after/results.json"):
             assert (out / name).is_file(), (phase, name)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_inner_of_two_handlers_waits_for_its_block(number: signal.Signals) -> None:
+    """The command has one around the run's own."""
+    with SignalHandler(TrainCallback()), SignalHandler(TrainCallback()) as inner, inner.deferred():
+        signal.raise_signal(number)
+    assert inner.requested == number
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_a_signal_that_is_ignored_or_anothers_stays_so(number: signal.Signals) -> None:
+    heard = list[int]()
+    for handler in (signal.SIG_IGN, lambda number, _: heard.append(number)):
+        before = signal.signal(number, handler)
+        try:
+            with SignalHandler(TrainCallback()) as signals, signals.deferred():
+                signal.raise_signal(number)
+            assert signals.requested is None
+        finally:
+            signal.signal(number, before)
+    assert heard == [number]
 
 
 def test_a_second_signal_ends_a_run_at_once(make_recipe: MakeRecipe, tmp_path: Path) -> None:
