@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from zoo import device
 
 ROOT = Path(__file__).parent / "emoji64"
 WORK = Path(os.environ.get("ZOO_WORK") or Path(__file__).parent / "work")  # checkpoints; not in git
@@ -47,10 +50,12 @@ class World:
 
     def is_held_out_pair(self, name: int, colour: int) -> bool:
         """15% of the (name, colour) pairs: the reference does not train on them."""
-        return bool(self._pairs()[name, colour])
+        return bool(_held_out_pairs(len(self.names))[name, colour])
 
-    def _pairs(self) -> np.ndarray:
-        return np.random.default_rng(6464).random((len(self.names), len(COLOURS))) < 0.15
+
+@functools.cache
+def _held_out_pairs(names: int) -> np.ndarray:
+    return np.random.default_rng(6464).random((names, len(COLOURS))) < 0.15
 
 
 def prompt(name: str, colour: str) -> str:
@@ -58,8 +63,9 @@ def prompt(name: str, colour: str) -> str:
     return f"{name}, on a {colour} background"
 
 
+@functools.cache
 def load() -> World:
-    """Read the shipped sheets."""
+    """Read the shipped sheets; the drawings lie on the device."""
     names = json.loads((ROOT / "data/names.json").read_text("utf-8"))
     sheets = []
     for style in STYLES:
@@ -67,16 +73,16 @@ def load() -> World:
         rows = sheet.shape[0] // SIZE
         tiles = sheet.reshape(rows, SIZE, _COLUMNS, SIZE, 4).transpose(0, 2, 4, 1, 3).reshape(-1, 4, SIZE, SIZE)
         sheets.append(torch.from_numpy(tiles[: len(names)].copy()))
-    return World(torch.stack(sheets, dim=1), names)
+    return World(device.here(torch.stack(sheets, dim=1)), names)
 
 
 def compose(drawings: Tensor, colours: Tensor, generator: torch.Generator) -> Tensor:
     """Draw on a background with a random shade, shift, scale and flip.
 
     Args:
-        drawings: RGBA uint8 [B, 4, 64, 64].
+        drawings: RGBA uint8 [B, 4, 64, 64], on the device.
         colours: Indices into :data:`COLOURS`, [B].
-        generator: The source of randomness.
+        generator: The source of randomness, of the CPU or the device.
 
     Returns:
         Images [B, 3, 64, 64] in [0, 1].
@@ -84,17 +90,21 @@ def compose(drawings: Tensor, colours: Tensor, generator: torch.Generator) -> Te
     batch = len(drawings)
     rgba = drawings.float() / 255
     rgba[:, :3] *= rgba[:, 3:]  # premultiplied: resampling must not bleed colour from transparent pixels
-    scale = 1 / (0.82 + 0.16 * torch.rand(batch, generator=generator))
-    flip = torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0)
-    shift = (torch.rand(batch, 2, generator=generator) - 0.5) * 0.14
-    theta = torch.zeros(batch, 2, 3)
+    scale = 1 / (0.82 + 0.16 * device.rand(batch, generator=generator))
+    flip = torch.where(device.rand(batch, generator=generator) < 0.5, -1.0, 1.0)
+    shift = (device.rand(batch, 2, generator=generator) - 0.5) * 0.14
+    theta = torch.zeros(batch, 2, 3, device=rgba.device)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * flip, scale, shift
     grid = F.affine_grid(theta, [batch, 4, SIZE, SIZE], align_corners=False)
     moved = F.grid_sample(rgba, grid, mode="bilinear", align_corners=False)
-    palette = torch.tensor(list(COLOURS.values())).float() / 255
-    shade = 1 + 0.16 * (torch.rand(batch, 1, generator=generator) - 0.5)
-    background = (palette[colours] * shade).clamp(0, 1)[:, :, None, None]
+    shade = 1 + 0.16 * (device.rand(batch, 1, generator=generator) - 0.5)
+    background = (_palette(rgba.device)[device.here(colours)] * shade).clamp(0, 1)[:, :, None, None]
     return (moved[:, :3] + background * (1 - moved[:, 3:])).clamp(0, 1)
+
+
+@functools.cache
+def _palette(where: torch.device) -> Tensor:
+    return torch.tensor(list(COLOURS.values())).float().to(where) / 255
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -102,7 +112,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     rows = math.ceil(len(images) / columns)
     height, width = images.shape[-2:]
     sheet = np.full((rows * (height + 2), columns * (width + 2), 3), 255, np.uint8)
-    for index, image in enumerate(images):
+    for index, image in enumerate(images.cpu()):
         top, left = (index // columns) * (height + 2), (index % columns) * (width + 2)
         pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
         sheet[top : top + height, left : left + width] = pixels

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from zoo import data, text
+from zoo import data, device, text
 
 FOLDER = "latents"
 
@@ -34,30 +34,32 @@ def shard(world: data.World, vae: AutoencoderKL, seed: int, held_out: bool) -> d
     colours = torch.multinomial(weights, 1, generator=generator)[:, 0]
     kept = torch.tensor(pairs)[names, colours]
     latents = []
-    for part in torch.arange(len(names)).split(45):
+    for part in torch.arange(len(names)).split(855 if device.on_cuda() else 45):
         images = data.compose(world.drawings[names[part], styles[part]], colours[part], generator) * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with device.autocast():
             mode = vae.encode(images).latent_dist.mode()
-        latents.append((mode.float() * vae.config.scaling_factor).half())
+        latents.append((mode.float() * vae.config.scaling_factor).half().cpu())
     found = {"latents": torch.cat(latents), "prompts": names * len(data.COLOURS) + colours, "styles": styles}
     return {key: value[kept] for key, value in found.items()}
 
 
 class Latents:
-    """All shards there are, in memory."""
+    """All shards there are, or the given ones, in the device's memory."""
 
-    def __init__(self, held_out: bool = False) -> None:
-        folder = data.WORK / FOLDER
-        paths = [folder / "held_out.pt"] if held_out else sorted(folder.glob("shard_*.pt"))
-        parts = [torch.load(path, weights_only=True) for path in paths]
+    def __init__(self, held_out: bool = False, parts: list[dict[str, Tensor]] | None = None) -> None:
+        if parts is None:
+            folder = data.WORK / FOLDER
+            paths = [folder / "held_out.pt"] if held_out else sorted(folder.glob("shard_*.pt"))
+            parts = [torch.load(path, weights_only=True) for path in paths]
         self.latents, self.prompts, self.styles = (
-            torch.cat([part[key] for part in parts]) for key in ("latents", "prompts", "styles")
+            device.here(torch.cat([part[key] for part in parts])) for key in ("latents", "prompts", "styles")
         )
-        self.ids = text.tokenizer()(prompts(), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = text.tokenizer()(prompts(), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        self.ids = device.here(ids)
 
     def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
         """Latents [B, C, 16, 16] and token ids [B, L]."""
-        index = torch.randint(len(self.latents), (size,), generator=generator)
+        index = device.randint(len(self.latents), size, generator)
         return self.latents[index].float(), self.ids[self.prompts[index]]
 
 
@@ -78,7 +80,7 @@ def main() -> None:
     folder = data.WORK / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     world = data.load()
-    vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32).eval().to(device.DEVICE)
     for number in range(args.part, args.shards, args.parts):
         path = folder / f"shard_{number:03}.pt"
         if not path.is_file():

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from zoo import device
 
 STEPS = 1000
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def coefficients() -> tuple[Tensor, Tensor]:
-    """Alpha and sigma [1000] of x_t = alpha x0 + sigma noise."""
+    """Alpha and sigma [1000] of x_t = alpha x0 + sigma noise, on the device."""
+    return _coefficients(device.DEVICE)
+
+
+@functools.cache
+def _coefficients(where: torch.device) -> tuple[Tensor, Tensor]:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, STEPS, dtype=torch.float64).square()
     kept = (1 - betas).cumprod(0)
-    return kept.sqrt().float(), (1 - kept).sqrt().float()
+    return kept.sqrt().float().to(where), (1 - kept).sqrt().float().to(where)
 
 
 def min_snr(t: Tensor, gamma: float = 5.0, floor: float = 0.1) -> Tensor:
@@ -30,19 +38,19 @@ def min_snr(t: Tensor, gamma: float = 5.0, floor: float = 0.1) -> Tensor:
 
 def timesteps(size: int, generator: torch.Generator) -> Tensor:
     """Uniform in [0, 1000), one in each of ``size`` equal parts, shuffled."""
-    place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    return (place * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(size, generator=generator)]
+    place = (torch.arange(size, device=device.DEVICE) + device.rand(size, generator=generator)) / size
+    return (place * STEPS).long().clamp(max=STEPS - 1)[device.randperm(size, generator=generator)]
 
 
 @torch.no_grad()
 def solve(predict: Predict, noise: Tensor, steps: int) -> Tensor:
     """DPM-Solver++(2M) from noise to x0; ``predict`` gives the noise in x_t at times t [B]."""
     alpha, sigma = coefficients()
-    times = torch.linspace(STEPS - 1, 0, steps + 1).round().long()
+    times = torch.linspace(STEPS - 1, 0, steps + 1).round().long().tolist()
     x, last = noise, None
     for i in range(steps):
         now, after = times[i], times[i + 1]
-        x0 = (x - sigma[now] * predict(x, now.expand(len(x)))) / alpha[now]
+        x0 = (x - sigma[now] * predict(x, torch.full((len(x),), now, device=x.device))) / alpha[now]
         if i == steps - 1:
             return x0
         half_log = lambda t: (alpha[t] / sigma[t]).log()  # noqa: E731

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import data
+from zoo import data, device
 from zoo.training import load_average, train
 
 BATCH = 64
@@ -58,33 +58,33 @@ class Reader(nn.Module):
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
     """Lost detail (resampling), blur, grain of one or four pixels, small changes of light; half the pictures stay."""
     batch = len(images)
-    rand = lambda: torch.rand(batch, 1, 1, 1, generator=generator)  # noqa: E731
-    side = int(torch.randint(26, 56, (1,), generator=generator))
+    rand = lambda: device.rand(batch, 1, 1, 1, generator=generator)  # noqa: E731
+    side = device.integer(26, 56, generator)
     small = F.interpolate(F.interpolate(images, (side, side), mode="area"), (data.SIZE, data.SIZE), mode="bicubic")
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     how = rand()
     out = torch.where(how < 0.3, images.lerp(small, rand().clamp(min=0.3)), images)
     out = torch.where((how > 0.3) & (how < 0.5), images.lerp(blurred, rand()), out)
-    fine = torch.randn(images.shape, generator=generator)
-    coarse = F.interpolate(torch.randn(batch, 3, 16, 16, generator=generator), scale_factor=4, mode="bilinear")
+    fine = device.randn(*images.shape, generator=generator)
+    coarse = F.interpolate(device.randn(batch, 3, 16, 16, generator=generator), scale_factor=4, mode="bilinear")
     out = out + (rand() < 0.4) * rand() * (0.05 * fine + 0.08 * coarse)
-    light = 1 + 0.1 * (torch.rand(batch, 3, 1, 1, generator=generator) - 0.5)
+    light = 1 + 0.1 * (device.rand(batch, 3, 1, 1, generator=generator) - 0.5)
     return (out * light).clamp(0, 1)
 
 
 def batch(world: data.World, seed: int, size: int, clean: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Composites [size, 3, 64, 64] in [0, 1] with their names, styles and colours."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(world.drawings.shape[0] * 3, (size,), generator=generator)
-    colours = torch.randint(len(data.COLOURS), (size,), generator=generator)
+    generator = device.generator(seed)
+    index = device.randint(world.drawings.shape[0] * 3, size, generator)
+    colours = device.randint(len(data.COLOURS), size, generator)
     images = data.compose(world.drawings.flatten(0, 1)[index], colours, generator)
     return images if clean else soften(images, generator), index // 3, index % 3, colours
 
 
-def loss_fn(reader: Reader, world: data.World, seed: int) -> Tensor:
+def loss_fn(reader: Reader, world: data.World, seed: int, size: int = BATCH) -> Tensor:
     """The sum of three cross-entropies, the name's smoothed a little so that its probability means something."""
-    images, *targets = batch(world, seed, BATCH)
-    with torch.autocast("cpu", torch.bfloat16):
+    images, *targets = batch(world, seed, size)
+    with device.autocast():
         logits = reader(images.contiguous(memory_format=torch.channels_last))
     name, style, colour = (F.cross_entropy(out.float(), target) for out, target in zip(logits, targets, strict=True))
     return name + 0.3 * style + 0.2 * colour
@@ -114,7 +114,7 @@ def report(reader: Reader, images: Tensor, prompts: list[str], names: list[str])
     right = torch.tensor([names.index(name) for name, _ in parts])
     colour = torch.tensor([list(data.COLOURS).index(c) for _, c in parts])
     logits = [reader(chunk.float()) for chunk in images.split(64)]
-    name, style, ground = (torch.cat(part) for part in zip(*logits, strict=True))
+    name, style, ground = (torch.cat(part).cpu() for part in zip(*logits, strict=True))
     share = torch.bincount(style.argmax(1), minlength=3).float() / len(images)
     result = {
         "names": float((name.argmax(1) == right).float().mean()),
@@ -154,7 +154,7 @@ def main() -> None:
               minutes=args.minutes, lr=2e-3, ema_decay=0.995, weight_decay=0.02)  # fmt: skip
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(data.ROOT / "reference/vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(data.ROOT / "reference/vae", torch_dtype=torch.float32).eval().to(device.DEVICE)
     print("true drawings", check(load(), world))
     print("through the VAE", check(load(), world, vae))
 

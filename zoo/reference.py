@@ -8,6 +8,7 @@ finished average, with ``--stable`` the one of the constant learning rate.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 
 import torch
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from zoo import data, latents, noise, reader, text
+from zoo import data, device, latents, noise, reader, text
 from zoo.training import join, load_average, train
 
 BATCH = 48  # of a process
@@ -73,9 +74,8 @@ def warm_start(modules: nn.ModuleDict, folder: str) -> None:
     vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32)
     for name in ("text_encoder", "text_encoder_2"):
         modules[name].load_state_dict(getattr(old, name).state_dict())
-    images = data.compose(
-        data.load().drawings.flatten(0, 1)[::2], torch.arange(428) % 12, torch.Generator().manual_seed(0)
-    )
+    drawings = data.load().drawings.flatten(0, 1)[::2]
+    images = data.compose(drawings, torch.arange(428) % 12, torch.Generator().manual_seed(0)).cpu()
     ours, theirs = (
         torch.cat([m.encode(x * 2 - 1).latent_dist.mode() for x in images.split(64)]) * m.config.scaling_factor
         for m in (vae, old.vae)
@@ -102,23 +102,28 @@ def encode(modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
+@functools.cache
+def _time_ids(where: torch.device) -> Tensor:
+    return torch.tensor(TIME_IDS, device=where)
+
+
 def predict(modules: nn.ModuleDict, x: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
     """The noise in x, in float32."""
-    added = {"text_embeds": pooled, "time_ids": torch.tensor(TIME_IDS).expand(len(x), -1)}
-    with torch.autocast("cpu", torch.bfloat16):
+    added = {"text_embeds": pooled, "time_ids": _time_ids(x.device).expand(len(x), -1)}
+    with device.autocast():
         return modules["unet"](x, t, embeds, added_cond_kwargs=added).sample.float()
 
 
 def loss_fn(modules: nn.ModuleDict, stored: latents.Latents, seed: int, size: int, dropout: float = 0.1,
             weighted: bool = True) -> Tensor:  # fmt: skip
     """Mean squared error of the predicted noise; ``dropout`` of the prompts become SDXL's zero embeddings."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = device.generator(seed)
     x0, ids = stored.batch(generator, size)
     t = noise.timesteps(size, generator)
-    target = torch.randn(x0.shape, generator=generator)
+    target = device.randn(*x0.shape, generator=generator)
     alpha, sigma = (c[t][:, None, None, None] for c in noise.coefficients())
-    keep = (torch.rand(size, generator=generator) >= dropout).float()
-    with torch.autocast("cpu", torch.bfloat16):
+    keep = (device.rand(size, generator=generator) >= dropout).float()
+    with device.autocast():
         embeds, pooled = encode(modules, ids)
     embeds, pooled = embeds * keep[:, None, None], pooled * keep[:, None]
     error = (predict(modules, alpha * x0 + sigma * target, t, embeds, pooled) - target).square().mean(dim=(1, 2, 3))
@@ -129,10 +134,11 @@ def loss_fn(modules: nn.ModuleDict, stored: latents.Latents, seed: int, size: in
 def sample(modules: nn.ModuleDict, prompts: list[str], guidance: float, steps: int, seed: int = 0,
            start: Tensor | None = None) -> Tensor:  # fmt: skip
     """Latents of prompts by DPM-Solver++ with guidance."""
-    ids = text.tokenizer()(prompts, padding="max_length", return_tensors="pt").input_ids
+    ids = device.here(text.tokenizer()(prompts, padding="max_length", return_tensors="pt").input_ids)
     if start is None:
         start = torch.randn(len(ids), CHANNELS, 16, 16, generator=torch.Generator().manual_seed(seed))
-    with torch.autocast("cpu", torch.bfloat16):
+    start = device.here(start)
+    with device.autocast():
         embeds, pooled = encode(modules, ids)
 
     def guided(x: Tensor, t: Tensor, part: slice) -> Tensor:
@@ -149,7 +155,7 @@ def sample(modules: nn.ModuleDict, prompts: list[str], guidance: float, steps: i
 @torch.no_grad()
 def decode(vae: AutoencoderKL, found: Tensor) -> Tensor:
     """Pictures [B, 3, 64, 64] in [0, 1]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with device.autocast():
         parts = [vae.decode(part).sample.float() for part in (found / vae.config.scaling_factor).split(32)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
@@ -163,6 +169,7 @@ def evaluate(modules: nn.ModuleDict, name: str, each: int = 40, guidance: float 
              steps: int = 14) -> dict[str, dict[str, float]]:  # fmt: skip
     """What the reader finds in samples of every split, and a picture of some."""
     vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32).eval()
+    vae.to(device.DEVICE)
     names, judge, result, shown = data.load().names, reader.load(), {}, []
     was = modules.training
     modules.eval()
@@ -231,7 +238,8 @@ def main() -> None:
     if args.evaluate:
         print(evaluate(load_average(checkpoint, modules), checkpoint, args.evaluate))
         return
-    modules["unet"].set_attn_processor(AttnProcessor())  # on a CPU faster in training than the fused one
+    if not device.on_cuda():
+        modules["unet"].set_attn_processor(AttnProcessor())  # on a CPU faster in training than the fused one
     stored = latents.Latents()
     if args.warm and not (data.WORK / "reference.pt").is_file():
         warm_start(modules, args.warm)

@@ -4,7 +4,8 @@ Under ``torchrun --nproc-per-node N`` the gradients are averaged over the proces
 thread each beat one of two threads: they meet once a step, not in every operator.
 
 Budgets are minutes of CPU time of a process, not of the clock: a training at the lowest priority on a busy machine may
-stand still for an hour, and its learning rate should not fall meanwhile. Logs tell both.
+stand still for an hour, and its learning rate should not fall meanwhile. Logs tell both. On a GPU, where the host only
+waits, they are minutes of the clock; there the loop reads no number back except for the log, every 25 steps.
 
 Two schedules of the learning rate: a cosine to the end of a budget, or constant, which may be continued for as many
 sessions as there are; ``finish`` then lowers it to zero in a checkpoint of its own and leaves the constant one as it
@@ -28,9 +29,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from zoo import device
 from zoo.data import WORK
 
 State = dict[str, Any]
+LOG_STEPS = 25
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is no longer a number; ``average`` holds the last average that was sound."""
+
+    def __init__(self, name: str, step: int, average: nn.ModuleDict) -> None:
+        super().__init__(f"{name} diverged before step {step}: use a lower learning rate")
+        self.average = average
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,15 +59,17 @@ class Muon(torch.optim.Optimizer):
         rank, ranks = join()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in params if p.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param]["momentum"] = torch.zeros_like(param)
+            momenta = [self.state[param]["momentum"] for param in params]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
             updates = [torch.zeros_like(p) for p in params]
-            for index, (param, update) in enumerate(zip(params, updates, strict=True)):
-                state = self.state[param]
-                if not state:
-                    state["momentum"] = torch.zeros_like(param)
-                state["momentum"].lerp_(param.grad, 1 - group["momentum"])
-                if index % ranks == rank:
-                    direction = param.grad.lerp(state["momentum"], group["momentum"])
-                    update.copy_(_orthogonal(direction.flatten(1)).view_as(param))
+            mine = slice(rank, None, ranks)
+            for update, found in zip(updates[mine], _updates(directions[mine]), strict=True):
+                update.copy_(found.view_as(update))
             if ranks > 1:
                 flat = torch.cat([u.flatten() for u in updates])
                 dist.all_reduce(flat)
@@ -66,16 +79,31 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
+def _updates(directions: list[Tensor]) -> list[Tensor]:
+    """Orthogonal matrices of the directions: on a GPU, where launches cost most, all of a shape at once."""
+    if not device.on_cuda():
+        return [_orthogonal(direction.flatten(1)) for direction in directions]
+    alike: dict[torch.Size, list[int]] = {}
+    for index, direction in enumerate(directions):
+        alike.setdefault(direction.flatten(1).shape, []).append(index)
+    found = list(directions)
+    for indices in alike.values():
+        stacked = _orthogonal(torch.stack([directions[i].flatten(1) for i in indices]))
+        for index, update in zip(indices, stacked, strict=True):
+            found[index] = update
+    return found
+
+
 def _orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrix, roughly, times 0.2 sqrt(larger side)."""
+    """The nearest orthogonal matrices [..., M, N], roughly, times 0.2 sqrt(larger side)."""
     x = matrix.bfloat16()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = (x / (x.norm() + 1e-7)).contiguous()
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).contiguous()
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x if wide else x.T).float() * (0.2 * max(matrix.shape) ** 0.5)
+    return (x if wide else x.mT).float() * (0.2 * max(matrix.shape[-2:]) ** 0.5)
 
 
 def optimizers(modules: nn.Module, lr: float, weight_decay: float, muon: bool) -> list[torch.optim.Optimizer]:
@@ -85,7 +113,8 @@ def optimizers(modules: nn.Module, lr: float, weight_decay: float, muon: bool) -
     hidden = [p for name, p in named if muon and p.ndim > 1 and not any(part in name for part in outer)]
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0 if muon else weight_decay)
+    decay = 0.0 if muon else weight_decay
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=decay, fused=device.on_cuda() or None)
     return [adam, Muon(hidden, lr, weight_decay=weight_decay)] if hidden else [adam]
 
 
@@ -114,13 +143,14 @@ def train(
     Args:
         name: The checkpoint's name in the work folder; an interrupted training continues from it. ``NAME.jsonl``
             beside it keeps the losses, seconds and samples.
-        modules: What is trained: parameters that require a gradient.
+        modules: What is trained: parameters that require a gradient. Moved to the device.
         loss_fn: Batch number to loss; draws its own batch, seeded by that number.
         lr: The peak learning rate.
         steps: Updates in all; with a cosine the learning rate falls to zero over them.
-        minutes: A budget of CPU time that ends the training, and the cosine with it, if it is spent before.
-        finish: Lower a constant learning rate to zero in so many minutes of CPU time, in a checkpoint
-            ``NAME_finished`` that starts as a copy of ``NAME``.
+        minutes: A budget of CPU time (on a GPU, of the clock) that ends the training, and the cosine with it, if it is
+            spent before.
+        finish: Lower a constant learning rate to zero in so many of these minutes, in a checkpoint ``NAME_finished``
+            that starts as a copy of ``NAME``.
         constant: No cosine.
         muon: Muon for the hidden matrices.
         warmup: Steps in which the learning rate rises to its peak.
@@ -129,13 +159,17 @@ def train(
         save_seconds: Between checkpoints.
         batch: Samples of a step in all processes, for the log.
         make: Makes the optimizers instead; a parameter group's ``scale`` multiplies the learning rate.
-        evaluate: Called with the average on rank 0 every so many seconds of CPU time; what it returns is logged.
+        evaluate: Called with the average on rank 0 every so many seconds of the budget; what it returns is logged.
         evaluate_seconds: How many.
+
+    Raises:
+        Diverged: The loss or its gradient is no longer a number.
     """
     _stay_polite()
     rank, ranks = join()
     target = f"{name}_finished" if finish else name
     checkpoint, log = WORK / f"{target}.pt", WORK / f"{target}.jsonl"
+    modules.to(device.DEVICE)
     opts = make(modules) if make else optimizers(modules, lr, weight_decay, muon)
     average = copy.deepcopy(modules).requires_grad_(False)
     state: State = {"step": 0, "seconds": 0.0, "wall": 0.0, "samples": 0, "evaluated": 0.0, "finish_began": None}
@@ -153,8 +187,11 @@ def train(
     if rank == 0:
         _log(log, {"event": "start", "at": time.strftime("%F %T"), "step": state["step"], "processes": ranks,
                    "command": " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]), "hardware": _hardware()})  # fmt: skip
-    before, wall_before, smooth = state["seconds"], state["wall"], None
-    began, last_save, wall_began = time.process_time(), time.monotonic(), time.monotonic()
+    before, wall_before = state["seconds"], state["wall"]
+    smooth: float | Tensor | None = None
+    clock = time.monotonic if device.on_cuda() else time.process_time
+    began, last_save, wall_began = clock(), time.monotonic(), time.monotonic()
+    sound = copy.deepcopy(average)
     progress = state["step"] / steps
     while state["step"] < steps:
         step = state["step"]
@@ -168,9 +205,9 @@ def train(
         loss = loss_fn(step * ranks + rank)
         modules.zero_grad(set_to_none=True)
         loss.backward()
-        passed = before + time.process_time() - began
-        shown, passed = _average_gradients(modules, torch.stack([loss.detach(), torch.tensor(passed)]), ranks)
-        norm = float(torch.nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.requires_grad], 1.0))
+        passed = before + clock() - began
+        shown, passed = _average_gradients(modules, loss.detach(), passed, ranks)
+        norm = torch.nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.requires_grad], 1.0)
         for opt in opts:
             opt.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
@@ -184,11 +221,16 @@ def train(
             progress = (passed - state["finish_began"]) / (60 * finish)
         else:
             progress = max((step + 1) / steps, passed / (60 * minutes))
-        if rank == 0 and step % 25 == 0:
+        save = rank == 0 and (progress >= 1 or time.monotonic() - last_save > save_seconds)
+        if save or step % LOG_STEPS == 0:
+            if not (math.isfinite(smooth) and math.isfinite(norm)):
+                raise Diverged(target, step, sound)
+            torch._foreach_copy_(_tensors(sound), _tensors(average))
+        if rank == 0 and step % LOG_STEPS == 0:
             _log(log, {"step": step, "cpu_seconds": round(passed, 1), "seconds": round(wall, 1),
                        "samples": state["samples"], "lr": round(rate, 7),
-                       "loss": round(smooth, 5), "norm": round(norm, 4)})  # fmt: skip
-        if rank == 0 and (progress >= 1 or time.monotonic() - last_save > save_seconds):
+                       "loss": round(float(smooth), 5), "norm": round(float(norm), 4)})  # fmt: skip
+        if save:
             last_save = time.monotonic()
             _save(checkpoint, modules, average, opts, state)
         if rank == 0 and evaluate and passed - state["evaluated"] > evaluate_seconds:
@@ -214,6 +256,8 @@ def _log(path: Path, line: dict[str, Any]) -> None:
 
 
 def _hardware() -> str:
+    if device.on_cuda():
+        return torch.cuda.get_device_name(device.DEVICE)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), socket.gethostname())
@@ -229,8 +273,15 @@ def join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _average_gradients(modules: nn.Module, extra: Tensor, ranks: int) -> tuple[float, float]:
-    """Average gradients over the processes, in place; the two ``extra`` numbers travel along and are returned."""
+def _tensors(modules: nn.Module) -> list[Tensor]:
+    return [*modules.parameters(), *modules.buffers()]
+
+
+def _average_gradients(modules: nn.Module, loss: Tensor, passed: float, ranks: int) -> tuple[float | Tensor, float]:
+    """Average gradients over the processes, in place; the loss and the time travel along and are returned."""
+    if device.on_cuda() and ranks == 1:
+        return loss, passed  # reading the loss would wait for the GPU
+    extra = torch.stack([loss.cpu(), torch.tensor(passed)])
     if ranks > 1:
         gradients = [p.grad for p in modules.parameters() if p.grad is not None]
         flat = torch.cat([extra.float(), *(g.flatten() for g in gradients)])
@@ -239,8 +290,8 @@ def _average_gradients(modules: nn.Module, extra: Tensor, ranks: int) -> tuple[f
         extra, *parts = flat.split([len(extra), *(g.numel() for g in gradients)])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-    loss, passed = extra.tolist()
-    return loss, passed
+    shown, seconds = extra.tolist()
+    return shown, seconds
 
 
 def _save(path: Path, modules: nn.Module, average: nn.Module, opts: list[torch.optim.Optimizer],
@@ -255,4 +306,4 @@ def load_average(name: str, modules: nn.ModuleDict) -> nn.ModuleDict:
     """The moving average of a checkpoint, finished or not."""
     state = torch.load(WORK / f"{name}.pt", weights_only=True, mmap=True)
     modules.load_state_dict(state["average"])
-    return modules.eval().requires_grad_(False)
+    return modules.to(device.DEVICE).eval().requires_grad_(False)

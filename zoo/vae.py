@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from zoo import data
+from zoo import data, device
 from zoo.training import join, load_average, train
 
 STEPS, BATCH, CHANNELS = 20000, 16, 8
@@ -57,15 +57,15 @@ def warm_start(vae: AutoencoderKL, old: AutoencoderKL) -> None:
 
 def batch(world: data.World, seed: int, size: int) -> Tensor:
     """Random composites [size, 3, 64, 64] in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(world.drawings.shape[0] * 3, (size,), generator=generator)
-    colours = torch.randint(len(data.COLOURS), (size,), generator=generator)
+    generator = device.generator(seed)
+    index = device.randint(world.drawings.shape[0] * 3, size, generator)
+    colours = device.randint(len(data.COLOURS), size, generator)
     return data.compose(world.drawings.flatten(0, 1)[index], colours, generator) * 2 - 1
 
 
 def loss_fn(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """The pixels' loss through a sampled latent, and a small KL term."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with device.autocast():
         posterior = vae.encode(images).latent_dist
         output = vae.decode(posterior.sample()).sample
     return pixel_loss(output.float(), images) + 1e-6 * posterior.kl().float().mean()
@@ -138,12 +138,12 @@ def measure(vae: AutoencoderKL, world: data.World, count: int = 512) -> dict[str
 def refine(world: data.World, minutes: float, lr: float, export_only: bool) -> None:
     """Train only the decoder of the exported VAE: the latents, and what was trained on them, stay valid."""
     folder = data.OUT / "reference/vae"
-    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False).to(device.DEVICE)
     modules = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
 
     def loss(number: int) -> Tensor:
         images = batch(world, 2**40 + number, BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with device.autocast():
             with torch.no_grad():
                 latents = vae.encode(images).latent_dist.mode()
             output = vae.decode(latents).sample.float()
