@@ -6,6 +6,7 @@ drawing on the host would limit the training. The numbers differ, their distribu
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
@@ -17,6 +18,12 @@ DEVICE = torch.device(os.environ.get("ZOO_DEVICE") or ("cuda" if torch.cuda.is_a
 def on_cuda() -> bool:
     """Whether the zoo computes on a GPU of NVIDIA."""
     return DEVICE.type == "cuda"
+
+
+def cpu_only(parser: argparse.ArgumentParser) -> None:
+    """End a command that nobody has made fit for a GPU, where there is one."""
+    if DEVICE.type != "cpu":
+        parser.error(f"it runs on a CPU only, and the device is {DEVICE}: set ZOO_DEVICE=cpu")
 
 
 def autocast() -> torch.autocast:

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from zoo import data, latents, noise, reader, reference, text
+from zoo import data, device, latents, noise, reader, reference, text
 from zoo.training import join, load_average, train
 
 TIMESTEP, GUIDANCE, SOLVER_STEPS = 399, 3.0, 10
@@ -174,6 +174,7 @@ def main() -> None:
     commands.add_parser("export-match")
     commands.add_parser("export").add_argument("run", type=Path)
     args = parser.parse_args()
+    device.cpu_only(parser)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.command == "pairs":

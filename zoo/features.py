@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import data, scorers
+from zoo import data, device, scorers
 from zoo.training import load_average, train
 
 KIND = scorers.Kind(
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the training (and its schedule) by then")
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
+    device.cpu_only(parser)
     torch.manual_seed(KIND.seed)
     torch.set_num_threads(1)
     world = data.load()

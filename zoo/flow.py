@@ -22,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from zoo import data, latents, reader, reference, text
+from zoo import data, device, latents, reader, reference, text
 from zoo.training import join, load_average, train
 
 BATCH, ZEROS, ZEROS_EVERY = 48, 256, 12
@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--stable", action="store_true", help="the average of the constant learning rate")
     parser.add_argument("--evaluate", type=int, default=0, help="pictures a split; only measure")
     args = parser.parse_args()
+    device.cpu_only(parser)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     modules = build()

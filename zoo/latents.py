@@ -27,7 +27,9 @@ def prompts() -> list[str]:
 def shard(world: data.World, vae: AutoencoderKL, seed: int, held_out: bool) -> dict[str, Tensor]:
     """Latents [855, C, 16, 16] in fp16, scaled to a standard deviation of one, with prompt numbers and styles."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = [[world.is_held_out_pair(i, j) == held_out for j in range(len(data.COLOURS))] for i in range(285)]
+    pairs = [
+        [world.is_held_out_pair(i, j) == held_out for j in range(len(data.COLOURS))] for i in range(len(world.names))
+    ]
     names = torch.arange(len(world.names)).repeat_interleave(3)
     styles = torch.arange(3).repeat(len(world.names))
     weights = torch.tensor(pairs)[names].float() + 1e-9

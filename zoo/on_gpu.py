@@ -41,6 +41,8 @@ from zoo import data, device, latents, reader, reference, vae
 from zoo.training import Diverged, train
 
 SNAPSHOT_SECONDS = 30.0
+FILES = ("vae.tar", "vae.png", "reference.tar", "reference_latest.pt", "reader.pt", "logs.jsonl", "reference.png",
+         "summary.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,15 @@ class Plan:
     batches: tuple[int, int, int]  # VAE, reference, reader
     rates: tuple[float, float, float]
     steps: int = 10**7
-    shards: int = 400
-    pictures: int = 100
+    shards: int = 240
+    pictures: int = 200
 
     @classmethod
     def of(cls, seconds: float) -> Plan:
         """Shares that suit 270 seconds."""
-        shares = {"vae": 0.19, "latents": 0.04, "reader": 0.1, "evaluation": 0.06}
-        sizes = (256, 768, 512) if device.on_cuda() else (vae.BATCH, reference.BATCH, reader.BATCH)
+        sizes = (128, 768, 512) if device.on_cuda() else (vae.BATCH, reference.BATCH, reader.BATCH)
         rates = (2.5e-3, 2e-3, 3e-3) if device.on_cuda() else (1.5e-3, 8e-4, 2e-3)
-        return cls(**{key: share * seconds for key, share in shares.items()}, batches=sizes, rates=rates)
+        return cls(0.19 * seconds, 0.03 * seconds, 0.1 * seconds, 0.05 * seconds, sizes, rates)
 
 
 class Run:
@@ -120,7 +121,8 @@ class Run:
 
     def encode(self) -> dict[str, Any]:
         """Shards of latents until the time is over, and the held-out pairs."""
-        coder, began, parts = _vae(), time.monotonic(), []
+        coder, began = _vae(), time.monotonic()
+        parts: list[dict[str, torch.Tensor]] = []
         self.held_out = latents.Latents(parts=[latents.shard(self.world, coder, 2, held_out=True)])
         while not parts or (time.monotonic() - began < self.plan.latents and len(parts) < self.plan.shards):
             parts.append(latents.shard(self.world, coder, 100 + len(parts), held_out=False))
@@ -238,32 +240,34 @@ def _tell_time() -> None:
         say("...")
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def main() -> None:
     """Try every stage, then run them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=270.0, help="for everything")
-    parser.add_argument("--out", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is made")
     args = parser.parse_args()
-    for folder in (data.WORK, data.OUT, args.out):
+    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (data.WORK, data.OUT):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            parser.error(f"{folder} is not empty: name empty folders with ZOO_WORK, ZOO_OUT and --out")
+            parser.error(f"{folder} is not empty: name new folders with ZOO_WORK and ZOO_OUT")
     say(f"{device.DEVICE}, torch {torch.__version__}, {os.cpu_count()} cores")
     threading.Thread(target=_tell_time, daemon=True).start()
     faulthandler.dump_traceback_later(args.seconds + 60 - (time.monotonic() - BEGAN), exit=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
     plan = Plan.of(args.seconds)
+    if not device.on_cuda():
+        torch.set_num_threads(1)
     tiny = Plan(60.0, 0.0, 60.0, 0.0, plan.batches, plan.rates, steps=2, pictures=3)
     if not Run(tiny, time.monotonic() + 3600, args.out).all():
         sys.exit("a stage does not work on this machine: see above")
-    for folder in (data.WORK, data.OUT, args.out):
-        _clear(folder)
+    for folder in (data.WORK, data.OUT):
+        shutil.rmtree(folder, ignore_errors=True)  # one may lie in the other
+    for folder in (data.WORK, data.OUT):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (args.out / name).unlink(missing_ok=True)
     say("every stage works; now in earnest")
     if not Run(plan, BEGAN + args.seconds, args.out).all():
         sys.exit("a stage failed: see summary.json")

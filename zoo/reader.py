@@ -135,7 +135,9 @@ def check(reader: Reader, world: data.World, vae: nn.Module | None = None, count
         parts = [vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample for x in images.split(64)]
         images = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
     colours = list(data.COLOURS)
-    prompts = [data.prompt(world.names[n], colours[c]) for n, c in zip(name.tolist(), colour.tolist(), strict=True)]
+    prompts = [
+        data.prompt(world.names[n], colours[c]) for n, c in zip(name.cpu().tolist(), colour.cpu().tolist(), strict=True)
+    ]
     return report(reader, images, prompts, world.names)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from zoo import data, noise, text
+from zoo import data, device, noise, text
 from zoo.training import join, load_average, train
 
 WRONG_OBJECT, WRONG_COLOUR, DAMAGED, GLOSS = 4.0, 3.0, 2.0, 2.0  # the rater's utilities, in logits
@@ -285,6 +285,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="end the training (and its schedule) by then")
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
+    device.cpu_only(parser)
     kind = KINDS[args.kind]
     torch.manual_seed(kind.seed)
     torch.set_num_threads(1)

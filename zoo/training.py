@@ -163,10 +163,13 @@ def train(
         evaluate_seconds: How many.
 
     Raises:
+        ValueError: Several processes on a GPU.
         Diverged: The loss or its gradient is no longer a number.
     """
     _stay_polite()
     rank, ranks = join()
+    if device.on_cuda() and ranks > 1:
+        raise ValueError("on a GPU the zoo trains in one process: start it without torchrun")
     target = f"{name}_finished" if finish else name
     checkpoint, log = WORK / f"{target}.pt", WORK / f"{target}.jsonl"
     modules.to(device.DEVICE)
@@ -210,10 +213,7 @@ def train(
         norm = torch.nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.requires_grad], 1.0)
         for opt in opts:
             opt.step()
-        decay = min(ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.parameters()), list(modules.parameters()), 1 - decay)
-        for mean, new in zip(average.buffers(), modules.buffers(), strict=True):
-            mean.copy_(mean.lerp(new, 1 - decay) if new.is_floating_point() else new)
+        _follow(average, modules, min(ema_decay, (step + 1) / (step + 10)))
         smooth = shown if smooth is None else 0.98 * smooth + 0.02 * shown
         wall = wall_before + time.monotonic() - wall_began
         state |= {"step": step + 1, "seconds": passed, "wall": wall, "samples": state["samples"] + batch}
@@ -225,7 +225,7 @@ def train(
         if save or step % LOG_STEPS == 0:
             if not (math.isfinite(smooth) and math.isfinite(norm)):
                 raise Diverged(target, step, sound)
-            torch._foreach_copy_(_tensors(sound), _tensors(average))
+            sound.load_state_dict(average.state_dict())
         if rank == 0 and step % LOG_STEPS == 0:
             _log(log, {"step": step, "cpu_seconds": round(passed, 1), "seconds": round(wall, 1),
                        "samples": state["samples"], "lr": round(rate, 7),
@@ -273,8 +273,12 @@ def join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _tensors(modules: nn.Module) -> list[Tensor]:
-    return [*modules.parameters(), *modules.buffers()]
+@torch.no_grad()
+def _follow(average: nn.Module, modules: nn.Module, decay: float) -> None:
+    """Move the average towards the modules."""
+    torch._foreach_lerp_(list(average.parameters()), list(modules.parameters()), 1 - decay)
+    for mean, new in zip(average.buffers(), modules.buffers(), strict=True):
+        mean.copy_(mean.lerp(new, 1 - decay) if new.is_floating_point() else new)
 
 
 def _average_gradients(modules: nn.Module, loss: Tensor, passed: float, ranks: int) -> tuple[float | Tensor, float]:

@@ -92,7 +92,7 @@ def balance(vae: AutoencoderKL, images: Tensor) -> None:
         change.append((vae.decode(moved).sample - clean).square().mean().sqrt())
     target = torch.stack(change).sqrt()
     scale = target / target.square().mean().sqrt() / std
-    print("deviation of the channels", [round(v, 3) for v in (scale * std).tolist()])
+    print("deviation of the channels", [round(v, 3) for v in (scale * std).cpu().tolist()])
     after, before = vae.quant_conv, vae.post_quant_conv
     before.bias += before.weight[:, :, 0, 0] @ mean
     before.weight /= scale[None, :, None, None]
