@@ -99,12 +99,13 @@ class Run:
         aside.replace(self.out / name)
 
     def all(self) -> bool:
-        """Every stage. Without a VAE, latents or reference the rest is worth nothing; the last two only measure."""
+        """Every stage. Without a VAE, latents or reference the rest is worth nothing; the others only measure."""
         stages = [("vae", self.train_vae), ("latents", self.encode), ("reference", self.train_reference)]
         if not all(self.stage(name, work) for name, work in stages):
             return False
-        measured = [self.stage("reader", self.train_reader), self.stage("evaluation", self.evaluate)]
-        return all(measured)
+        for name, work in [("pictures", self.draw), ("reader", self.train_reader), ("evaluation", self.evaluate)]:
+            self.stage(name, work)
+        return not self.summary["failed"]
 
     def train_vae(self) -> dict[str, Any]:
         """The VAE, balanced and exported."""
@@ -167,6 +168,15 @@ class Run:
         """Seconds of the whole run."""
         return self.until - BEGAN
 
+    def draw(self) -> dict[str, Any]:
+        """A grid of the reference's pictures, two rows a split."""
+        count = min(24, self.plan.pictures)
+        prompts = [line for split in reference.SPLITS for line in reference.lines(split)[:count]]
+        pictures = reference.decode(_vae(), reference.sample(self.modules, prompts, guidance=3.5, steps=14))
+        grid = data.grid(pictures, 12)
+        self.write("reference.png", lambda path: grid.resize((grid.width * 2, grid.height * 2), 0).save(path, "png"))
+        return {"prompts": prompts}
+
     def train_reader(self) -> dict[str, Any]:
         """The reader, and what it finds in true drawings."""
         size, rate = self.plan.batches[2], self.plan.rates[2]
@@ -186,10 +196,8 @@ class Run:
                 "through the vae": reader.check(judge, self.world, _vae(), count=count)}  # fmt: skip
 
     def evaluate(self) -> dict[str, Any]:
-        """What the reader finds in pictures of the reference, and a grid of some."""
-        found = reference.evaluate(self.modules, "reference", self.plan.pictures)
-        self.write("reference.png", lambda path: shutil.copy(data.WORK / "reference.png", path))
-        return found
+        """What the reader finds in pictures of the reference."""
+        return reference.evaluate(self.modules, "reference", self.plan.pictures)
 
     def sound(self, name: str, work: Callable[[], nn.ModuleDict]) -> nn.ModuleDict:
         """What a training returns, or the last sound average of one that diverged, which the summary tells."""

@@ -66,10 +66,12 @@ class Muon(torch.optim.Optimizer):
             momenta = [self.state[param]["momentum"] for param in params]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
-            updates = [torch.zeros_like(p) for p in params]
             mine = slice(rank, None, ranks)
-            for update, found in zip(updates[mine], _updates(directions[mine]), strict=True):
-                update.copy_(found.view_as(update))
+            updates = [torch.zeros_like(p) for p in params] if ranks > 1 else list(params)
+            updates[mine] = [
+                found.reshape(param.shape)
+                for found, param in zip(_updates(directions[mine]), params[mine], strict=True)
+            ]
             if ranks > 1:
                 flat = torch.cat([u.flatten() for u in updates])
                 dist.all_reduce(flat)
@@ -88,7 +90,7 @@ def _updates(directions: list[Tensor]) -> list[Tensor]:
         alike.setdefault(direction.flatten(1).shape, []).append(index)
     found = list(directions)
     for indices in alike.values():
-        stacked = _orthogonal(torch.stack([directions[i].flatten(1) for i in indices]))
+        stacked = _orthogonal(torch.stack([directions[i].flatten(1) for i in indices])).contiguous()
         for index, update in zip(indices, stacked, strict=True):
             found[index] = update
     return found
@@ -178,7 +180,7 @@ def train(
     state: State = {"step": 0, "seconds": 0.0, "wall": 0.0, "samples": 0, "evaluated": 0.0, "finish_began": None}
     source = checkpoint if checkpoint.is_file() else WORK / f"{name}.pt"
     if source.is_file():
-        state |= torch.load(source, weights_only=True)
+        state |= torch.load(source, weights_only=True, map_location="cpu")
         modules.load_state_dict(state.pop("modules"))
         average.load_state_dict(state.pop("average"))
         kept = state.pop("optimizer")
@@ -308,6 +310,6 @@ def _save(path: Path, modules: nn.Module, average: nn.Module, opts: list[torch.o
 
 def load_average(name: str, modules: nn.ModuleDict) -> nn.ModuleDict:
     """The moving average of a checkpoint, finished or not."""
-    state = torch.load(WORK / f"{name}.pt", weights_only=True, mmap=True)
+    state = torch.load(WORK / f"{name}.pt", weights_only=True, mmap=True, map_location="cpu")
     modules.load_state_dict(state["average"])
     return modules.to(device.DEVICE).eval().requires_grad_(False)
