@@ -17,12 +17,8 @@ os.environ.update(
     # One thread per process, and none that spins while it waits: the workers and their processes share the cores.
     OMP_NUM_THREADS="1",
     OMP_WAIT_POLICY="PASSIVE",
-    # Ray's workers do not import from the working folder: actors of tests are found here. In users/ scipy is hidden.
-    PYTHONPATH=os.pathsep.join(
-        filter(
-            None, [str(Path(__file__).parents[1]), str(Path(__file__).parent / "users"), os.environ.get("PYTHONPATH")]
-        )
-    ),
+    # Ray's workers do not import from the working folder: actors of tests are found here.
+    PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
 
 from collections.abc import Callable, Iterator
