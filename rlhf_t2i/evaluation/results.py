@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from rlhf_t2i import __version__
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.recipe import mistakes
 from rlhf_t2i.utils import files, stats
 from rlhf_t2i.utils.jsonl import read_json
 from rlhf_t2i.utils.numbers import DASH
@@ -192,7 +193,7 @@ def read(folder: Path) -> Results | None:
             key: TypeAdapter(Metric).validate_python({**entry, "key": key}) for key, entry in data.metrics.items()
         }
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or "not an object"
+        place = mistakes.place(error) or "not an object"
         raise UsageError(f"{path} is damaged ({place})") from None
     prompts = [image.prompt for image in data.images]
     groups, names = [image.group for image in data.images], [image.file for image in data.images]

@@ -71,6 +71,11 @@ def explain(
     return UsageError(f"{where}: {f'{name}: ' if name else ''}{message}")
 
 
+def place(error: ValidationError) -> str:
+    """Where the first problem of a file that no user writes is: its key with dots; "" for the whole file."""
+    return ".".join(map(str, error.errors()[0]["loc"]))
+
+
 def hint(name: str, valid: Iterable[str], otherwise: str = "known") -> str:
     """``did you mean 'steps'?``, or all valid names after ``otherwise``."""
     names = list(valid)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf_t2i.errors import UsageError, first_line, option
 from rlhf_t2i.evaluation import identity
-from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe import mistakes, reading
 from rlhf_t2i.recipe.mistakes import shown
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import provenance
@@ -60,7 +60,7 @@ class RunRecord(BaseModel):
         try:
             return cls.model_validate_json(inputs.read_bytes(path, "record of a run", inputs.CONFIG))
         except ValidationError as error:
-            place = ".".join(map(str, error.errors()[0]["loc"])) or "not valid JSON"
+            place = mistakes.place(error) or "not valid JSON"
             raise UsageError(f"{path} is damaged ({place}): remove it; the run writes it again at its end") from None
 
 
