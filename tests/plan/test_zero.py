@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_t2i.engines.local import LocalEngine
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.families import registry, sources
 from rlhf_t2i.recipe.schema import Optimization
 from rlhf_t2i.tools.planning import zero
@@ -168,7 +169,9 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path: Path) -> None:
     engine = LocalEngine(torch.nn.Linear(400, 400), Optimization().generator, 1)
     engine.backward(engine(torch.ones(1, 400)).sum())
     engine.step(1e-3)
-    engine.save(tmp_path)
+    writer = Writer()
+    engine.save(tmp_path, writer)
+    writer.wait()
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size == pytest.approx(zero.saved(setting(None, "fp32", 1)) * (400 * 400 + 400), rel=0.01)
     measured = {0: (12, 14), 1: (16, 14), 2: (16, 14), 3: (12, 12)}

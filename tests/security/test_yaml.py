@@ -71,7 +71,7 @@ def test_values_on_the_command_line(
 @pytest.mark.parametrize("tag", TAGS)
 def test_the_report_of_a_strangers_run(tag: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(tag.format(ran=tmp_path / "ran"), "utf-8")
-    assert _recipe(tmp_path / "recipe.yaml")[1] is None
+    assert _recipe(tmp_path / "recipe.yaml", [])[1] is None
     assert not (tmp_path / "ran").exists()
 
 
