@@ -3,8 +3,7 @@
 ``python benchmarks/black_box.py runs/black_box`` runs every method with every seed, as many at once as there are
 processes, and writes the table and the plot of docs/black_box.md; finished runs are not repeated. All methods make
 ``STEPS`` updates. Both estimates ask the scorer for 32 images per update; the surrogate for 16, and before the first
-update for as many as that saves. The true gradient is one call per image of the batch; "no reward" is the divergence
-alone.
+update for as many as that saves. The true gradient is one call per image of the batch.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ ZOO = ROOT / "zoo/emoji64"
 STEPS, BATCH, WARMUP = 100, 16, 100
 SURROGATE = 400.0
 """The surrogate's scale. Its gradient is about a fifth of the true one, whose scale is 100: a regression shrinks."""
-METHODS = ("true gradient", "surrogate", "score function", "zeroth order", "no reward")
+METHODS = ("true gradient", "surrogate", "score function", "zeroth order")
 CURVE = "curve.jsonl"
 
 
@@ -98,7 +97,6 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
         "features": str(ZOO / "features"), "of": {key: pick[key] for key in ("name", "options")},
     }  # fmt: skip
     asked = {
-        "no reward": (0, 0),
         "true gradient": (0, BATCH),
         "surrogate": (WARMUP * BATCH, BATCH),
     }
@@ -114,7 +112,7 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
         "models": {"reference": str(ZOO / "reference"), "generator": str(ZOO / "generator")},
         "data": {"prompts": str(ZOO / "prompts/train.txt"), "held_out": str(ZOO / "prompts/held_out.txt")},
         "algorithm": {
-            "rewards": [] if method == "no reward" else [reward], "cfg": {"guidance_scale": 3.0},
+            "rewards": [reward], "cfg": {"guidance_scale": 3.0},
             "eval_rewards": [
                 {"name": "pickscore", "label": "true", "options": pick["options"]},
                 {"name": "pickscore", "label": "judge", "options": {"model": str(ZOO / "judge")}},
@@ -224,7 +222,7 @@ def _plot(found: dict[tuple[str, int], list[dict[str, object]]], page: Path) -> 
     ):  # fmt: skip
         for number, method in enumerate(METHODS):
             curves = [gains(curve, name) for (label, _), curve in found.items() if label == method]
-            if not curves or not curves[0][0][-1]:
+            if not curves:
                 continue
             calls, means = curves[0][0], np.array([change.mean(1) for _, change in curves])
             axis.plot(calls, means.mean(0), color=f"C{number}", label=method)

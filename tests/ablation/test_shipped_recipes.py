@@ -43,6 +43,16 @@ def test_every_row_of_table_2_is_there_and_valid(name, tmp_path):
     assert not tasks[0].variant.train
 
 
+def test_the_rows_of_the_tuning_page_differ_in_what_it_says(tmp_path):
+    ablation = schema.load(RECIPES / "emoji64/ablation_tuning.yaml")
+    recipes = {task.variant.name: task.recipe for task in execute.tasks(ablation, tmp_path, [])}
+    scales = {name: recipe.algorithm.rewards[0].scale for name, recipe in recipes.items()}
+    assert all(scales[name] == float(name.rpartition("_")[2]) for name in scales if "huber" in name or "kl" in name)
+    assert {recipes[name].algorithm.divergence.name for name in recipes if "kl" in name} == {"kl"}
+    assert recipes["guidance_6"].algorithm.cfg.guidance_scale == 6.0
+    assert recipes["far_kl_3000"].steps == 2 * recipes["kl_3000"].steps
+
+
 def test_the_papers_figures_stand_beside_the_large_rows_only():
     large = schema.load(RECIPES / "ablation_table2.yaml")
     assert all(len(row.paper) == 4 for row in large.rows if not row.note)

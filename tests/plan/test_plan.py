@@ -94,8 +94,10 @@ def test_batch_geometry_and_activations_follow_the_ranks(tiny_sdxl: Path, tiny_c
     def activations(plan: planning.Plan, role: str) -> int:
         return next(i.memory.activations for g in plan.groups for i in g.roles if i.role == role)
 
-    for role in ("learner", "assistant", "reference", "decoder", "reward:pickscore"):
+    for role in ("assistant", "reference", "decoder", "reward:pickscore"):
         assert activations(whole, role) == 4 * activations(small, role) > 0
+    # Of several micro-batches the learner draws one ahead while the denoisers work on the last one: two graphs.
+    assert activations(whole, "learner") == 2 * activations(small, "learner") > 0
     frugal = build(tiny_sdxl, tiny_clip, placement=APART, optimization={"gradient_checkpointing": True})
     assert activations(planning.make(frugal), "learner") < activations(whole, "learner")
 

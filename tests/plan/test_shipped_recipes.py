@@ -28,13 +28,18 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny.make_prompts(tmp_path_factory.mktemp("prompts")))
+    """A file of prompts, beside one of held-out ones."""
+    folder = tmp_path_factory.mktemp("prompts")
+    tiny.make_prompts(folder, "held_out.txt", start=24, count=8)
+    return str(tiny.make_prompts(folder))
 
 
 def plan(path: Path, prompts: str | None, *arguments: str) -> str:
     app = typer.Typer()
     app.command()(command.plan_command)
-    given = [f"--set=data.{key}={prompts}" for key in ("prompts", "held_out") if prompts]
+    given = []
+    if prompts:
+        given = [f"--set=data.prompts={prompts}", f"--set=data.held_out={Path(prompts).with_name('held_out.txt')}"]
     ran = CliRunner().invoke(app, [str(path), *given, *arguments])
     if ran.exception is not None and not isinstance(ran.exception, SystemExit):
         raise ran.exception

@@ -16,7 +16,7 @@ from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.tools.planning import plan as planning
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith(("ablation_table2.yaml", "table")))
+TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith(("ablation", "table")))
 # (divergence, reward scale or None), algorithm.md 3.2
 OBJECTIVES = {
     "di_star_pickscore": ("pseudo_huber", 100.0),
