@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf_t2i.tools.planning import graph
-from rlhf_t2i.tools.planning.graph import ALL, Rules, Shape, Trained
+from rlhf_t2i.tools.planning.graph import NOW, Rules, Shape, Trained
 from rlhf_t2i.tools.planning.simulation import Call, Timeline, simulate, without_communication
 
 SERIAL, SOME = Rules(rewards_beside_denoisers=False), Rules()
@@ -70,7 +70,7 @@ def test_graphs_that_cannot_run_are_refused(calls: list[Call], words: str) -> No
         simulate(calls)
 
 
-@pytest.mark.parametrize("rules", [SERIAL, SOME, ALL], ids=["serial", "some", "all"])
+@pytest.mark.parametrize("rules", [SERIAL, SOME, NOW], ids=["serial", "some", "all"])
 def test_one_group_does_one_call_after_the_other(rules: Rules) -> None:
     """Nothing overlaps, and nothing waits, whatever the rules allow."""
     found = simulate(graph.step(TOGETHER, rules))
@@ -112,7 +112,7 @@ def test_the_next_micro_batch_is_drawn_while_products_come_back() -> None:
 def test_at_most_two_micro_batches_are_alive() -> None:
     """Where denoisers are slow the learner draws one ahead, not all."""
     slow = replace(SHAPE, learner=Trained(4), product={"assistant": 10, "reference": 10})
-    found = generator(slow, ALL)
+    found = generator(slow, NOW)
     for number in (2, 3):
         assert found[f"generator.{number}: draw"][0] >= found[f"generator.{number - 2}: backward"][1]
 
@@ -121,7 +121,7 @@ def test_samples_are_drawn_while_the_assistant_trains() -> None:
     """2 + 3 three times; ahead, all but the first drawing hide: also those of the next round."""
     two_rounds = replace(SHAPE, learner=Trained(0), rounds=2)
     assert simulate(graph.step(two_rounds, SOME)).seconds == 6 * (2 + 3)
-    ahead = simulate(graph.step(two_rounds, ALL))
+    ahead = simulate(graph.step(two_rounds, NOW))
     assert ahead.seconds == 2 + 6 * 3
     assert times(ahead)["assistant 1.0: sample"] == (6, 8)
     assert simulate(graph.assistant_update(two_rounds, SOME)).seconds == 3 * (2 + 3)
@@ -139,8 +139,8 @@ def test_the_learners_first_micro_batch_is_drawn_while_the_assistant_trains() ->
     later = simulate(graph.step(SHAPE, Rules(draws_ahead=True))).seconds
     assert simulate(graph.step(SHAPE, ahead)).seconds == later - 2
     assert graph.step(TOGETHER, Rules(first_draw=True)) == graph.step(TOGETHER, Rules())
-    assert ALL.under(3) == replace(ALL, next_micro_batch=False, draws_ahead=False, first_draw=False)
-    assert ALL.under(2) == ALL
+    assert NOW.under(3) == replace(NOW, next_micro_batch=False, draws_ahead=False, first_draw=False)
+    assert NOW.under(2) == NOW
 
 
 def test_calls_between_groups_and_their_answers_take_time() -> None:

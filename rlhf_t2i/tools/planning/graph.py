@@ -27,17 +27,12 @@ class Rules:
         draws_ahead: The generator draws the assistant's next samples while the assistant trains on the last ones.
         first_draw: The learner draws its first micro-batch, and rewards score it, while the assistant trains for the
             last time of a step; with draws_ahead, whose samples come first.
-        ema_on_device: The moving average is updated in shards on the devices, not in the first rank's host memory.
-        packed_weights: A generator in another group gets the weights as bytes in the compute precision, not as a
-            pickle of float32.
     """
 
     rewards_beside_denoisers: bool = True
     next_micro_batch: bool = False
     draws_ahead: bool = False
     first_draw: bool = False
-    ema_on_device: bool = False
-    packed_weights: bool = False
 
     def under(self, stage: int) -> Rules:
         """Under ZeRO-3 every drawing gathers weights from all ranks, which must see the calls in one order."""
@@ -46,10 +41,8 @@ class Rules:
         return replace(self, next_micro_batch=False, draws_ahead=False, first_draw=False)
 
 
-NOW = Rules(True, True, True, True, True, True)
-"""What the code does."""
-ALL = Rules(True, True, True, True, True, True)
-"""Everything that keeps the numbers of the serial order."""
+NOW = Rules(True, True, True, True)
+"""What the code does: everything that keeps the numbers of the serial order."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
 Placed = Mapping[str, tuple[str, int]]
 
-_STORE = 70e6
-"""Bytes per second of float32 weights through Ray's object store to a generator elsewhere; from a run on two cores."""
 _PACKED = 1e9
 """Assumed bytes per second of weights as bytes through Ray's object store: copied into it and out of it, in parts."""
-_PAGEABLE = 5e9
-"""Assumed bytes per second from a device to pageable host memory: the moving average is updated there."""
 _HOP = 3e-3
 """Assumed seconds of a call of an actor, or of its answer: copies between device and host, Ray, a pickle of latents."""
 _EMA_BYTES = 12
@@ -256,16 +252,10 @@ class _Shaper:
         """The moving average, and weights to a generator in another group."""
         numbers, recipe = self.networks.network().parameters(), self.recipe
         if recipe.optimization.ema is not None:
-            if self.rules.ema_on_device:
-                yield "moving average", "compute", self.speed.copy(_EMA_BYTES * share)
-            else:
-                yield "moving average", "communication", 4 * numbers / _PAGEABLE
+            yield "moving average", "compute", self.speed.copy(_EMA_BYTES * share)
         if self.placed["generator"][0] != self.placed["learner"][0]:
-            if self.rules.packed_weights:
-                width = zero.BYTES[recipe.optimization.precision]
-                yield "weights to the generator", "communication", width * numbers / _PACKED
-            else:
-                yield "weights to the generator", "communication", 4 * numbers / _STORE
+            width = zero.BYTES[recipe.optimization.precision]
+            yield "weights to the generator", "communication", width * numbers / _PACKED
 
 
 def _located(works: Sequence[Work], placed: Placed) -> Iterator[tuple[str, Work]]:
