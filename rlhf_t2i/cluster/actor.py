@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rlhf_t2i.roles.worker import Reading, Worker, WorkerSpec
 
 _TIMEOUT_MARGIN_S = 60.0
+CONCURRENCY = {"watch": 1, "disk": 1}
+"""Threads of an actor beside the one that works: the groups that its methods name."""
 
 
 class WorkerActor:

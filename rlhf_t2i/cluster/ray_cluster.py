@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_t2i.cluster import node_check
-from rlhf_t2i.cluster.actor import WeightStore, WorkerActor
+from rlhf_t2i.cluster.actor import CONCURRENCY, WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster, Weights
 from rlhf_t2i.cluster.clients import First, Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
@@ -128,7 +128,7 @@ class RayCluster(Cluster):
             spec = replace(spec, neighbors=neighbors[nodes[bundle]])
             # By name: Ray warns of restarts whose arguments hold references.
             weight_store = store_name if self._weight_store and "generator" in spec.roles else None
-            actor = ray.remote(concurrency_groups={"watch": 1, "disk": 1})(WorkerActor).options(
+            actor = ray.remote(concurrency_groups=CONCURRENCY)(WorkerActor).options(
                 num_cpus=0 if self._gpus else 1,
                 num_gpus=self._share if self._gpus else 0,
                 max_restarts=0 if spec.stateful else -1,

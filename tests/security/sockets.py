@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import ray  # imported before the run's own code, as a plugin might
 
-from rlhf_t2i.cluster.actor import WorkerActor, join_group
+from rlhf_t2i.cluster.actor import CONCURRENCY, WorkerActor, join_group
 from rlhf_t2i.cluster.connect import start_local_ray, stop
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     from ray._common.usage.usage_lib import usage_stats_enabled
 
     start_local_ray(2)
-    actor = ray.remote(concurrency_groups={"watch": 1})(Peer)
+    actor = ray.remote(concurrency_groups=CONCURRENCY)(Peer)
     peers = [actor.remote(SimpleNamespace(rank=rank, world=2, threads=1)) for rank in range(2)]
     master = ray.get(peers[0].rendezvous.remote())
     sums = ray.get([peer.join.remote(master) for peer in peers])
