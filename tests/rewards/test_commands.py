@@ -54,7 +54,7 @@ def test_check_passes_a_reward_with_options(tmp_path: Path) -> None:
         rewards_app, "check", "pickscore", "-o", f"model={folder}", "--options", "unit=logit", "--size", "32"
     )
     assert code == 0, output
-    assert "12 passed, 0 failed, 0 skipped" in output
+    assert "14 passed, 0 failed, 0 skipped" in output
     assert "logit" in output
     assert "ms per image" in output
 
