@@ -75,9 +75,11 @@ def _image_size(source: ModelRef) -> int | None:
     """Pixels of a CLIPModel's square input; None where its configuration is not here."""
     if not source.is_local and sources.cached(source, CONFIG) is None:
         return None
+    from transformers import CLIPConfig
+
     config = sources.read_json(source, CONFIG)
     kind = config.get("model_type")
-    if kind != "clip":
+    if kind != CLIPConfig.model_type:
         raise UsageError(
             f"{source.location} is no CLIPModel: its {CONFIG} has the model_type {sources.printable(kind)}"
         )
