@@ -79,7 +79,7 @@ def _settings() -> dict[str, Setting]:
     return settings
 
 
-def _default_device() -> Any:
+def _default_device() -> object:
     """Torch's default device; None for the CPU, whose context would slow every call down."""
     import torch
 

@@ -13,6 +13,7 @@ from torch import nn
 from rlhf_t2i.engines import pickles, resharding
 from rlhf_t2i.engines.deepspeed import import_deepspeed
 from rlhf_t2i.engines.local import LocalEngine
+from rlhf_t2i.engines.writer import Writer
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.recipe.schema import Optimization, Recipe
 from rlhf_t2i.utils import files
@@ -31,7 +32,9 @@ def poison(file: Path, ran: Path) -> None:
 
 def test_a_local_checkpoint(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     engine = LocalEngine(nn.Linear(2, 2), make_recipe().optimization.generator, 1)
-    engine.save(tmp_path)
+    writer = Writer()
+    engine.save(tmp_path, writer)
+    writer.wait()
     poison(tmp_path / "local.pt", tmp_path / "ran")
     with pytest.raises(RunError, match=REFUSED):
         engine.load(tmp_path)
@@ -42,7 +45,9 @@ def hostile_shards(rank: int, settings: Optimization, folder: Path, ran: Path) -
     """As DeepSpeed loads them, and as they are converted to another number of ranks."""
     engine = build(settings, 1)
     train(engine, rank, 1, 0, 1)
-    engine.save(folder)
+    writer = Writer()
+    engine.save(folder, writer)
+    writer.wait()
     assert engine.load(folder) is None
     file = next(folder.rglob("*optim_states.pt"))
     poison(file, ran)

@@ -113,7 +113,7 @@ def points(
     def draw(axes: Axes) -> None:
         for index, (label, point) in enumerate(groups.items()):
             marker = "os^Dvp"[index // len(_SERIES) % 6]
-            _point(axes, point, fmt=marker, color=_SERIES[index % len(_SERIES)], markersize=5, label=label)
+            _point(axes, point, marker, _SERIES[index % len(_SERIES)], size=5, label=label)
         for start, end in arrows:
             axes.annotate(
                 "", groups[end][:2], groups[start][:2],
@@ -145,7 +145,7 @@ def fronts(
             xs, ys = zip(*(groups[label][:2] for label in labels), strict=True)
             axes.plot(xs, ys, color=colors[labels[0]], linewidth=1.2, label=front)
         for label, point in groups.items():
-            _point(axes, point, fmt="o", color=colors.get(label, _INK), markersize=4, elinewidth=0.5)
+            _point(axes, point, "o", colors.get(label, _INK), size=4)
         axes.margins(0.08)
         axes.locator_params(axis="x", nbins=6)
         _name_in_margin(axes, groups, colors)
@@ -172,9 +172,20 @@ def _name_in_margin(axes: Axes, groups: Mapping[str, Point], colors: Mapping[str
         )  # fmt: skip
 
 
-def _point(axes: Axes, point: Point, **style: Any) -> None:
+def _point(axes: Axes, point: Point, marker: str, color: str, size: int, label: str | None = None) -> None:
     x, y, dx, dy = point
-    axes.errorbar(x, y, xerr=_bar(dx), yerr=_bar(dy), capsize=2, **style)
+    axes.errorbar(
+        x,
+        y,
+        xerr=_bar(dx),
+        yerr=_bar(dy),
+        fmt=marker,
+        color=color,
+        markersize=size,
+        elinewidth=0.7,
+        capsize=2,
+        label=label,
+    )
 
 
 def standalone(svg: str) -> str:
