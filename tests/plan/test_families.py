@@ -10,9 +10,9 @@ import torch
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import plan as planning
-from rlhf_t2i.tools.planning.devices import Rates
 from tests import tiny
 from tests.families.test_oracle import MODELS, SIDES
+from tests.plan.test_fit import SPEED
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -35,6 +35,4 @@ def test_every_family_is_planned(name: str, tmp_path: Path) -> None:
     for plain, recomputed in zip(kept.groups[0].roles, again.groups[0].roles, strict=True):
         if plain.role in ("learner", "assistant", "reference"):
             assert plain.memory.activations > recomputed.memory.activations > 0, plain.role
-    assert (
-        planning.step_time(recipe(True), Rates(1e9, 1e9)).step > planning.step_time(recipe(False), Rates(1e9, 1e9)).step
-    )
+    assert planning.step_time(recipe(True), SPEED).step > planning.step_time(recipe(False), SPEED).step
