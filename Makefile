@@ -22,7 +22,7 @@ test-local: setup  ## all tests of one process, 7 minutes: before a pull request
 	$(BIN)/python -m pytest -q -n 2 -m "fast or local"
 
 # Three workers for two cores: tests over Ray mostly wait.
-test: $(VENV)/.tested  ## every test, 30 minutes on two cores: what CI runs
+test: $(VENV)/.tested  ## every test, 35 minutes on two cores: what CI runs
 	$(BIN)/python -m pytest -n 3
 
 lint: setup  ## style, types and layers
