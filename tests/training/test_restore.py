@@ -128,7 +128,7 @@ def test_a_learner_killed_during_the_first_start_is_restarted(
         while not killed:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process.cmdline()[0].startswith("ray::WorkerActor.build"):
+                    if "".join(process.cmdline()[:1]).startswith("ray::WorkerActor.build"):  # a dead one has no line
                         process.kill()
                         killed.append(process.pid)
             time.sleep(0.02)
