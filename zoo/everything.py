@@ -13,11 +13,14 @@ import argparse
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from zoo import data
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717", "-m"]
 ONE = [sys.executable, "-m"]
+WARM_GENERATOR = f"models.generator={data.WORK / 'warm_generator'}"
+RUN = [str(Path(sys.executable).with_name("rlhf-t2i")), "run", "recipes/emoji64/distill.yaml", "--set", WARM_GENERATOR]
 OLD = data.WORK / "shipped/reference"  # an earlier reference to start from, if it is there
 WARM = ["--warm", str(OLD)] if OLD.is_dir() else []
 Command = list[str]
@@ -37,10 +40,13 @@ STAGES: list[tuple[str, list[Command]]] = [
     ("flow, finished", [[*TWO, "zoo.flow", "--finish", "25"]]),
     ("export", [[*ONE, "zoo.reference", "--export"]]),
     ("export flow", [[*ONE, "zoo.flow", "--export"]]),
-    ("pairs", [[*ONE, "zoo.distill", "pairs", "--count", "6000", "--part", p, "--parts", "2"] for p in "01"]),
+    ("pairs", [[*ONE, "zoo.distill", "pairs", "--count", "6016", "--part", p, "--parts", "2"] for p in "01"]),
     ("warmup", [[*TWO, "zoo.distill", "warmup", "--minutes", "20"]]),
-    ("match", [[*TWO, "zoo.distill", "match", "--minutes", "40"]]),
-    ("export generator", [[*ONE, "zoo.distill", "export-match"]]),
+    (
+        "distill",
+        [[*RUN, "--out", str(data.WORK / "distill")]],
+    ),
+    ("export generator", [[*ONE, "zoo.distill", "export", str(data.WORK / "distill")]]),
 ]
 
 

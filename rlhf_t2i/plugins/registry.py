@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.plugins import guard
-from rlhf_t2i.recipe import mistakes
+from rlhf_t2i.recipe import mistakes, shipped
 from rlhf_t2i.utils import files, inputs
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
 
     Args:
         group: :data:`REWARDS` or :data:`DIVERGENCES`.
-        name: A registered name, or ``path/to/file.py:Class``.
+        name: A registered name, ``path/to/file.py:Class``, or ``emoji64:file.py:Class`` for one that is shipped.
 
     Raises:
         UsageError: Unknown name (with the nearest known), two packages with one name, an import that fails (with
@@ -70,6 +70,7 @@ def load_class(group: str, name: str) -> type[Reward] | type[Divergence]:
     from rlhf_t2i.plugins.base import Divergence, Reward
 
     kind = _KINDS[group]
+    name = shipped.resolve(name)
     cls = _from_file(name, kind) if ".py:" in name else _from_entry_point(group, name, kind)
     base = Reward if group == REWARDS else Divergence
     if not (isinstance(cls, type) and issubclass(cls, base)):

@@ -65,6 +65,8 @@ def emoji64() -> Path:
 def resolve(text: str, place: str = "") -> str:
     """``emoji64:reference`` as the path of that file or folder of emoji64; any other text as it is.
 
+    ``emoji64:reader.py:Named`` is a class of a file of it.
+
     Args:
         text: A model, a prompt file or an option.
         place: Prefix of the error message: ``models.reference: ``.
@@ -74,7 +76,9 @@ def resolve(text: str, place: str = "") -> str:
     """
     if not text.startswith(_PREFIX):
         return text
-    name = text.removeprefix(_PREFIX)
+    name, attribute = text.removeprefix(_PREFIX), ""
+    if ".py:" in name:
+        name, _, attribute = name.rpartition(":")
     try:
         folder = emoji64()
     except UsageError as error:
@@ -83,7 +87,7 @@ def resolve(text: str, place: str = "") -> str:
     if not inside or not os.path.exists(folder / name):  # noqa: PTH110 - a name may be too long for the system
         names = _names(folder)
         raise UsageError(f"{place}{mistakes.shown(text)}: {WORLD} has no such file; {mistakes.hint(name, names)}")
-    return str(folder / name)
+    return f"{folder / name}:{attribute}" if attribute else str(folder / name)
 
 
 def resolve_all(value: object) -> object:

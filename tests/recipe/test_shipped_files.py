@@ -53,6 +53,8 @@ def test_the_prefix_names_the_same_file_everywhere() -> None:
         ("/etc/passwd", "no such file"),
         ("", "no such file"),
         ("x" * 4000, "no such file"),
+        ("reference:Network", "no such file"),
+        ("painter.py:Named", "no such file"),
     ],
 )
 def test_only_its_own_files_can_be_named(name: str, words: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests import pretended
-from zoo import data, device, latents, noise, reader, reference, training, vae
+from zoo import data, device, distill, latents, noise, reader, reference, training, vae
 
 
 @pytest.fixture
@@ -59,6 +60,26 @@ def test_a_step_of_the_reference_and_a_sample(elsewhere: None) -> None:
         found = reference.sample(modules, [data.prompt(world.names[0], "red")], guidance=2.0, steps=2)
         pictures = reference.decode(vae.build().to(device.DEVICE), found)
     assert data.grid(pictures, 1).size == (data.SIZE + 2, data.SIZE + 2)
+
+
+def test_a_step_of_the_warm_up_and_its_pictures(
+    elsewhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = reference.build().to(device.DEVICE)
+    monkeypatch.setattr(distill, "teacher", lambda: modules)
+    monkeypatch.setattr(data, "WORK", tmp_path)
+    monkeypatch.setattr(data, "OUT", tmp_path)
+    monkeypatch.setattr(distill, "SOLVER_STEPS", 1)
+    monkeypatch.setattr(reader, "load", lambda: reader.Reader().to(device.DEVICE).eval())
+    vae.build().save_pretrained(tmp_path / "reference/vae")
+    distill.pairs(count=1, part=0, parts=1)
+    stored, (embeds, pooled) = distill.stored_pairs(), distill.conditions(modules)
+    assert len(stored["prompts"]) == 64
+    distill.loss_fn(modules, stored, embeds, pooled, 0, 2)
+    pretended.WAITS.clear()
+    step(distill.loss_fn(modules, stored, embeds, pooled, 1, 2))
+    found = distill.evaluate(modules["unet"], embeds, pooled, "few", each=2)
+    assert found["held_out"]["pictures"] == 2
 
 
 def test_a_shard_of_latents(elsewhere: None) -> None:
