@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_page_holds_table_pictures_recipe_and_cost(run_folder):
         "2.13.0+cpu",
     ):
         assert text in page
-    assert page.count("data:image/") == 2 * 24 + 4 * 6 + 4 + 2
+    assert page.count("data:image/") == 2 * 24 + 4 * 6 + 4 + 2 * 3
     assert "--out &lt;out&gt;" in page
     assert "Infinity" not in page
 
@@ -62,13 +63,27 @@ def test_it_opens_with_the_unseen_scorer_and_the_image_that_all_scorers_call_bet
     changes = {
         key: np.subtract(after.metrics[key].by_image, before.metrics[key].by_image) for key in ("pickscore", "clip")
     }
-    best = int(np.minimum(*(change / change.std() for change in changes.values())).argmax())
-    assert opening.before == gallery.image(before, best)
-    assert opening.after == gallery.image(after, best)
-    assert opening.caption.startswith(before.prompts[best])
+    order = np.argsort(-np.minimum(*(change / change.std() for change in changes.values()))).tolist()
+    first: dict[str, int] = {}
+    for index in order:
+        first.setdefault(before.prompts[index], index)
+    best = list(first.values())[:3]
+    assert [pair.prompt for pair in opening.pairs] == [before.prompts[index] for index in best]
+    assert len({pair.prompt for pair in opening.pairs}) == 3
+    assert opening.pairs[0].before == gallery.image(before, best[0])
+    assert opening.pairs[0].after == gallery.image(after, best[0])
     trained_alone = headline.finished(before, after, [row for row in rows if row.kind != "eval"])
     assert (trained_alone.label, "trained on" in trained_alone.note) == ("pickscore", True)
     assert headline.finished(before, after, [row for row in rows if row.kind == "diversity"]) is None
+
+
+def test_a_share_opens_as_percentages(run_folder):
+    before, after = (results.read(run_folder / "evaluation" / when) for when in ("before", "after"))
+    row = next(row for row in compare(before, after) if row.kind == "eval")
+    row = replace(row, unit="share", before=0.331, after=0.724, difference=0.393)
+    opening = headline.finished(before, after, [row])
+    assert opening.number == "33% \N{RIGHTWARDS ARROW} 72%"
+    assert "+39 points" in opening.note
 
 
 def test_a_running_page_says_how_far_it_is_and_reloads(tmp_path):
@@ -80,8 +95,9 @@ def test_a_running_page_says_how_far_it_is_and_reloads(tmp_path):
         json.loads(line)["reward/pickscore"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:60]
     ]
     assert opening.number == numbers.signed(sum(rewards[-10:]) / 10 - sum(rewards[:10]) / 10)
-    assert opening.before == gallery.data_uri(tmp_path / "samples/step_000000.png", 768)
-    assert opening.after == gallery.data_uri(tmp_path / "samples/step_000060.png", 768)
+    (pair,) = opening.pairs
+    assert pair.before == gallery.data_uri(tmp_path / "samples/step_000000.png", 768)
+    assert pair.after == gallery.data_uri(tmp_path / "samples/step_000060.png", 768)
     assert '<meta http-equiv="refresh"' not in write_report(tmp_path).read_text("utf-8")
 
 
@@ -144,7 +160,7 @@ def test_prompts_are_escaped(run_folder):
 
 @pytest.mark.slow
 def test_page_in_a_browser(run_folder):
-    check_in_browser(write_report(run_folder), pictures=78)
+    check_in_browser(write_report(run_folder), pictures=82)
 
 
 def check_in_browser(page, pictures):

@@ -50,7 +50,9 @@ def pairs(before: Results, after: Results, prompts: int) -> list[Entry]:
     """Evenly spaced prompts of the list (none is picked by hand), each with its images before and after."""
     groups = list(before.members.values())
     chosen = (groups[position][:IMAGES_PER_PROMPT] for position in numbers.evenly_spaced(len(groups), prompts))
-    return [Entry(before.prompts[indices[0]], found) for indices in chosen if (found := _pairs(before, after, indices))]
+    return [
+        Entry(before.prompts[indices[0]], found) for indices in chosen if (found := couples(before, after, indices))
+    ]
 
 
 def extremes(before: Results, after: Results, key: str) -> Extremes | None:
@@ -58,8 +60,21 @@ def extremes(before: Results, after: Results, key: str) -> Extremes | None:
     old, new = (results.metrics[key].by_image or [] for results in (before, after))
     change = {i: b - a for i, (a, b) in enumerate(zip(old, new, strict=False)) if math.isfinite(b - a)}
     order = sorted(change, key=lambda i: change[i])
-    best, worst = (_pairs(before, after, indices[:EXTREMES], change) for indices in (order[::-1], order))
+    best, worst = (couples(before, after, indices[:EXTREMES], change) for indices in (order[::-1], order))
     return Extremes(key, best, worst) if best else None
+
+
+def couples(
+    before: Results,
+    after: Results,
+    indices: Sequence[int],
+    change: Mapping[int, float] | None = None,
+    max_side: int = MAX_SIDE,
+) -> list[Pair]:
+    """These images before and after, as far as both are there."""
+    drawn = ((i, image(before, i, max_side), image(after, i, max_side)) for i in indices)
+    changes = change or {}
+    return [Pair(old, new, before.prompts[i], changes.get(i, math.nan)) for i, old, new in drawn if old and new]
 
 
 def image(results: Results, index: int, max_side: int = MAX_SIDE) -> str | None:
@@ -83,14 +98,6 @@ def data_uri(path: Path, max_side: int = MAX_SIDE) -> str | None:
     except Exception:  # a damaged image, in whatever way, must not cost the report
         return None
     return _uri("webp", buffer.getvalue())
-
-
-def _pairs(
-    before: Results, after: Results, indices: Sequence[int], change: Mapping[int, float] | None = None
-) -> list[Pair]:
-    drawn = ((index, image(before, index), image(after, index)) for index in indices)
-    changes = change or {}
-    return [Pair(a, b, before.prompts[i], changes.get(i, math.nan)) for i, a, b in drawn if a and b]
 
 
 def _uri(kind: str, data: bytes) -> str:
