@@ -12,6 +12,7 @@ from rlhf_t2i.cli import app
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.tools.planning import plan
 from rlhf_t2i.training import run
 
 PLUGINS = """
@@ -73,3 +74,17 @@ def test_prompts_that_a_run_refuses_are_refused_after_the_plan(
     assert "Memory" in shown.output or "device" in shown.output
     assert isinstance(shown.exception, UsageError)
     assert "of its prompts are in data.prompts, too" in str(shown.exception)
+
+
+def test_a_footprint_that_does_not_run_is_one_sentence(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    plugin = tmp_path / "shape.py"
+    plugin.write_text(
+        "from torch import nn\nfrom rlhf_t2i import plugins\n\n\n"
+        "class Shape(plugins.Reward):\n"
+        "    @classmethod\n    def footprint(cls, options):\n"
+        "        return plugins.Footprint('mine', lambda: nn.Conv2d(4, 1, 1))\n",
+        "utf-8",
+    )
+    recipe = make_recipe(algorithm__rewards=f"[{{name: '{plugin}:Shape', label: mine}}]")
+    with pytest.raises(UsageError, match=r"^reward 'mine': its footprint cannot be measured: RuntimeError: .*channel"):
+        plan.make(recipe)

@@ -1,11 +1,11 @@
 """What emoji64's independent reader sees in pictures, as rewards that are only measured.
 
-In a recipe's ``eval_rewards`` or with ``rlhf-t2i eval --metrics``::
+In a recipe's ``eval_rewards``, or with ``rlhf-t2i eval --metrics``::
 
     - {name: "emoji64:reader.py:Named", label: named}
     - {name: "emoji64:reader.py:Style", label: glossy, options: {style: fluent3d}}
 
-No training sees the reader, so neither may be trained on.
+No training sees the reader, and nothing may train on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from rlhf_t2i import plugins
 
 FOLDER = Path(__file__).parent
+STYLES = ("noto", "twemoji", "fluent3d")
 
 
-def _network() -> nn.Module:
-    """The trained reader; its file is found beside this one, installed or not."""
+def _build() -> nn.Module:
+    """The reader without its weights; its file is found beside this one, whether emoji64 is installed or not."""
     name = "rlhf_t2i_emoji64_reader_network"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, FOLDER / "reader_network.py")
@@ -37,13 +38,21 @@ def _network() -> nn.Module:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     network: nn.Module = sys.modules[name].Reader()
-    network.load_state_dict({key: value.float() for key, value in load_file(FOLDER / "reader.safetensors").items()})
     return network.eval()
 
 
-def _counted(logits: Tensor, right: Tensor | int) -> Tensor:
-    """1 where the highest of the logits [B, N] is the right one, else 0 [B]; NaN stays NaN."""
-    return (logits.argmax(1) == right).float() + 0.0 * logits.sum(1)
+class _Answer(nn.Module):
+    """One of the reader's answers: 0, logits of the names [B, 285]; 1, of the styles [B, 3]."""
+
+    def __init__(self, network: nn.Module, which: int) -> None:
+        super().__init__()
+        self.network, self.which = network, which
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits for images [B, 3, 64, 64] in [0, 1]."""
+        dtype = next(self.network.parameters()).dtype
+        logits: Tensor = self.network(images.to(dtype))[self.which]
+        return logits
 
 
 class ReaderOptions(plugins.Options):
@@ -52,13 +61,10 @@ class ReaderOptions(plugins.Options):
     probability: bool = Field(False, description="the probability of the answer in place of 1 or 0")
 
 
-class Named(plugins.Reward):
-    """Whether the reader's most likely name, of 285, is the prompt's: the mean is the share of right names.
+class _Read(plugins.Reward):
+    """A measure by the reader."""
 
-    Prompts are emoji64's: ``NAME, on a COLOR background``.
-    """
-
-    Options = ReaderOptions
+    which: ClassVar[int]
     options: ReaderOptions
     differentiable = False
     unit = "share"
@@ -66,7 +72,34 @@ class Named(plugins.Reward):
 
     def __init__(self, options: ReaderOptions | None = None) -> None:
         super().__init__(options)
-        self.network = _network()
+        network = _build()
+        weights = load_file(FOLDER / "reader.safetensors")
+        network.load_state_dict({key: value.float() for key, value in weights.items()})
+        self.answer = _Answer(network, self.which)
+
+    @classmethod
+    def footprint(cls, options: Any) -> plugins.Footprint:
+        """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
+        return plugins.Footprint(str(FOLDER / "reader.safetensors"), lambda: _Answer(_build(), cls.which))
+
+    def counted(self, logits: Tensor, right: Tensor) -> Tensor:
+        """The probability of the right answers [B], or 1 where the most likely is the right one; NaN stays NaN."""
+        if self.options.probability:
+            return logits.softmax(1).gather(1, right[:, None])[:, 0]
+        return (logits.argmax(1) == right).float() + 0.0 * logits.sum(1)
+
+
+class Named(_Read):
+    """Whether the reader's most likely name, of 285, is the prompt's: the mean is the share of right names.
+
+    Prompts are emoji64's: ``NAME, on a COLOR background``.
+    """
+
+    Options = ReaderOptions
+    which = 0
+
+    def __init__(self, options: ReaderOptions | None = None) -> None:
+        super().__init__(options)
         names: list[str] = json.loads((FOLDER / "data/names.json").read_text("utf-8"))
         self.index = {name: i for i, name in enumerate(names)}
 
@@ -77,10 +110,7 @@ class Named(plugins.Reward):
             ValueError: A prompt without one of the 285 names.
         """
         right = torch.tensor([self._right(prompt) for prompt in prompts], device=images.device)
-        logits = self.network(images.float())[0]
-        if self.options.probability:
-            return logits.softmax(1).gather(1, right[:, None])[:, 0]
-        return _counted(logits, right)
+        return self.counted(self.answer(images), right)
 
     def _right(self, prompt: str) -> int:
         name = prompt.partition(", on a ")[0]
@@ -95,24 +125,15 @@ class StyleOptions(ReaderOptions):
     style: Literal["noto", "twemoji", "fluent3d"] = Field("fluent3d", description="the team that drew the picture")
 
 
-class Style(plugins.Reward):
+class Style(_Read):
     """Whether the reader takes a picture for one team's drawing: the mean is the team's share."""
 
     Options = StyleOptions
     options: StyleOptions
-    differentiable = False
+    which = 1
     uses_prompt = False
-    unit = "share"
-    value_range = (0.0, 1.0)
-
-    def __init__(self, options: StyleOptions | None = None) -> None:
-        super().__init__(options)
-        self.network = _network()
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Values [B] in [0, 1]."""
-        logits = self.network(images.float())[1]
-        index = ("noto", "twemoji", "fluent3d").index(self.options.style)
-        if self.options.probability:
-            return logits.softmax(1)[:, index]
-        return _counted(logits, index)
+        right = torch.full((len(images),), STYLES.index(self.options.style), device=images.device)
+        return self.counted(self.answer(images), right)

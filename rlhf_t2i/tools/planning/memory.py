@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins import guard, traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import graph, zero
 
@@ -267,7 +267,8 @@ class _Group:
         for label in hosted:
             weights, network = self.networks.rewards[label]
             trains = label in [choice.key for choice in trained]
-            plans.append(plan(f"reward:{label}", network, self.width, learned * trains, weights not in seen))
+            with guard.building(f"reward {label!r}: its footprint cannot be measured"):
+                plans.append(plan(f"reward:{label}", network, self.width, learned * trains, weights not in seen))
             seen.add(weights)
         return plans
 
