@@ -41,7 +41,7 @@ class Measurement:
 
     Attributes:
         step: Generator updates done.
-        reward: The reward term ``sum_i alpha_i r_i`` [P].
+        reward: The reward term ``sum_i alpha_i r_i`` [P]; [] where no reward on images is trained.
         signals: By name [P]; higher is better.
     """
 
@@ -51,7 +51,9 @@ class Measurement:
 
     def metrics(self) -> dict[str, float]:
         """The means, for metrics.jsonl."""
-        named = {"watch/reward": self.reward} | {f"watch/{name}": values for name, values in self.signals.items()}
+        named = {f"watch/{name}": values for name, values in self.signals.items()}
+        if self.reward:
+            named["watch/reward"] = self.reward
         return {name: stats.mean(values).value for name, values in named.items()}
 
 
@@ -79,6 +81,8 @@ class HackingDetector:
 
 def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
     """The warning if the reward rose and the signal fell between two measurements, both beyond noise."""
+    if not now.reward:
+        return None  # nothing that is trained can be hacked
     rise = stats.paired(then.reward, now.reward)
     if rise.prompts < PROMPTS or not rise.t_statistic > RISEN:
         return None
@@ -138,16 +142,15 @@ class HackingMonitor:
         return measurement.metrics(), self._detector.update(measurement)
 
     def _measurement(self, step: int, samples: Samples) -> Measurement | None:
-        """The measurement; None if no trained reward can be measured, so that none can be hacked.
+        """The measurement; None before the first lesson of a reward that learns, which predicts nothing yet.
 
-        A reward that learns counts with what it predicts, and its scorer is one of the signals. Before its first lesson
-        it predicts nothing.
+        Such a reward counts with what it predicts, and its scorer is one of the signals.
         """
         metrics = samples.metrics(self._recipe)
         rewards = self._recipe.algorithm.rewards
         trained = {r.key: np.array(metrics[r.key].by_prompt) for r in rewards if r.key in metrics}
         online = traits.resolve(self._recipe).online
-        if not trained or any(predicted(key) not in samples.scores for key in online):
+        if any(predicted(key) not in samples.scores for key in online):
             return None
         predictions = {key: samples.by_prompt(predicted(key)) for key in online}
         term = [r.scale * (trained | predictions)[r.key] for r in rewards if r.key in trained]
@@ -158,7 +161,7 @@ class HackingMonitor:
         }
         signals |= {f"true {key}": metrics[key].by_prompt for key in online}
         signals[DIVERSITY] = metrics["latent_distance"].by_prompt
-        return Measurement(step, np.sum(term, axis=0).tolist(), signals)
+        return Measurement(step, np.sum(term, axis=0).tolist() if term else [], signals)
 
 
 def _nan(values: Sequence[float | None]) -> list[float]:

@@ -133,6 +133,27 @@ def test_a_run_warns_once_on_screen_in_events_and_report(make_recipe: MakeRecipe
     assert (out / "evaluation/watch.jsonl").read_text("utf-8").splitlines()[:5] == measured
 
 
+def test_without_a_trained_reward_unseen_scorers_are_measured_and_nothing_warns(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    plugin, out, notes = tmp_path / "scores.py", tmp_path / "out", Notes()
+    plugin.write_text(JUDGE, "utf-8")
+    recipe = make_recipe(
+        algorithm__rewards="[]",
+        algorithm__eval_rewards=f"[{{name: '{plugin}:Falling', label: judge}}]",
+        evaluation="{images: 24, images_per_prompt: 2, batch_size: 16}",
+        logging="{watch_every: 1, watch_images: 16, samples_every: 99, sample_count: 2}",
+        steps=3,
+    )
+    run.run(recipe, out, callback=notes)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
+    judged = [row["watch/judge"] for row in rows]
+    assert judged == sorted(judged, reverse=True)
+    assert judged[0] > judged[-1]
+    assert not any("watch/reward" in row for row in rows)
+    assert not [note for note in notes.heard if "reward hacking" in note]
+
+
 class Notes(TrainCallback):
     def __init__(self) -> None:
         self.heard = list[str]()
