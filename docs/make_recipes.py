@@ -16,7 +16,9 @@ PAGE = Path(__file__).parent / "recipes.md"
 HEAD = """# Every key of a recipe
 
 A recipe is a YAML file (YAML 1.2: `yes`, `1:30` and `010` are text). Paths that start with `./`, `../` or `~/` are
-relative to the recipe's folder. A model that is not a path is a hub id, `org/name` or `org/name@revision`.
+relative to the folder that the recipe was given in: of a link to a recipe, the link's folder and not its target's (as a
+C compiler finds the files that a linked file includes). A model that is not a path is a hub id, `org/name` or
+`org/name@revision`.
 `emoji64:NAME` is a file of the quickstart's small models (`emoji64:reference`, `emoji64:prompts/train.txt`), wherever
 they are: `zoo/emoji64` in a checkout, else the package that `pip install 'rlhf-t2i[demo]'` brings. The same names work
 on the command line and from Python.

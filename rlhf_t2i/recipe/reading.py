@@ -106,6 +106,11 @@ class RecipeFile:
         self.overrides: dict[KeyPath, str] = {}
         self.values = 0
 
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from: of the path as given, also where that is a link."""
+        return self.path.absolute().parent
+
     def where(self, key: KeyPath) -> str:
         """``recipe.yaml, line 7`` for a key, or the place of the override that gave it or a part of it."""
         for length in range(len(key), 0, -1):
@@ -135,7 +140,7 @@ def load(path: str | Path, overrides: Sequence[str | Override] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        path: The YAML file. Relative paths inside are relative to its folder.
+        path: The YAML file. Relative paths inside are relative to its folder, see :attr:`RecipeFile.folder`.
         overrides: Values by key, or texts ``a.b=c`` of ``--set``, c in YAML; relative paths in them are relative to
             the working directory.
 
@@ -161,8 +166,7 @@ def build(
         UsageError: One sentence naming the key, its place and the nearest valid key.
     """
     source = source or RecipeFile(Path("recipe"))
-    folder = source.path.resolve().parent
-    keys = {name: resolve_paths(value, folder, (name,)) for name, value in data.items()}
+    keys = {name: resolve_paths(value, source.folder, (name,)) for name, value in data.items()}
     for override in overrides:
         _apply(keys, Override.parse(override) if isinstance(override, str) else override, source)
     try:

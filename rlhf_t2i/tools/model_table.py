@@ -98,7 +98,7 @@ def load(path: str | Path, limit: int | None = None) -> tuple[ModelTable, dict[s
     data, source = reading.read(path)
     kinds.check(data, source.path, "eval")
     try:
-        table = ModelTable.model_validate(reading.resolve_paths(data, source.path.resolve().parent))
+        table = ModelTable.model_validate(reading.resolve_paths(data, source.folder))
     except ValidationError as error:
         raise mistakes.explain(error, ModelTable, data, source.where) from None
     shared = table.evaluation | ({} if limit is None else {"limit": limit})

@@ -11,6 +11,8 @@ import pytest
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.tools import model_table
+from rlhf_t2i.tools.ablation import schema
 from tests.recipe.base import BASE
 
 
@@ -106,6 +108,34 @@ def test_links_keep_their_names(recipe: Path, tmp_path: Path) -> None:
     loaded = reading.load(recipe)
     assert loaded.data.prompts == str(tmp_path / "prompts.txt")
     assert loaded.data.held_out == str(tmp_path / "held_out.txt")
+
+
+@pytest.mark.parametrize("kind", ["run", "eval", "ablate"])
+def test_paths_in_a_linked_recipe_start_beside_the_link(
+    kind: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Caches of the hub, git-annex and DVC link every file to one named by its hash, with nothing beside it."""
+    (tmp_path / "blobs").mkdir()
+    text = {
+        "run": recipe.read_text("utf-8"),
+        "eval": "{title: t, evaluation: {prompts: ./prompts.txt, metrics: [clip]}, "
+        "rows: [{name: a, label: A, model: ./m}]}",
+        "ablate": "{title: t, base: ./prompts.txt, evaluation: {}, initial: a, rows: [{name: a, label: A}]}",
+    }[kind]
+    (tmp_path / "blobs" / "a1b2").write_text(text, "utf-8")
+    recipe.unlink()
+    recipe.symlink_to("blobs/a1b2")
+    (tmp_path / "prompts.txt").write_text("a cat\n", "utf-8")
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path.parent)
+    given = Path(tmp_path.name) / recipe.name
+    if kind == "run":
+        found = reading.load(given).data.prompts
+    elif kind == "eval":
+        found = model_table.load(given)[0].evaluation["prompts"]
+    else:
+        found = schema.load(given).base
+    assert found == str(tmp_path / "prompts.txt")
 
 
 def test_a_path_through_a_link_to_elsewhere_is_not_shortened(recipe: Path, tmp_path: Path) -> None:

@@ -110,12 +110,11 @@ def load(path: str | Path) -> Ablation:
     """
     data, source = reading.read(path)
     kinds.check(data, source.path, "ablate")
-    folder = source.path.resolve().parent
     try:
-        ablation = Ablation.model_validate(reading.resolve_paths(data, folder))
+        ablation = Ablation.model_validate(reading.resolve_paths(data, source.folder))
     except ValidationError as error:
         raise mistakes.explain(error, Ablation, data, source.where) from None
-    base = files.absolute(ablation.base, folder)
+    base = files.absolute(ablation.base, source.folder)
     return ablation.model_copy(update={"base": str(base)})
 
 
