@@ -77,11 +77,19 @@ def translate_ray_errors(role: str, limit: Limit | None = None) -> Iterator[None
             raise _store_full(role, cause) from error
         raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
     except _LOST as error:
-        raise ProcessLost(f"a process of the {role} died: {first_line(error)}") from error
+        raise ProcessLost(f"a process of the {role} died: {_how(error)}") from error
     except _FULL as error:
         raise _store_full(role, error) from error
     except ray.exceptions.RayError as error:
         raise RunError(f"Ray failed while the {role} worked: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _how(error: Exception) -> str:
+    """How a process died. Ray does not learn its signal, and lists what it may have been over a dozen lines."""
+    first = first_line(error)
+    if isinstance(error, ray.exceptions.ActorUnavailableError) or first.startswith("The actor died unexpectedly"):
+        return "killed from outside, most often by the kernel for lack of memory, or crashed in native code"
+    return first
 
 
 def _store_full(role: str, error: BaseException) -> RunError:
@@ -164,7 +172,7 @@ class RemoteClient:
         reward_limit: For one answer of a method that calls reward plugins.
         device: Where answers are moved.
         guard: Opened around every wait with the role's name; turns errors into others.
-        check: See :func:`get`.
+        check: See :func:`get`; also called before something is sent.
     """
 
     role: str
@@ -179,6 +187,7 @@ class RemoteClient:
         """Split the batch over the servers; see :class:`rlhf_t2i.roles.dispatch.Client`."""
         parts, batch = dispatch.split(method, len(self.servers), *args, **kwargs)
         references = []
+        self.check()
         with translate_ray_errors(self.role):
             for server, part in zip(self.servers, parts, strict=False):
                 cpu = move(part, _CPU)
@@ -189,6 +198,7 @@ class RemoteClient:
 
     def submit_all(self, method: Method[P, T], arguments: Sequence[object]) -> Future[list[T]]:
         """Call a method with the same arguments on every server; answers in their order."""
+        self.check()
         with translate_ray_errors(self.role):
             references = [server.call.remote(self.role, method.__name__, *arguments) for server in self.servers]
         return RemoteFuture(self, references, self.limit, list)

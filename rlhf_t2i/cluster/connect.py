@@ -11,10 +11,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
+from typing import cast
 
 import psutil
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, worker
 from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
     maybe_enable_token_auth_if_token_available,
@@ -60,6 +62,16 @@ def start_local_ray(processes: int) -> None:
     if not bound.startswith("127."):
         stop()
         raise RunError(f"Ray {ray.__version__} listens on {bound} instead of 127.0.0.1: use the version we test with")
+
+
+def keep_messages(file: Path) -> None:
+    """Write what Ray reports of its own processes, 20 lines for a dead raylet, to a file instead of standard output."""
+
+    def keep(data: dict[str, object], ignore_prefix: bool) -> None:
+        with suppress(OSError), file.open("a", encoding="utf-8") as log:  # a full disk ends no run for these
+            log.writelines(f"({data['pid']}) {line}\n" for line in cast(list[str], data["lines"]))
+
+    worker.print_to_stdstream = keep
 
 
 @atexit.register

@@ -24,7 +24,7 @@ from rlhf_t2i.cluster import node_check
 from rlhf_t2i.cluster.actor import CONCURRENCY, WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster, Weights
 from rlhf_t2i.cluster.clients import First, Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
-from rlhf_t2i.cluster.connect import join, same_node, start_local_ray, stop
+from rlhf_t2i.cluster.connect import join, keep_messages, same_node, start_local_ray, stop
 from rlhf_t2i.cluster.control import RayMonitor
 from rlhf_t2i.errors import ProcessLost, RunError, UsageError
 from rlhf_t2i.plugins import consent, traits
@@ -65,10 +65,11 @@ class RayCluster(Cluster):
         self._weight_store: ActorHandle | None = None
         self._actors: dict[str, list[ActorHandle]] = {}
         try:
-            self._connect_ray(address)
+            out = None if failures is None else failures.parent
+            self._connect_ray(address, out)
             self._reserve()
             if address is not None:
-                shared = [] if failures is None else [str(failures.parent)]  # OUT: checkpoints are written there
+                shared = [] if out is None else [str(out)]  # checkpoints are written there
                 node_check.check(self._nodes.values(), [*node_check.files_of(recipe), *shared])
             self._create()
             self._build()
@@ -77,12 +78,14 @@ class RayCluster(Cluster):
             self.close()
             raise
 
-    def _connect_ray(self, address: str | None) -> None:
+    def _connect_ray(self, address: str | None, out: Path | None) -> None:
         if address is not None or not ray.is_initialized():
             self._started_ray = True  # also if a signal comes while it starts
+            if out is not None:
+                keep_messages(out / "ray.log")
             if address is None:
                 start_local_ray(len(self._all_specs))
-                self._monitor.own = True
+                self._monitor = RayMonitor.of_own_ray()
             else:
                 self._monitor.head = join(address)
         self._gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -236,14 +239,15 @@ class RayCluster(Cluster):
             yield
         except NoAnswer as error:
             raise RunError(f"{error}; {self._describe_processes()}") from None
-        except ProcessLost:
-            raise
+        except ProcessLost as lost:
+            raise self._monitor.explain(lost) from lost.__cause__
         except RunError as error:
             # The peers of a dead rank fail too, in their collectives, and their errors may arrive first.
-            lost = self._lost()
-            if lost is not None:
-                raise ProcessLost(f"process {lost} died while the {role} worked") from error
-            raise
+            process = None if self._monitor.dead() else self._lost()
+            if process is None and not self._monitor.dead():
+                raise
+            died = ProcessLost(f"process {process} died while the {role} worked")
+            raise self._monitor.explain(died) from error
 
     def _lost(self) -> str | None:
         """The name of a process with training state that is dead, if any."""

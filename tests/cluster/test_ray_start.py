@@ -1,4 +1,4 @@
-"""The Ray that a run starts: private files, short sockets; no code of the working folder runs in it."""
+"""The Ray that a run starts: private files, short sockets, quiet; no code of the working folder runs in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from tests.limits import HANG_S
 
 # Started as the installed command is: the working folder is not on the import path of this process.
 SCRIPT = """
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
+from pathlib import Path
 import numpy as np, psutil, ray
+from ray._private import worker as ray_worker
 from rlhf_t2i.cluster import connect
+from rlhf_t2i.cluster.control import RayMonitor
 from tests.limits import HANG_S
 
 connect.start_local_ray(2)
-folder = connect._own[0]
+connect.keep_messages(Path("ray.log"))
+folder, monitor = connect._own[0], RayMonitor.of_own_ray()
 
 @ray.remote
 def worker():
@@ -38,7 +42,16 @@ facts = {
     "sockets": [s for s in sockets if "plasma_store" in s],
     "group": os.getpgid(0),
     "groups": [os.getpgid(p.pid) for p in psutil.Process().children(recursive=True)],
+    "store": [str(monitor.store.folder), monitor.store.size, 512 * monitor.store.file.stat().st_blocks],
 }
+ray_worker._global_node.all_processes["raylet"][0].process.kill()
+def said():
+    return Path("ray.log").read_text() if Path("ray.log").exists() else ""
+
+deadline = time.monotonic() + HANG_S
+while "terminated" not in said() and time.monotonic() < deadline:
+    time.sleep(0.1)
+facts["said"] = said()
 connect.stop()
 print(json.dumps(facts))
 """
@@ -58,7 +71,12 @@ def test_a_hostile_working_folder_and_a_long_temporary_folder(tmp_path: Path) ->
         capture_output=True, text=True, timeout=HANG_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    facts = json.loads(done.stdout.splitlines()[-1])
+    (line,) = done.stdout.splitlines()  # and nothing of Ray's, though its raylet was killed
+    facts = json.loads(line)
+    assert "Raylet is terminated" in facts["said"]
+    store, size, written = facts["store"]
+    assert store in ("/dev/shm", facts["ray"])
+    assert size > written > 3 * 2**20 * 8
     assert not facts["module"].startswith(str(tmp_path))
     assert str(working) not in facts["path"]
     assert facts["cwd"] == str(working)  # relative paths keep their meaning
