@@ -77,14 +77,14 @@ def translate_ray_errors(role: str, limit: Limit | None = None) -> Iterator[None
             raise _store_full(role, cause) from error
         raise RunError(f"the {role} failed: {type(cause).__name__}: {cause}") from error
     except _LOST as error:
-        raise ProcessLost(f"a process of the {role} died: {_how(error)}") from error
+        raise ProcessLost(f"a process of the {role} died: {how_it_died(error)}") from error
     except _FULL as error:
         raise _store_full(role, error) from error
     except ray.exceptions.RayError as error:
         raise RunError(f"Ray failed while the {role} worked: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _how(error: Exception) -> str:
+def how_it_died(error: BaseException) -> str:
     """How a process died. Ray does not learn its signal, and lists what it may have been over a dozen lines."""
     first = first_line(error)
     if isinstance(error, ray.exceptions.ActorUnavailableError) or first.startswith("The actor died unexpectedly"):
@@ -107,13 +107,15 @@ class Limit:
     key: str = STEP_TIMEOUT_KEY
 
 
-def do_nothing() -> None:
+Check = Callable[..., None]
+"""Raises where it is useless to wait, or to send (``sending`` bytes); see :meth:`RayMonitor.check`."""
+
+
+def do_nothing(sending: int = 0) -> None:
     """The check of clients in actors: their caller watches Ray."""
 
 
-def get(
-    references: Sequence[ObjectRef], limit: Limit, role: str, check: Callable[[], None] = do_nothing
-) -> list[object]:
+def get(references: Sequence[ObjectRef], limit: Limit, role: str, check: Check = do_nothing) -> list[object]:
     """``ray.get`` that raises this project's own errors, see :func:`translate_ray_errors`.
 
     Args:
@@ -181,24 +183,24 @@ class RemoteClient:
     reward_limit: Limit = Limit()
     device: torch.device | None = None
     guard: Callable[[str], AbstractContextManager[object]] = nullcontext
-    check: Callable[[], None] = do_nothing
+    check: Check = do_nothing
 
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Split the batch over the servers; see :class:`rlhf_t2i.roles.dispatch.Client`."""
         parts, batch = dispatch.split(method, len(self.servers), *args, **kwargs)
         references = []
-        self.check()
         with translate_ray_errors(self.role):
             for server, part in zip(self.servers, parts, strict=False):
                 cpu = move(part, _CPU)
-                stopwatch.bytes_sent += _bytes(cpu)
+                self.check(size := _bytes(cpu))
+                stopwatch.bytes_sent += size
                 references.append(server.call.remote(self.role, method.__name__, *cpu))
         limit = self.reward_limit if Batched.of(method).timeout == "reward" else self.limit
         return RemoteFuture(self, references, limit, lambda answers: self._join(answers, batch))
 
     def submit_all(self, method: Method[P, T], arguments: Sequence[object]) -> Future[list[T]]:
         """Call a method with the same arguments on every server; answers in their order."""
-        self.check()
+        self.check(_bytes(arguments))
         with translate_ray_errors(self.role):
             references = [server.call.remote(self.role, method.__name__, *arguments) for server in self.servers]
         return RemoteFuture(self, references, self.limit, list)

@@ -18,8 +18,9 @@ from rlhf_t2i.errors import ProcessLost, RunError, option
 _ESSENTIAL = ("gcs_server", "raylet")
 _PROBE_EVERY_S, _PROBE_TIMEOUT_S = 5.0, 2.0
 _HEAD_SILENT_S = 30.0  # Ray ends the process, with a line of its own, after 60
+_INLINE = 50_000  # bytes; Ray sends arguments of up to 100 KiB, with their envelope, beside the object store
 _KERNEL_COUNTERS = Path("/proc/vmstat")
-_RAY_DIED = "Ray's own process"
+RAY_DIED = "Ray's own process"
 _OOM_KILLED = (
     "since the roles started, the kernel has killed a process of this machine for lack of memory "
     f"(oom_kill in {_KERNEL_COUNTERS})"
@@ -59,17 +60,20 @@ class RayMonitor:
             return not self._lost and not self.dead()
         return self.head is None or _listens(self.head)
 
-    def check(self) -> None:
+    def check(self, sending: int = 0) -> None:
         """Look at the processes, or now and then at the head's port.
 
+        Args:
+            sending: Bytes that this process is about to send; more than a few pass through the object store.
+
         Raises:
-            ProcessLost: A process of the run's own Ray died, or its object store has no room left to grow: another Ray
-                can be started.
+            ProcessLost: A process of the run's own Ray died, or its object store has no room for what is to be sent:
+                another Ray can be started.
             RunError: The head of the cluster has not answered for 30 s.
         """
         if self.own:
             self._check_processes()
-            if self.store is not None and (shortage := self.store.shortage()) is not None:
+            if sending > _INLINE and self.store is not None and (shortage := self.store.shortage()) is not None:
                 raise ProcessLost(shortage)
         elif self.head is not None and time.monotonic() - self._probed > _PROBE_EVERY_S:
             self._probe(self.head)
@@ -83,7 +87,7 @@ class RayMonitor:
         dead = self.dead()
         if dead:
             self._lost = True
-            raise self.explain(ProcessLost(f"{_RAY_DIED} {dead[0]} died"))
+            raise self.explain(ProcessLost(f"{RAY_DIED} {dead[0]} died"))
 
     def explain(self, lost: ProcessLost) -> ProcessLost:
         """The error, with its likely cause: Ray itself died, shared memory is full, or the kernel counted a kill.
@@ -91,8 +95,8 @@ class RayMonitor:
         Without Ray's own processes every call fails, whatever Ray says of it.
         """
         text = str(lost)
-        if _RAY_DIED not in text and (dead := self.dead()):
-            text = f"{_RAY_DIED} {dead[0]} died"
+        if RAY_DIED not in text and (dead := self.dead()):
+            text = f"{RAY_DIED} {dead[0]} died"
         if self.store is not None and (shortage := self.store.shortage()) is not None:
             return ProcessLost(text if str(self.store.folder) in text else f"{text}; {shortage}")
         killed = self.head is None and self._oom_kills is not None and (oom_kills() or 0) > self._oom_kills

@@ -18,8 +18,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from rlhf_t2i.cluster.clients import how_it_died
 from rlhf_t2i.cluster.connect import same_node
-from rlhf_t2i.errors import RunError, UsageError, first_line
+from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import sources
 from rlhf_t2i.plugins import guard, registry
 from rlhf_t2i.plugins.base import Reward
@@ -151,7 +152,7 @@ class IsolatedReward(Reward):
             kind = UsageError if isinstance(cause, UsageError) else RunError
             raise kind(f"reward {self._name!r}, in its own environment: {cause}") from error
         except ray.exceptions.RayError as error:
-            raise RunError(f"reward {self._name!r}: its process ended: {first_line(error)}") from error
+            raise RunError(f"reward {self._name!r}: its process ended: {how_it_died(error)}") from error
 
 
 class _Remote(torch.autograd.Function):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_MARGIN = 64 * 2**20  # what processes may write between two checks
+_MARGIN = 64 * 2**20  # what other processes may write before the next check
 _MIB = 2**20
 
 

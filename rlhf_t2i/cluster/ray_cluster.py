@@ -25,8 +25,8 @@ from rlhf_t2i.cluster.actor import CONCURRENCY, WeightStore, WorkerActor
 from rlhf_t2i.cluster.base import Cluster, Weights
 from rlhf_t2i.cluster.clients import First, Limit, NoAnswer, RemoteClient, get, partners, translate_ray_errors
 from rlhf_t2i.cluster.connect import join, keep_messages, same_node, start_local_ray, stop
-from rlhf_t2i.cluster.control import RayMonitor
-from rlhf_t2i.errors import ProcessLost, RunError, UsageError
+from rlhf_t2i.cluster.control import RAY_DIED, RayMonitor
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped, UsageError
 from rlhf_t2i.plugins import consent, traits
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
@@ -74,8 +74,12 @@ class RayCluster(Cluster):
             self._create()
             self._build()
             self._introduce()
-        except BaseException:
+        except BaseException as error:
+            dead = self._monitor.dead()
             self.close()
+            meant = isinstance(error, Stopped | UsageError | ProcessLost)
+            if dead and isinstance(error, Exception) and not meant:  # whatever Ray said of it
+                raise ProcessLost(f"{RAY_DIED} {dead[0]} died while the roles started") from error
             raise
 
     def _connect_ray(self, address: str | None, out: Path | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from rlhf_t2i.cluster import clients, control, object_store
 from rlhf_t2i.cluster.control import RayMonitor
@@ -76,13 +77,15 @@ def test_a_dead_raylet_has_given_its_pages_back(tmp_path: Path, free: MagicMock)
 
 
 def test_a_call_is_not_made_into_a_full_store(store: ObjectStore, free: MagicMock) -> None:
-    """The driver itself would be ended by SIGBUS, without a message."""
+    """The driver itself would end with the raylet, without a message."""
     free.return_value.free = 0
     server = MagicMock()
     client = clients.RemoteClient("learner", [server], check=RayMonitor(own=True, store=store).check)
     with pytest.raises(ProcessLost, match=f"^{store.folder} has 0 MiB left"):
-        client.submit_all(MagicMock(__name__="step"), [])
+        client.submit_all(MagicMock(__name__="load"), [torch.zeros(2**14)])
     assert not server.mock_calls
+    client.submit_all(MagicMock(__name__="step"), [["a cat"]])  # a few bytes need no room there
+    assert len(server.mock_calls) == 1
 
 
 @pytest.mark.parametrize(

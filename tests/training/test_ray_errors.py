@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from rlhf_t2i.cluster import clients, control, ray_cluster
 from rlhf_t2i.cluster.control import RayMonitor
 from rlhf_t2i.cluster.ray_cluster import RayCluster
-from rlhf_t2i.errors import ProcessLost, RunError
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.recipe import placement as geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.learner import LearnerRole
@@ -118,6 +119,30 @@ def test_a_ray_that_is_gone_is_not_asked_to_free_anything(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray_cluster, "stop", stopped := MagicMock())
     placed.close()
     assert (asked.called, stopped.called) == (False, True)
+
+
+def test_a_ray_that_dies_while_the_roles_start_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, make_recipe: Callable[..., Recipe]
+) -> None:
+    """Its answers to the questions of the start are errors of many kinds, and none says that it died."""
+    node = MagicMock()
+    node.dead_processes.return_value = [("raylet", None)]
+    monkeypatch.setattr("ray._private.worker._global_node", node)
+    monkeypatch.setattr(RayMonitor, "of_own_ray", lambda: RayMonitor(own=True))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_cluster, "start_local_ray", lambda processes: None)
+    monkeypatch.setattr(ray_cluster, "stop", stopped := MagicMock())
+    monkeypatch.setattr(ray, "cluster_resources", asked := MagicMock())
+    recipe = make_recipe(
+        placement="{mode: ray, groups: {all: {roles: [learner, generator, assistant, reference, reward]}}}"
+    )
+    asked.side_effect = Exception("Placement group does not exist")
+    with pytest.raises(ProcessLost, match=r"^Ray's own process raylet died while the roles started$"):
+        RayCluster(recipe)
+    asked.side_effect = Stopped(signal.SIGTERM)  # systemd sends it to Ray, too
+    with pytest.raises(Stopped):
+        RayCluster(recipe)
+    assert stopped.call_count == 2
 
 
 def test_a_head_node_that_does_not_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
