@@ -1,9 +1,9 @@
-"""An append-only record of finished scores: what a kill cuts short is scored again, what is recorded never is."""
+"""Append-only records of finished work: what a kill cuts short is done again, what is recorded never is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -14,11 +14,19 @@ from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import JsonObject
 
 
+class _Drawn(BaseModel, strict=True):
+    """A line of the record of images."""
+
+    images: list[int]
+    sha256: list[str]
+
+
 class _Batch(BaseModel, strict=True):
-    """A line of the journal; the first one of a metric has the versions with which it was computed."""
+    """A line of the record of scores; the first one of a metric has the versions with which it was computed."""
 
     key: str
     images: list[int]
+    sha256: list[str]
     values: list[float]
     versions: dict[str, str] = {}
 
@@ -30,8 +38,8 @@ class _Claim(BaseModel):
     facts: dict[str, str]
 
 
-class Journal:
-    """One JSON line per finished batch.
+class DrawnImages:
+    """The SHA-256 of every image that was drawn, one JSON line per finished batch.
 
     Args:
         path: The file; made when absent. A last line cut short by a kill is removed.
@@ -42,41 +50,83 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._values: dict[str, dict[int, float]] = {}
-        self._versions: dict[str, dict[str, str]] = {}
-        if path.exists():
-            self._read()
+        self._digests: dict[int, str] = {}
+        for number, line in _whole_lines(path, "record of images"):
+            try:
+                self._record(_Drawn.model_validate_json(line))
+            except ValueError:  # pydantic's is one; another one for lists that differ in length
+                raise UsageError(f"{path} line {number} is damaged: remove the file to draw again") from None
 
-    def values(self, key: str) -> Mapping[int, float]:
-        """The finished values of a metric, by image."""
-        return self._values.get(key, {})
+    def digest(self, image: int) -> str | None:
+        """Of the image as it was drawn; None if it was not."""
+        return self._digests.get(image)
+
+    def add(self, images: Sequence[int], digests: Sequence[str]) -> None:
+        """Record a batch whose files are written; it is on the disk when this returns."""
+        batch = _Drawn(images=list(images), sha256=list(digests))
+        files.append_line(self._path, batch.model_dump())
+        self._record(batch)
+
+    def _record(self, batch: _Drawn) -> None:
+        self._digests.update(zip(batch.images, batch.sha256, strict=True))
+
+
+class Scores:
+    """The finished scores of images, one JSON line per batch. A score counts for the image that it was given to.
+
+    Args:
+        path: The file; made when absent. A last line cut short by a kill is removed.
+
+    Raises:
+        UsageError: The file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values: dict[str, dict[tuple[int, str], float]] = {}
+        self._versions: dict[str, dict[str, str]] = {}
+        for number, line in _whole_lines(path, "record of scores"):
+            try:
+                self._record(_Batch.model_validate_json(line))
+            except ValueError:
+                raise UsageError(f"{path} line {number} is damaged: remove the file to score again") from None
+
+    def values(self, key: str, digests: Sequence[str]) -> dict[int, float]:
+        """The finished values of a metric by image, for images with these digests."""
+        found = self._values.get(key, {})
+        return {image: found[image, digest] for image, digest in enumerate(digests) if (image, digest) in found}
 
     def versions(self, key: str) -> dict[str, str]:
         """The package versions with which the first values of a metric were computed; {} for none."""
         return self._versions.get(key, {})
 
-    def add(self, key: str, images: Sequence[int], values: Sequence[float], versions: dict[str, str]) -> None:
+    def add(
+        self, key: str, images: Sequence[int], digests: Sequence[str], values: Sequence[float], versions: dict[str, str]
+    ) -> None:
         """Record a finished batch; it is on the disk when this returns."""
-        first = key not in self._versions
-        batch = _Batch(key=key, images=list(images), values=list(values), versions=versions if first else {})
+        batch = _Batch(
+            key=key, images=list(images), sha256=list(digests), values=list(values),
+            versions={} if key in self._versions else versions,
+        )  # fmt: skip
         files.append_line(self._path, batch.model_dump(exclude_defaults=True))
         self._record(batch)
 
-    def _read(self) -> None:
-        data = inputs.read_bytes(self._path, "record of scores", inputs.LOG)
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self._path.open("r+b") as stream:
-                stream.truncate(len(whole))
-        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-            try:
-                self._record(_Batch.model_validate_json(line))
-            except ValueError:  # pydantic's is one; another one for images and values that differ in number
-                raise UsageError(f"{self._path} line {number} is damaged: remove the file to score again") from None
-
     def _record(self, batch: _Batch) -> None:
-        self._values.setdefault(batch.key, {}).update(zip(batch.images, batch.values, strict=True))
+        scored = zip(batch.images, batch.sha256, strict=True)
+        self._values.setdefault(batch.key, {}).update(zip(scored, batch.values, strict=True))
         self._versions.setdefault(batch.key, batch.versions)
+
+
+def _whole_lines(path: Path, noun: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a record and their numbers, after what a kill left of the last one was cut off."""
+    if not path.exists():
+        return
+    data = inputs.read_bytes(path, noun, inputs.LOG)
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole))
+    yield from enumerate(whole.split(b"\n")[:-1], 1)
 
 
 def claim(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, option
-from rlhf_t2i.evaluation import benchmarks, diversity, features, identity, journal, models
+from rlhf_t2i.evaluation import benchmarks, diversity, feature_files, features, identity, journal, models
 from rlhf_t2i.evaluation.features import ClipFeatures, Extractor, Probe
 from rlhf_t2i.evaluation.results import Metric, Results, dumps
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
@@ -110,20 +109,33 @@ class Evaluation:
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
         }  # fmt: skip
         self._tell_versions("the images", journal.claim(self.out, "images.json", self.drawn, self.versions))
-        self.journal = journal.Journal(self.out / "scores.jsonl")
+        self.images = journal.DrawnImages(self.out / "drawn.jsonl")
+        self.scores = journal.Scores(self.out / "scores.jsonl")
 
     def draw(self) -> None:
-        """Write the images that are missing, or that a power cut left empty."""
+        """Write the images that are missing, or are not as they were drawn."""
         (self.out / "images").mkdir(exist_ok=True)
-        missing = [index for index in range(len(self.prompts)) if not images.is_whole(self._path(index))]
+        missing = [index for index in range(len(self.prompts)) if not self._is_drawn(index)]
         done = len(self.prompts) - len(missing)
         for batch in self._batches(missing):
             keys = [(self.settings.seed, "evaluation", index) for index in batch]
             drawn = self.model.images([self.prompts[index] for index in batch], keys)
-            for index, image in zip(batch, drawn, strict=True):
-                files.write_atomic(self._path(index), images.png(image))
+            pictures = [images.png(image) for image in drawn]
+            for index, picture in zip(batch, pictures, strict=True):
+                files.write_atomic(self._path(index), picture)
+            self.images.add(batch, [hashlib.sha256(picture).hexdigest() for picture in pictures])
             done += len(batch)
             self.progress("drawing", done, len(self.prompts))
+
+    def _is_drawn(self, index: int) -> bool:
+        """Whether an image is there, bit for bit as it was drawn."""
+        digest, path = self.images.digest(index), self._path(index)
+        return digest is not None and path.is_file() and files.sha256(path) == digest
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the images, which are all drawn."""
+        return [self.images.digest(index) or "" for index in range(len(self.prompts))]
 
     def measure(self) -> list[Metric]:
         """Every metric, in the order it was asked for."""
@@ -158,9 +170,10 @@ class Evaluation:
 
     def _reward(self, label: str, name: str) -> Metric:
         key, options = self._rewards[label], self.settings.options.get(label, {})
-        values = dict(self.journal.values(key))
+        digests = self.digests
+        values = self.scores.values(key, digests)
         if values:
-            self._tell_versions(f"scores of {label}", self.journal.versions(key))
+            self._tell_versions(f"scores of {label}", self.scores.versions(key))
         missing = [index for index in range(len(self.prompts)) if index not in values]
         role: RewardRole | None = None
         for batch in self._batches(missing):
@@ -169,7 +182,7 @@ class Evaluation:
                 role = RewardRole({label: reward}, None, device=self.device, failures_dir=self.out / "failures")
             prompts = [self.prompts[index] for index in batch]
             scores = role.score_images(images.read([self._path(index) for index in batch]), prompts)[label].tolist()
-            self.journal.add(key, batch, scores, self.versions)
+            self.scores.add(key, batch, [digests[index] for index in batch], scores, self.versions)
             values |= zip(batch, scores, strict=True)
             self.progress(f"scoring {label}", len(values), len(self.prompts))
         cls = registry.load_class(registry.REWARDS, name)
@@ -194,17 +207,18 @@ class Evaluation:
             return features.clip_extractor(self.clip)
         return features.vae_extractor(self.model.store.decoder, str(self.drawing.base), self.device)
 
-    def features(self, extractor: Extractor, paths: Sequence[Path], folder: str, square: int | None) -> np.ndarray:
-        """Features [N, D] of image files, kept batch by batch in OUT/features."""
+    def features(
+        self, extractor: Extractor, paths: Sequence[Path], digests: Sequence[str], folder: str, square: int | None
+    ) -> np.ndarray:
+        """Features [N, D] of image files with these digests, kept batch by batch in OUT/features."""
         parts = []
         for batch in self._batches(range(len(paths))):
             file = self.out / "features" / folder / f"{batch[0]:05d}-{len(batch)}.npy"
-            part = _features(file, len(batch))
+            pictured = [digests[index] for index in batch]
+            part = feature_files.load(file, pictured)
             if part is None:
-                buffer = io.BytesIO()
                 part = extractor.extract(images.read([paths[index] for index in batch], square)).float().numpy()
-                np.save(buffer, part)
-                files.write_atomic(file, buffer.getvalue())
+                feature_files.save(file, part, pictured)
             parts.append(part)
             self.progress(f"comparing ({extractor.name})", batch[-1] + 1, len(paths))
         return np.concatenate(parts).astype(np.float64)
@@ -212,13 +226,13 @@ class Evaluation:
     def own_features(self, extractor: Extractor, square: int | None = None) -> np.ndarray:
         """Features of this evaluation's images."""
         paths = [self._path(index) for index in range(len(self.prompts))]
-        return self.features(extractor, paths, f"{extractor.identity}-{square or 'full'}", square)
+        return self.features(extractor, paths, self.digests, f"{extractor.identity}-{square or 'full'}", square)
 
     def frechet(self, key: str, extractor: Extractor) -> list[Metric]:
         """Squared Frechet distance to the folder of real images, in the extractor's features."""
         paths = self.real
-        content = fingerprints.of_text("".join(f"{p.name} {fingerprints.of_path(p)}\n" for p in paths))
-        real = self.features(extractor, paths, f"{extractor.identity}-real-{content}", FRECHET_PIXELS)
+        digests = [fingerprints.of_file(path) for path in paths]
+        real = self.features(extractor, paths, digests, f"{extractor.identity}-real", FRECHET_PIXELS)
         value = frechet_distance(self.own_features(extractor, FRECHET_PIXELS), real)
         unit = f"squared Frechet distance, {extractor.name}; {len(self.prompts)} against {len(paths)} real images"
         return [Metric(key, "set", unit, higher_is_better=False, value=value)]
@@ -264,15 +278,6 @@ _SPECIAL: dict[str, Callable[[Evaluation], list[Metric]]] = {
     "fid": lambda work: work.frechet("fid", features.inception_extractor(work.settings.inception, work.device)),
     "frechet_clip": lambda work: work.frechet("frechet_clip", features.clip_extractor(work.clip)),
 }
-
-
-def _features(file: Path, count: int) -> np.ndarray | None:
-    """Features [N, D] that were computed before; None where they are missing, or a power cut left them empty."""
-    try:
-        part = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return part if isinstance(part, np.ndarray) and part.ndim == 2 and len(part) == count else None
 
 
 def _seconds(out: Path) -> float:

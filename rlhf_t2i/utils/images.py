@@ -67,16 +67,6 @@ def read(paths: Sequence[Path], square: int | None = None) -> Tensor:
     return _to_tensor(images)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a file is there and an image whose checksums hold."""
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except Exception:  # as in _read
-        return False
-    return True
-
-
 def from_pil(image: Image.Image) -> Tensor:
     """A PIL image as a tensor [1, 3, H, W] in [0, 1]; modes are converted as :func:`read` does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import shutil
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from rlhf_t2i.errors import RunError, UsageError
-from rlhf_t2i.evaluation import identity
+from rlhf_t2i.evaluation import feature_files, identity
+from rlhf_t2i.evaluation.journal import DrawnImages
 from rlhf_t2i.evaluation.models import StudentModel
 from rlhf_t2i.evaluation.results import read
 from rlhf_t2i.evaluation.run import evaluate
+from rlhf_t2i.utils.images import png
 from tests import tiny
 from tests.evaluation.conftest import BRIGHTNESS, REWARDS
 from tests.limits import HANG_S
@@ -99,9 +102,10 @@ def test_finished_images_and_scores_are_not_repeated(settings, tmp_path, monkeyp
     assert cls.scored == 10
 
 
-def test_only_missing_and_damaged_images_are_drawn(settings, tmp_path, monkeypatch):
+def test_only_missing_damaged_and_swapped_images_are_drawn(settings, tmp_path, monkeypatch):
     evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
     whole = pixels(tmp_path)
+    shutil.copy(tmp_path / "images/00000.png", tmp_path / "images/00002.png")  # whole, and of another prompt
     (tmp_path / "images/00005.png").unlink()
     data = bytearray((file := tmp_path / "images/00008.png").read_bytes())
     data[len(data) // 2] ^= 1
@@ -110,8 +114,43 @@ def test_only_missing_and_damaged_images_are_drawn(settings, tmp_path, monkeypat
     original = StudentModel.images
     monkeypatch.setattr(StudentModel, "images", lambda self, p, keys: drawn.append(keys) or original(self, p, keys))
     evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
-    assert drawn == [[(0, "evaluation", 5), (0, "evaluation", 8)]]
+    assert drawn == [[(0, "evaluation", 2), (0, "evaluation", 5), (0, "evaluation", 8)]]
     assert np.abs(pixels(tmp_path) - whole).max() <= 1
+
+
+def test_a_score_counts_for_the_image_that_it_was_given_to(settings, tmp_path):
+    """An image may be drawn again with other versions, and is then another one."""
+    evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
+    black = png(torch.zeros(3, tiny.RESOLUTION, tiny.RESOLUTION))
+    (tmp_path / "images/00003.png").write_bytes(black)
+    DrawnImages(tmp_path / "drawn.jsonl").add([3], [hashlib.sha256(black).hexdigest()])
+    evaluate(settings(metrics=[BRIGHTNESS]), tmp_path)
+    values = read(tmp_path).metrics["Brightness"].by_image
+    expected = pixels(tmp_path).mean((1, 2, 3)) / 255
+    assert expected[3] == 0
+    assert values[3] == pytest.approx(0.001 * len(read(tmp_path).prompts[3]), abs=1e-6)
+
+
+def test_damaged_features_and_those_of_other_images_are_computed_again(settings, tmp_path):
+    evaluate(settings(metrics=["diversity"]), tmp_path)
+    results = (tmp_path / "results.json").read_bytes()
+    (file, *_) = sorted((tmp_path / "features").rglob("*.npy"))
+    whole, one, other = file.read_bytes(), "a" * 64, "b" * 64
+    for position in (0, 20, len(whole) // 2, len(whole) - 33, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        file.write_bytes(damaged)
+        evaluate(settings(metrics=["diversity"]), tmp_path)
+        assert file.read_bytes() == whole
+        assert (tmp_path / "results.json").read_bytes() == results
+    values = np.arange(6.0).reshape(2, 3)
+    feature_files.save(file, values, [one, other])
+    assert np.array_equal(feature_files.load(file, [one, other]), values)
+    assert np.array_equal(np.load(file), values)
+    assert feature_files.load(file, [other, one]) is None
+    assert feature_files.load(tmp_path / "absent.npy", [one]) is None
+    file.write_bytes(b"")
+    assert feature_files.load(file, [one, other]) is None
 
 
 class Stop(Exception):
@@ -145,11 +184,13 @@ def test_a_damaged_record_is_refused_by_name(settings, tmp_path):
     for name, text, words in (
         (
             "scores.jsonl",
-            'rubbish\n{"key": "k", "images": [0], "values": [1.0]}\n',
+            'rubbish\n{"key": "k", "images": [0], "sha256": ["a"], "values": [1.0]}\n',
             "line 1 is damaged: remove the file",
         ),
-        ("scores.jsonl", '{"key": "k", "images": ["0"], "values": [1.0]}\n', "line 1 is damaged"),
-        ("scores.jsonl", '{"key": "k", "images": [0, 1], "values": [1.0]}\n', "line 1 is damaged"),
+        ("scores.jsonl", '{"key": "k", "images": ["0"], "sha256": ["a"], "values": [1.0]}\n', "line 1 is damaged"),
+        ("scores.jsonl", '{"key": "k", "images": [0], "sha256": ["a"], "values": [1.0, 2]}\n', "line 1 is damaged"),
+        ("scores.jsonl", '{"key": "k", "images": [0], "values": [1.0]}\n', "line 1 is damaged"),
+        ("drawn.jsonl", '{"images": [0, 1], "sha256": ["a"]}\n', "line 1 is damaged: remove the file to draw again"),
         ("images.json", '{"identity": [], "facts": {}}', "is damaged: give another --out"),
         ("images.json", "[" * 5000, "is damaged"),
         ("cost.json", '{"seconds": "many"}', "is damaged: remove it to count"),

@@ -57,7 +57,7 @@ def test_the_regularizer_loss_is_never_plotted(run_folder):
 def test_it_opens_with_the_unseen_scorer_and_the_image_that_all_scorers_call_better(run_folder):
     before, after = (results.read(run_folder / "evaluation" / when) for when in ("before", "after"))
     rows = compare(before, after)
-    opening = headline.finished(before, after, rows)
+    opening = headline.finished(before, after, rows, [])
     assert opening.label == "clip"  # measured, never trained on
     assert opening.number == numbers.signed(rows[1].difference)
     changes = {
@@ -70,18 +70,18 @@ def test_it_opens_with_the_unseen_scorer_and_the_image_that_all_scorers_call_bet
     best = list(first.values())[:3]
     assert [pair.prompt for pair in opening.pairs] == [before.prompts[index] for index in best]
     assert len({pair.prompt for pair in opening.pairs}) == 3
-    assert opening.pairs[0].before == gallery.image(before, best[0])
-    assert opening.pairs[0].after == gallery.image(after, best[0])
-    trained_alone = headline.finished(before, after, [row for row in rows if row.kind != "eval"])
+    assert opening.pairs[0].before == gallery.image(before, best[0], [])
+    assert opening.pairs[0].after == gallery.image(after, best[0], [])
+    trained_alone = headline.finished(before, after, [row for row in rows if row.kind != "eval"], [])
     assert (trained_alone.label, "trained on" in trained_alone.note) == ("pickscore", True)
-    assert headline.finished(before, after, [row for row in rows if row.kind == "diversity"]) is None
+    assert headline.finished(before, after, [row for row in rows if row.kind == "diversity"], []) is None
 
 
 def test_a_share_opens_as_percentages(run_folder):
     before, after = (results.read(run_folder / "evaluation" / when) for when in ("before", "after"))
     row = next(row for row in compare(before, after) if row.kind == "eval")
     row = replace(row, unit="share", before=0.331, after=0.724, difference=0.393)
-    opening = headline.finished(before, after, [row])
+    opening = headline.finished(before, after, [row], [])
     assert opening.number == "33% \N{RIGHTWARDS ARROW} 72%"
     assert "+39 points" in opening.note
 
@@ -90,14 +90,14 @@ def test_a_running_page_says_how_far_it_is_and_reloads(tmp_path):
     page = write_report(make_run(tmp_path, finished=False), live=True).read_text("utf-8")
     assert "Step 60 of 60" in page
     assert '<meta http-equiv="refresh"' in page
-    opening = headline.running(training_plots.read(tmp_path), tmp_path / "samples")
+    opening = headline.running(training_plots.read(tmp_path), tmp_path / "samples", [])
     rewards = [
         json.loads(line)["reward/pickscore"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:60]
     ]
     assert opening.number == numbers.signed(sum(rewards[-10:]) / 10 - sum(rewards[:10]) / 10)
     (pair,) = opening.pairs
-    assert pair.before == gallery.data_uri(tmp_path / "samples/step_000000.png", 768)
-    assert pair.after == gallery.data_uri(tmp_path / "samples/step_000060.png", 768)
+    assert pair.before == gallery.data_uri(tmp_path / "samples/step_000000.png", [], 768)
+    assert pair.after == gallery.data_uri(tmp_path / "samples/step_000060.png", [], 768)
     assert '<meta http-equiv="refresh"' not in write_report(tmp_path).read_text("utf-8")
 
 
@@ -143,11 +143,18 @@ def test_damaged_files_cost_their_part_only_and_are_named(run_folder):
     metrics = (run_folder / "metrics.jsonl").read_text().split("\n")
     (run_folder / "metrics.jsonl").write_text("\n".join([*metrics[:4], "rubbish", *metrics[5:]]))
     (run_folder / "evaluation" / "after" / "images" / "00000.png").write_bytes(b"not a picture")
-    (run_folder / "samples" / "step_000000.png").unlink()
+    (run_folder / "evaluation" / "before" / "images" / "00001.png").unlink()
+    data = bytearray((preview := run_folder / "samples" / "step_000000.png").read_bytes())
+    data[len(data) // 2] ^= 1
+    preview.write_bytes(data)
     page = write_report(run_folder).read_text("utf-8")
     assert "improved by more than 3 standard errors" in page
-    for words in ("run.json is damaged", "recipe.yaml is not UTF-8 text", "metrics.jsonl line 5 is damaged"):
-        assert words in page
+    for words in (
+        "run.json is damaged", "recipe.yaml is not UTF-8 text", "metrics.jsonl line 5 is damaged",
+        "after/images/00000.png is no whole image", "before/images/00001.png is missing",
+        "samples/step_000000.png is no whole image",
+    ):  # fmt: skip
+        assert page.count(words) == 1, words
 
 
 def test_prompts_are_escaped(run_folder):

@@ -28,11 +28,13 @@ def write(table: Table, out: Path) -> Path:
         files.write_atomic(out / "plots" / f"{slug(plot.title)}.svg", plots.standalone(plot.svg))
     records = [RunRecord.read(task.run / "run.json") for task in table.tasks]
     initial, (best, metric) = table.ablation.initial, _best_row(table)
+    damaged: list[str] = []
     context: dict[str, object] = {
         "title": table.ablation.title,
         "table": table,
         "plots": drawn,
-        "gallery": _gallery(table),
+        "gallery": _gallery(table, damaged),
+        "damaged": damaged,
         "initial": next(row.label for row in table.ablation.rows if row.name == initial),
         "best": best,
         "best_metric": metric,
@@ -41,8 +43,8 @@ def write(table: Table, out: Path) -> Path:
     }
     if best is not None:
         before, after = (table.results[name][0] for name in (initial, best.name))
-        context["pairs"] = gallery.pairs(before, after, PAIRS_SHOWN)
-        context["extremes"] = gallery.extremes(before, after, metric)
+        context["pairs"] = gallery.pairs(before, after, PAIRS_SHOWN, damaged)
+        context["extremes"] = gallery.extremes(before, after, metric, damaged)
     return files.write_atomic(out / "report.html", render("ablation.html", context))
 
 
@@ -108,7 +110,7 @@ def _mean_line(seeds: Sequence[Rows], key: str) -> tuple[list[float], list[float
     return (images, [sum(points[x]) / len(points[x]) for x in images]) if images else None
 
 
-def _gallery(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
+def _gallery(table: Table, damaged: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Evenly spaced prompts, each with every row's first image of it: one noise for all."""
     first = {row.label: table.results[row.name][0] for row in table.rows}
     if not first:
@@ -117,7 +119,7 @@ def _gallery(table: Table) -> list[tuple[str, list[tuple[str, str]]]]:
     members, found = list(shown.members.values()), []
     for position in evenly_spaced(len(members), PROMPTS_SHOWN):
         index = members[position][0]
-        pictures = [(label, gallery.image(results, index, 160)) for label, results in first.items()]
+        pictures = [(label, gallery.image(results, index, damaged, 160)) for label, results in first.items()]
         found.append((shown.prompts[index], [(label, uri) for label, uri in pictures if uri]))
     return found
 

@@ -45,8 +45,11 @@ class Headline:
     caption: str = ""
 
 
-def finished(before: Results, after: Results, comparisons: Sequence[Comparison]) -> Headline | None:
-    """The change of the first unseen scorer, else of the trained reward; and the images that improved most."""
+def finished(before: Results, after: Results, comparisons: Sequence[Comparison], damaged: list[str]) -> Headline | None:
+    """The change of the first unseen scorer, else of the trained reward; and the images that improved most.
+
+    ``damaged`` gets a phrase for each image that cannot be shown.
+    """
     kinds = ("eval", "train")
     row = next((c for kind in kinds for c in comparisons if c.kind == kind and math.isfinite(c.difference)), None)
     if row is None:
@@ -59,7 +62,7 @@ def finished(before: Results, after: Results, comparisons: Sequence[Comparison])
         f"{numbers.signed(row.errors)} standard errors."
     )
     keys = [c.key for c in comparisons if c.kind in kinds]
-    pairs = gallery.couples(before, after, _most_improved(before, after, keys), max_side=_SIDE)
+    pairs = gallery.couples(before, after, _most_improved(before, after, keys), damaged, max_side=_SIDE)
     which = "image" if len(pairs) == 1 else f"{len(pairs)} prompts"
     caption = (
         f"Of {len(before.images)} images the {which} that improved most by {' and '.join(keys)}; an even selection is "
@@ -74,8 +77,11 @@ def _change(row: Comparison) -> str:
     return f"{numbers.number(row.before)} before, {numbers.number(row.after)} after"
 
 
-def running(rows: Rows, samples: Path) -> Headline | None:
-    """The change of the trained reward over the steps so far; and the first and the newest preview."""
+def running(rows: Rows, samples: Path, damaged: list[str]) -> Headline | None:
+    """The change of the trained reward over the steps so far; and the first and the newest preview.
+
+    ``damaged`` gets a phrase for each image that cannot be shown.
+    """
     key = next((key for row in rows for key in row if key.startswith("reward/")), None)
     values = [row[key] for row in rows if key is not None and key in row]
     if key is None or not values:
@@ -88,7 +94,7 @@ def running(rows: Rows, samples: Path) -> Headline | None:
     )
     files = sorted(samples.glob("step_*.png"))
     number, label = numbers.signed(last - first), key.removeprefix("reward/")
-    images = [gallery.data_uri(file, 2 * _SIDE) for file in (files[0], files[-1])] if len(files) > 1 else []
+    images = [gallery.data_uri(file, damaged, 2 * _SIDE) for file in (files[0], files[-1])] if len(files) > 1 else []
     if not images or images[0] is None or images[1] is None:
         return Headline(number, label, note)
     caption = f"The same prompts and noise: {_step(files[0])}, and {_step(files[-1])}."

@@ -49,7 +49,7 @@ def write_report(out: Path, live: bool = False) -> Path:
     context: dict[str, object] = {
         "title": out.resolve().name,
         "live": _position(recipe, steps) if live else "",
-        "headline": headline.running(steps, out / "samples"),
+        "headline": headline.running(steps, out / "samples", damaged),
         "summary": "" if recipe is None else _summary(recipe, steps),
         "held_out": recipe is None or recipe.data.held_out is not None,
         "comparisons": comparisons,
@@ -57,16 +57,16 @@ def write_report(out: Path, live: bool = False) -> Path:
         "damaged": damaged,
         "events": [event for event in events if event.get("text")],
         "plots": plots,
-        "grids": _grids(out / "samples"),
+        "grids": _grids(out / "samples", damaged),
         "cost": _cost(run, steps),
         "run": run,
         "recipe": text,
     }
     if before and after and not measured.problem:
         trained = next((c.key for c in comparisons if c.kind == "train"), None)
-        context["headline"] = headline.finished(before, after, comparisons)
-        context["pairs"] = gallery.pairs(before, after, PROMPTS_SHOWN)
-        context["extremes"] = gallery.extremes(before, after, trained) if trained else None
+        context["headline"] = headline.finished(before, after, comparisons, damaged)
+        context["pairs"] = gallery.pairs(before, after, PROMPTS_SHOWN, damaged)
+        context["extremes"] = gallery.extremes(before, after, trained, damaged) if trained else None
         context["plots"] = training_plots.tradeoff(before, after, comparisons) + plots
     return files.write_atomic(out / "report.html", render("run.html", context))
 
@@ -112,11 +112,11 @@ def _position(recipe: Recipe | None, steps: Rows) -> str:
     return f"Step {done} of {recipe.steps:,}" if recipe else f"Step {done}"
 
 
-def _grids(folder: Path) -> list[tuple[int, str]]:
+def _grids(folder: Path, damaged: list[str]) -> list[tuple[int, str]]:
     """A few preview grids from the first to the last: the step and the image."""
     found = sorted(folder.glob("step_*.png"))
     chosen = [found[index] for index in numbers.evenly_spaced(len(found), GRIDS_SHOWN)]
-    grids = [(int(file.stem.removeprefix("step_") or 0), gallery.data_uri(file, 640)) for file in chosen]
+    grids = [(int(file.stem.removeprefix("step_") or 0), gallery.data_uri(file, damaged, 640)) for file in chosen]
     return [(step, uri) for step, uri in grids if uri]
 
 
