@@ -48,6 +48,8 @@ CHECKPOINTING = {"kept": "false", "recomputed": "true"}
 class Stub:
     """Stands for roles of other processes: predictions, gradients and samples of zeros, at once."""
 
+    place = "elsewhere"
+
     def __init__(self, recipe: Recipe) -> None:
         self._labels = [choice.key for choice in recipe.algorithm.rewards]
 
@@ -61,6 +63,8 @@ class Stub:
 
 class NoiseGenerator:
     """Stands for the generator in the assistant's update: noise serves as well as its samples."""
+
+    place = "elsewhere"
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._shape = shape

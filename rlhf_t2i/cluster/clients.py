@@ -185,6 +185,11 @@ class RemoteClient:
     guard: Callable[[str], AbstractContextManager[object]] = nullcontext
     check: Check = do_nothing
 
+    @property
+    def place(self) -> object:
+        """See :class:`rlhf_t2i.roles.dispatch.Client`."""
+        return self.servers
+
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Split the batch over the servers; see :class:`rlhf_t2i.roles.dispatch.Client`."""
         parts, batch = dispatch.split(method, len(self.servers), *args, **kwargs)

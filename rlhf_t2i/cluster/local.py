@@ -25,6 +25,11 @@ class _WorkerClient:
     cluster: LocalCluster
     role: str
 
+    @property
+    def place(self) -> object:
+        """See :class:`rlhf_t2i.roles.dispatch.Client`."""
+        return "local"
+
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See :class:`rlhf_t2i.roles.dispatch.Client`."""
         return Deferred(partial(self.cluster.call, self.role, method, *args, **kwargs))

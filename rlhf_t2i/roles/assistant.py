@@ -52,11 +52,12 @@ class AssistantRole(DenoiserServer, TrainedRole):
         for micro, samples in zip(self._context.micro_batches(), self._samples.pop(round_index), strict=True):
             chosen = [prompts[i] for i in micro]
             keys = [(seed, "assistant", round_index, i) for i in micro]
+            cond = store.conditioner.encode(chosen)  # while the samples are drawn elsewhere
             x0 = send(samples.result(), self._context.device)
             t = send(schedule.sample_timesteps(self._law, *self._range, [(*k, "t") for k in keys]), x0.device)
             noise = send(rng.normal(x0.shape[1:], [(*k, "noise") for k in keys]), x0.device)
             x_t = schedule.add_noise(x0, noise, t)
-            raw = store.predict(self.engine, x_t, t, store.conditioner.encode(chosen))
+            raw = store.predict(self.engine, x_t, t, cond)
             loss = assistant_loss(raw, x0, noise, t, schedule).mean()
             self.engine.backward(loss)
             losses.append(loss.detach())

@@ -32,6 +32,10 @@ class Future(Protocol[T_co]):
 class Client(Protocol):
     """Where a role is called: in this process or in others. The meaning of a call is the same."""
 
+    @property
+    def place(self) -> object:
+        """Equal for clients whose calls wait for each other, because the same processes work on them."""
+
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Start a :func:`batched` method of the role, given as a function (``RewardRole.score``)."""
 

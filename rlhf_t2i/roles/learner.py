@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ class LearnerRole(TrainedRole):
         self._reference: Client | None = None
         self._rewards_here: Sequence[Client] = ()
         self._rewards_elsewhere: Sequence[Client] = ()
+        self._rewards_late: Sequence[Client] = ()
         self._overlaps = False
         self._begun: dict[int, MicroBatch] = {}
         self._ema = None if recipe.optimization.ema is None else average.of(self.engine)
@@ -77,7 +79,13 @@ class LearnerRole(TrainedRole):
         """Set where the other roles are called."""
         self._assistant, self._reference = assistant, reference
         self._rewards_here = [client for client in rewards if isinstance(client, LocalClient)]
-        self._rewards_elsewhere = [client for client in rewards if not isinstance(client, LocalClient)]
+        far = [client for client in rewards if not isinstance(client, LocalClient)]
+        # Both products need both predictions. A reward in the process of one denoiser alone is asked after its
+        # prediction, for which the other denoiser would wait. In the process of both it is asked first, before there
+        # are graphs to be kept.
+        late = [(client.place == assistant.place) != (client.place == reference.place) for client in far]
+        self._rewards_late = list(compress(far, late))
+        self._rewards_elsewhere = [client for client in far if client not in self._rewards_late]
         elsewhere = [client for client in (assistant, reference, *rewards) if not isinstance(client, LocalClient)]
         # Under ZeRO-3 DeepSpeed expects that a backward pass follows each forward pass.
         self._overlaps = bool(elsewhere) and self._recipe.optimization.zero_stage != 3
@@ -87,8 +95,12 @@ class LearnerRole(TrainedRole):
 
         Neither depends on the assistant. Arguments as for :meth:`step`, which goes on with it.
         """
+        assert self._assistant is not None
         micro = self._draw(step, prompts, 0)
         micro.here = self._start_rewards(self._rewards_here, micro)
+        idle = [client for client in micro.late if client.place != self._assistant.place]
+        micro.elsewhere += self._start_rewards(idle, micro)
+        micro.late = [client for client in micro.late if client not in idle]
         self._begun = {step: micro}
 
     def step(self, step: int, prompts: Sequence[str]) -> Update:
@@ -137,8 +149,11 @@ class LearnerRole(TrainedRole):
         depths = self._store.student.sample_depths([(*k, "z", "depth") for k in keys])
         x0 = self._store.generate(self.engine, chosen, noise, depths)
         micro = MicroBatch(f"{step}.{self._context.rank}.{number}", chosen, keys, x0, depths)
-        micro.elsewhere = self._start_rewards(self._rewards_elsewhere, micro)
+        self._start_early_rewards(micro)
         return micro
+
+    def _start_early_rewards(self, micro: MicroBatch) -> None:
+        micro.elsewhere, micro.late = self._start_rewards(self._rewards_elsewhere, micro), self._rewards_late
 
     def _start_rewards(self, clients: Sequence[Client], micro: MicroBatch) -> list[Future[RewardValues]]:
         x0 = micro.x0.detach()
@@ -155,7 +170,7 @@ class LearnerRole(TrainedRole):
     ) -> Tensor:
         """``d L_b / d x_0b`` of every sample [B, C, h, w]: the divergence minus the scaled rewards (3.4, 3.8)."""
         micro = MicroBatch(request_id, prompts, keys, x0, depths)
-        micro.elsewhere = self._start_rewards(self._rewards_elsewhere, micro)
+        self._start_early_rewards(micro)
         self._ask_denoisers(micro)
         return self._gradient(micro, measured, lambda: None)
 
@@ -200,7 +215,7 @@ class LearnerRole(TrainedRole):
         return cfg.mode == "outer" and cfg.guidance_scale > 0
 
     def _ask_denoisers(self, micro: MicroBatch) -> None:
-        """Add noise to x_0 and start the calls of assistant and reference."""
+        """Add noise to x_0 and start the calls of assistant and reference, and then the late rewards."""
         leaf = micro.x0.detach().clone().requires_grad_(True)
         t, noise = self.draw(micro.keys, leaf)
         x_t = self.schedule.add_noise(leaf, noise, t)
@@ -213,6 +228,7 @@ class LearnerRole(TrainedRole):
         with_graph = self._divergence.needs_vjp
         denoising = Denoising(calls, micro.request_id, x_t.detach(), t, micro.prompts, with_graph)
         micro.request = Request(leaf, x_t, t, denoising)
+        micro.elsewhere += self._start_rewards(micro.late, micro)
 
     def _divergence_gradient(self, micro: MicroBatch, measured: Measured) -> tuple[Tensor, list[Future[Tensor]]]:
         """The gradient of the regularizer at x_0 without its way through x_t, and the products on that way."""

@@ -85,6 +85,11 @@ class LocalClient:
     target: Any = field(repr=False)
     background: Background | None = None
 
+    @property
+    def place(self) -> object:
+        """See :class:`Client`."""
+        return "here"
+
     def submit(self, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """See :class:`Client`."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_t2i.algorithm import rng
 from rlhf_t2i.roles.denoiser import Denoising
-from rlhf_t2i.roles.dispatch import Future
+from rlhf_t2i.roles.dispatch import Client, Future
 
 RewardValues = dict[str, tuple[Tensor, Tensor]]
 """By label, the values [B] and their gradients at x_0 [B, C, h, w]."""
@@ -43,6 +43,7 @@ class MicroBatch:
         x0: [B, C, h, w]; in training with the graph through theta.
         depths: The step at which each sample ended [B]; None for the last one.
         elsewhere: The rewards in other processes, which work on it.
+        late: The rewards in other processes that are asked after the denoisers.
         here: The rewards in this process; started last, since they share the learner's device.
         request: What the denoisers are asked; None before that.
     """
@@ -53,5 +54,6 @@ class MicroBatch:
     x0: Tensor
     depths: Tensor | None
     elsewhere: list[Future[RewardValues]] = field(default_factory=list)
+    late: Sequence[Client] = ()
     here: list[Future[RewardValues]] | None = None
     request: Request | None = None

@@ -167,6 +167,31 @@ def test_rewards_on_devices_of_their_own() -> None:
     }  # fmt: skip
 
 
+def test_rewards_beside_one_denoiser_elsewhere_follow_its_prediction() -> None:
+    """The learner's reference, which takes 2, has both predictions at 2 instead of at 4 + 1."""
+    split = replace(SHAPE, groups={**APART, "reference": "train"}, score={"serve": SHAPE.score["train"]})
+    found = generator(split, SOME)
+    assert found["generator.0: predict, assistant"] == (2, 3)
+    assert found["generator.0: decoder, serve"] == (3, 6)
+    assert found["generator.0: product, reference"] == (4, 6)
+    # With the reference instead, and begun while the assistant trains, they come first: it has nothing else to do.
+    other = replace(
+        split, groups={**APART, "assistant": "mine", "reference": "serve"}, rounds=1, learner=Trained(1), hop=0.0
+    )
+    begun = times(simulate(graph.step(other, NOW)))
+    assert begun["generator.0: reward:r, serve"][1] <= begun["generator.0: predict, reference"][0]
+    later = generator(other, SOME)
+    assert later["generator.0: predict, reference"][1] <= later["generator.0: decoder, serve"][0]
+
+
+def test_an_assistant_elsewhere_encodes_while_its_samples_are_drawn() -> None:
+    encode = ({"train": 1.0, "serve": 1.5}, {})
+    found = times(simulate(graph.assistant_update(replace(SHAPE, encode=encode), SOME)))
+    assert found["assistant.0: encode again"] == (0, 1.5)
+    assert found["assistant.0: sample"] == (1, 3)
+    assert found["assistant.0: backward"] == (3, 6)
+
+
 def test_gradients_are_exchanged_in_every_micro_batch_or_at_the_end() -> None:
     update = [("reduce", "communication", 4.0), ("update", "compute", 1.0)]
     often = replace(TOGETHER, learner=Trained(2, reduce=2.0, finish=update[1:]))
@@ -192,6 +217,6 @@ def test_every_process_encodes_a_prompt_once() -> None:
     found = simulate(graph.step(replace(SHAPE, encode=encode), SOME))
     # 1 in either group for each of the assistant's three micro-batches, and of the learner's two.
     assert found.busy()["train", graph.TEXT] == found.busy()["serve", graph.TEXT] == 5
-    assert found.seconds == 3 * 7 + 2 * 13
+    assert found.seconds == 3 * 6 + 2 * 13  # the assistant's encoding runs beside the generator's
     both = simulate(graph.step(replace(TOGETHER, encode=({"all": 1.0}, {"all": 1.0})), SOME))
     assert both.busy()["all", graph.TEXT] == 5

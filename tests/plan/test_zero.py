@@ -140,6 +140,10 @@ def test_a_process_needs_the_largest_of_its_phases() -> None:
     frugal = GroupPlan("all", 1, tuple(replace(r, memory=replace(r.memory, buffers=0)) for r in together.roles))
     assert frugal.memory == Memory(weights=31, gradients=15, optimizer=60, activations=5 + max(6 + 7, 12))
     assert GroupPlan("score", 1, (reference,)).memory == reference.memory
+    # A denoiser that serves a learner elsewhere keeps its graph beside rewards, which follow its prediction alone.
+    assert GroupPlan("serve", 1, (reference, reward)).memory == reference.memory + reward.memory
+    both = GroupPlan("serve", 1, (replace(assistant, memory=Memory(activations=6)), reference, reward))
+    assert both.memory == Memory(weights=11, activations=6 + 7)
     # Held-out prompts are measured when nothing else runs.
     judge = RolePlan("reward:y", 1, Memory(weights=1), measuring=100)
     assert GroupPlan("all", 1, (*together.roles, judge)).memory == Memory(weights=32, optimizer=60, activations=100)

@@ -62,10 +62,12 @@ class Elsewhere:
         role: The role.
         log: Gets ``METHOD start NUMBER`` and ``METHOD end NUMBER``.
         held: By ``METHOD NUMBER``, what a call waits for before it ends.
+        place: Equal for roles of one process; a process of its own when None.
     """
 
-    def __init__(self, role: Any, log: Log, held: dict[str, str] | None = None) -> None:
+    def __init__(self, role: Any, log: Log, held: dict[str, str] | None = None, place: str | None = None) -> None:
         self.role, self.log, self.held, self.pool = role, log, held or {}, ThreadPoolExecutor(1)
+        self.place = place or self
         self.numbers: dict[str, int] = {}
 
     def submit(self, method: Callable[..., Any], *args: Any) -> Any:
@@ -161,6 +163,53 @@ def test_the_learner_draws_and_is_rewarded_before_the_assistant_is_asked(workers
     assert learner.step(0, PROMPTS) == expected
     assert servers["reward"].numbers == {"value_and_grad": 1}  # two micro-batches, neither is scored twice
     assert torch.equal(theta(apart), theta(serial))
+
+
+@pytest.mark.parametrize(
+    ("places", "begun", "asked"),
+    [
+        ({"reward": "serve", "assistant": "serve"}, False, ["forward", "value_and_grad"]),
+        ({"reward": "serve", "reference": "serve"}, False, ["forward", "value_and_grad"]),
+        ({"reward": "serve", "reference": "serve"}, True, ["value_and_grad", "forward"]),
+        ({"reward": "serve", "assistant": "serve"}, True, ["forward", "value_and_grad"]),
+        ({"reward": "serve", "assistant": "serve", "reference": "serve"}, False, ["value_and_grad", "forward"]),
+    ],
+    ids=["assistant", "reference", "reference while the assistant trains", "not while it trains", "both"],
+)
+def test_a_reward_beside_one_denoiser_is_asked_after_its_prediction(
+    workers: Callable[..., Worker], places: dict[str, str], begun: bool, asked: list[str]
+) -> None:
+    """The other denoiser's product would wait for it."""
+    serial, apart, log = workers(), workers(), Log()
+    serial.connect({})
+    expected = serial.roles["learner"].step(0, PROMPTS)
+    roles = ("assistant", "reference", "reward")
+    servers = {
+        role: Elsewhere(apart.roles.pop(role), log if role in places else Log(), place=places.get(role))
+        for role in roles
+    }
+    apart.connect({role: [client] for role, client in servers.items()})
+    if begun:
+        apart.roles["learner"].begin(0, PROMPTS)
+    assert apart.roles["learner"].step(0, PROMPTS) == expected
+    submitted = [entry.split()[0] for entry in log.entries if entry.endswith("submit 0")]
+    assert list(dict.fromkeys(submitted))[:2] == asked
+    assert servers["reward"].numbers == {"value_and_grad": 1}
+    assert torch.equal(theta(apart), theta(serial))
+
+
+def test_the_assistant_encodes_its_prompts_while_the_samples_are_drawn(workers: Callable[..., Worker]) -> None:
+    worker, log = workers(), Log()
+    held = {"sample 0": "encode", "sample 1": "encode"}
+    worker.connect({"generator": [Elsewhere(worker.roles.pop("generator"), log, held)]})
+    assistant: AssistantRole = worker.roles["assistant"]
+    encode = assistant._store.conditioner.encode
+    assistant._store.conditioner.encode = lambda prompts: (
+        threading.current_thread() is threading.main_thread() and log.add("encode"),
+        encode(prompts),
+    )[1]
+    assistant.train(0, PROMPTS)
+    assert log.before("encode", "sample end 0")
 
 
 class Calls:

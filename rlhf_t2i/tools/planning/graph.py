@@ -128,12 +128,12 @@ class _Graph:
             at = f"{name}.{number}"
             # Theta is the same in all rounds of a step.
             asked = () if self._rules.draws_ahead else done
+            # An assistant elsewhere encodes the prompts meanwhile.
+            again = self._encode(f"{at}: encode again", 0, home, done) if home != drawn_at else ()
             ready = self._hop(f"{at}: ask for samples", home, drawn_at, asked)
             ready = self._encode(f"{at}: encode", 0, drawn_at, ready)
             ready = self._add(f"{at}: sample", "generator", drawn_at, shape.sample, ready)
-            ready = self._hop(f"{at}: samples", drawn_at, home, ready)
-            if home != drawn_at:
-                ready = self._encode(f"{at}: encode again", 0, home, ready)
+            ready = (*self._hop(f"{at}: samples", drawn_at, home, ready), *again)
             done = self._micro_batch(at, "assistant", shape.assistant, shape.train, (*ready, *done))
         return self._finish(name, "assistant", shape.assistant, done)
 
@@ -151,16 +151,26 @@ class _Graph:
             at = f"{name}.{number}"
             # While the last products are on their way, one micro-batch ahead: the graphs of two are alive.
             free = (*predicted, *before) if self._rules.next_micro_batch else done
-            if not number and self._rules.first_draw and home != shape.groups["assistant"]:
+            begun = not number and self._rules.first_draw and home != shape.groups["assistant"]
+            if begun:
                 free = last_round
             drawn = self._encode(f"{at}: encode", 1, home, free)
             drawn = self._add(f"{at}: draw", "learner", home, shape.draw, drawn)
-            predicted, answers = self._answers(at, drawn, after)
+            predicted, answers = self._answers(at, drawn, after, begun)
             before = done
             done = self._micro_batch(at, "learner", shape.learner, shape.backward, (*answers, *done))
         return self._finish(name, "learner", shape.learner, done)
 
-    def _answers(self, at: str, asked: After, trained: After) -> tuple[After, After]:
+    def _late(self, group: str, begun: bool) -> bool:
+        """Whether the rewards of a group elsewhere are asked after the prediction of its only denoiser.
+
+        Of an update that began while the assistant trained, only those that share its devices.
+        """
+        shape = self._shape
+        assistant, reference = (shape.groups[role] == group for role in ("assistant", "reference"))
+        return group != shape.groups["learner"] and assistant != reference and (assistant or not begun)
+
+    def _answers(self, at: str, asked: After, trained: After, begun: bool) -> tuple[After, After]:
         """The predictions of one micro-batch; and gradients of rewards and products of denoisers."""
         shape, home = self._shape, self._shape.groups["learner"]
         denoisers = [role for role in ("assistant", "reference") if shape.groups[role] != home]
@@ -175,7 +185,7 @@ class _Graph:
             encoded[group] = self._encode(f"{at}: encode, {group}", 1, group, arrived[group]) if again else asked
         scores = After()
         for group in shape.score:
-            if group != home or beside:
+            if (group != home and not self._late(group, begun)) or (group == home and beside):
                 scores += self._score(at, group, encoded[group])
         predictions = After()
         for role in ("assistant", "reference"):
@@ -183,6 +193,8 @@ class _Graph:
             ready = (*encoded[where], *trained)
             ready = self._add(f"{at}: predict, {role}", role, where, shape.predict[role], ready)
             predictions += self._hop(f"{at}: prediction, {role}", where, home, ready)
+            if where in shape.score and self._late(where, begun):
+                scores += self._score(at, where, ready)
         products = After()
         for role in ("assistant", "reference"):
             where = shape.groups[role]

@@ -89,7 +89,8 @@ class GroupPlan:
         Both trained roles work by themselves once: the assistant in its own updates, when the learner has no gradient,
         and the learner in its backward and update, when the assistant has none. Before its backward the learner's
         graph, and what it has summed, wait for the answers of rewards and of denoisers: in one process, one after the
-        other. Between steps images are drawn, then decoded and scored.
+        other. In a process of rewards and one denoiser, without the learner, the denoiser's graph waits while rewards
+        are computed (:meth:`LearnerRole.connect`). Between steps images are drawn, then decoded and scored.
         """
         alone = [replace(r.memory, weights=0, optimizer=0, host=0) for r in self.roles if r.role in TRAINED]
         graph = Memory(
@@ -97,10 +98,12 @@ class GroupPlan:
             activations=sum(r.memory.activations for r in self.roles if r.role == "learner"),
         )
         rewards = sum(r.memory.activations for r in self.roles if r.role.startswith(("reward", "decoder")))
-        denoisers = sum(r.memory.activations for r in self.roles if r.role in ("assistant", "reference"))
+        graphs = [r.memory.activations for r in self.roles if r.role in ("assistant", "reference")]
+        late = len(graphs) == 1 and all(r.role != "learner" for r in self.roles)
+        answers = rewards + sum(graphs) if late else max(rewards, sum(graphs))
         scoring = Memory(activations=sum(r.measuring for r in self.roles if r.role != "generator"))
         drawing = Memory(activations=sum(r.measuring for r in self.roles if r.role == "generator"))
-        return [*alone, graph + Memory(activations=max(rewards, denoisers)), scoring, drawing]
+        return [*alone, graph + Memory(activations=answers), scoring, drawing]
 
 
 def trained_memory(sizes: zero.Sizes, setting: zero.Setting, activations: int = 0) -> Memory:
