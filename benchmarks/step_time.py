@@ -4,7 +4,7 @@
 
 The placements take turns, step by step, so that a noisy machine disturbs all alike; medians over the steps are shown.
 Planned seconds come from the networks' own, measured in this process before and after the steps with the placement's
-threads (``rlhf-t2i plan --device here``).
+threads, alone and beside as many processes as it has (``rlhf-t2i plan --device here``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
-from rlhf_t2i.tools.planning import calibration, plan
+from rlhf_t2i.tools.planning import calibration, graph, plan
 from rlhf_t2i.tools.planning.speed import Measured, Passes
 from rlhf_t2i.training.overlap import Updates
 
@@ -63,9 +63,8 @@ class Timed:
 
             self.cluster = RayCluster(recipe)
         self._updates = Updates(recipe, self.cluster)
-        threads = [group.threads for group in recipe.placement.groups.values() if group.threads]
-        self.threads = threads[0] if threads else cores()
-        self._stream = prompts.PromptStream(prompts.read(recipe.data.prompts), recipe.seed, "benchmark")
+        read = prompts.read(recipe.data.prompts)  # both updates have prompts of their own, as in training
+        self._streams = [prompts.PromptStream(read, recipe.seed, role) for role in ("assistant", "generator")]
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
         self.roles: defaultdict[str, list[float]] = defaultdict(list)
         self.bytes: list[int] = []
@@ -74,10 +73,10 @@ class Timed:
     def step(self, record: bool) -> None:
         """One assistant round and one generator step."""
         size = self.recipe.optimization.batch_size
-        batch = self._stream.batch(self._steps * size, size)
+        samples, batch = (stream.batch(self._steps * size, size) for stream in self._streams)
         self.cluster.readings()
         began = time.perf_counter()
-        self._updates.assistant({self._steps: batch}, (self._steps, batch))
+        self._updates.assistant({self._steps: samples}, (self._steps, batch))
         middle = time.perf_counter()
         self._updates.generator(self._steps, batch)
         ended = time.perf_counter()
@@ -98,14 +97,9 @@ class Timed:
         self.bytes.append(sent)
 
 
-def measure(runs: list[Timed]) -> dict[int, Measured]:
-    """The speed of this machine's networks by threads, as the placements use them."""
-    found = {}
-    for threads in {run.threads for run in runs}:
-        torch.set_num_threads(threads)
-        found[threads] = calibration.measure(runs[0].recipe, runs[0].recipe.optimization.batch_size)
-    torch.set_num_threads(cores())
-    return found
+def measure(runs: list[Timed]) -> list[Measured]:
+    """The speed of this machine's networks, as the processes of each placement run them."""
+    return [calibration.measure(run.recipe, plan.make(run.recipe).batch["learner"]["micro"]) for run in runs]
 
 
 def mean(before: Measured, after: Measured) -> Measured:
@@ -114,7 +108,12 @@ def mean(before: Measured, after: Measured) -> Measured:
         part: Passes(*(0.5 * (x + y) for x, y in zip(astuple(one), astuple(after.image[part]), strict=True)))
         for part, one in before.image.items()
     }
-    return replace(before, image=image)
+    return replace(
+        before,
+        image=image,
+        text=0.5 * (before.text + after.text),
+        crowded=0.5 * (before.crowded + after.crowded),
+    )
 
 
 def planned(run: Timed, speed: Measured) -> dict[str, float]:
@@ -122,17 +121,29 @@ def planned(run: Timed, speed: Measured) -> dict[str, float]:
     step = plan.step_time(run.recipe, speed)
     devices = {name: group.devices for name, group in run.recipe.placement.groups.items()}
     found = {"assistant phase": step.assistant, "generator phase": step.generator, "step": step.step}
-    for (group, role), seconds in step.timeline.busy().items():
-        name = "reward" if role.startswith(("reward", "decoder")) else role
-        several = 1 if run.recipe.placement.mode == "local" else devices[group]
-        found[name] = found.get(name, 0.0) + several * seconds
+    for span in step.timeline.spans:
+        call = span.call
+        if not call.computes:
+            continue
+        name = "reward" if call.role.startswith(("reward", "decoder")) else call.role
+        if name == graph.TEXT:  # whoever asks first encodes
+            name = encoder(call.name)
+        several = 1 if run.recipe.placement.mode == "local" else devices[call.group or ""]
+        found[name] = found.get(name, 0.0) + several * span.seconds
     return found
 
 
-def table(runs: list[Timed], speeds: dict[int, Measured]) -> list[list[str]]:
+def encoder(call: str) -> str:
+    """The role that encodes the prompts of a call."""
+    if call.startswith("assistant"):
+        return "assistant" if call.endswith("again") else "generator"
+    return "learner" if call.endswith("encode") else "assistant"
+
+
+def table(runs: list[Timed], speeds: list[Measured]) -> list[list[str]]:
     """Rows of the result: medians, images a second, overhead against the first placement, bytes an image."""
     rows: list[list[str]] = []
-    plans = [planned(run, speeds[run.threads]) for run in runs]
+    plans = [planned(run, speed) for run, speed in zip(runs, speeds, strict=True)]
 
     def beside(name: str, values: list[float | None]) -> list[str]:
         """Measured, and in brackets planned."""
@@ -194,7 +205,7 @@ def main() -> None:
     for number in track(range(WARM_UP + args.steps), description="steps"):
         for run in runs:
             run.step(record=number >= WARM_UP)
-    speeds = {threads: mean(before[threads], after) for threads, after in measure(runs).items()}
+    speeds = [mean(first, then) for first, then in zip(before, measure(runs), strict=True)]
     rows = table(runs, speeds)
     device = (
         torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {cores()} threads ({platform.machine()})"

@@ -36,7 +36,7 @@ class WorkerActor:
     """
 
     def __init__(self, spec: WorkerSpec, weight_store: str | None = None) -> None:
-        from rlhf_t2i.roles.worker import set_threads
+        from rlhf_t2i.roles.worker import fair_threads, set_threads
 
         self._spec, self._weight_store = spec, weight_store
         set_threads(spec.threads or fair_threads(spec.neighbors))
@@ -146,11 +146,6 @@ class WeightStore:
     def newest(self) -> dict[str, list[ObjectRef[Packed]]]:
         """References by name."""
         return self._newest
-
-
-def fair_threads(processes: int) -> int:
-    """This node's cores, divided by the number of a run's processes on it."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def network_interface(address: str) -> str | None:

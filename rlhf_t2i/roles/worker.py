@@ -186,3 +186,8 @@ def set_threads(threads: int | None) -> None:
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+
+
+def fair_threads(processes: int) -> int:
+    """This node's cores, divided by the number of a run's processes on it."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)

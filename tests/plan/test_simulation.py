@@ -57,6 +57,20 @@ def test_a_device_takes_what_is_ready_and_listed_first() -> None:
     assert simulate(without_communication(calls)).seconds == 6
 
 
+def test_groups_that_compute_at_once_slow_each_other_down() -> None:
+    """Twice as long together: of 4 and 3 the first half together ends at 6, what is left of the 4 is 1 alone."""
+    calls = [
+        Call("a", "x", "one", 4.0),
+        Call("b", "y", "two", 3.0),
+        Call("sent", "y", "two", 2.0, ("b",), kind="communication"),
+        Call("away", "y", None, 5.0),
+    ]
+    found = simulate(calls, lambda groups: float(len(groups)))
+    assert times(found) == {"a": (0, 7), "b": (0, 6), "sent": (6, 8), "away": (0, 5)}
+    assert found.busy() == {("one", "x"): 7, ("two", "y"): 6}
+    assert times(simulate(calls)) == {"a": (0, 4), "b": (0, 3), "sent": (3, 5), "away": (0, 5)}
+
+
 @pytest.mark.parametrize(
     ("calls", "words"),
     [

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, replace
 from functools import partial
 
 import torch
@@ -20,9 +22,15 @@ from rlhf_t2i.families.compiling import compile_blocks
 from rlhf_t2i.families.counting import Network
 from rlhf_t2i.families.footprints import Footprints
 from rlhf_t2i.families.frozen import freeze_convs
+from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.roles.worker import fair_threads
+from rlhf_t2i.tools.planning.crowd import companions
 from rlhf_t2i.tools.planning.speed import Measured, Passes
+from rlhf_t2i.training.checks import are_local
 from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.quiet import quietly
 
 _SECONDS, _MOST = 1.0, 10
 """How long, and how often at most, something is timed."""
@@ -37,26 +45,86 @@ _Inputs = tuple[tuple[object, ...], dict[str, object]]
 def measure(recipe: Recipe, micro: int) -> Measured:
     """Measure the networks of a recipe here, on the GPU if there is one.
 
+    On a CPU they run with the threads of the recipe's processes, and once more while as many processes compute.
+
     Args:
-        recipe: Names networks, precisions and sizes.
+        recipe: Names networks, precisions, sizes and processes.
         micro: Images at once.
 
     Raises:
         UsageError: A configuration is missing or damaged.
+        RunError: A process that should compute meanwhile ended.
     """
-    networks = Footprints(recipe)
-    family, compiled = networks.store.family, recipe.optimization.compile
-    decoder = family.build_decoder(networks.store.vae)
-    found = {
-        flops.NETWORK: _passes(networks.network(), micro, family.block_names if compiled else (), train=True),
-        flops.DECODER: _passes(networks.decoder(), micro, decoder.block_names if compiled else (), train=False),
-    }
+    networks, processes, threads = Footprints(recipe), 1, torch.get_num_threads()
+    if default_device().type == "cpu" and recipe.placement.mode == "ray":
+        processes = sum(group.devices for group in recipe.placement.groups.values())
+        group = recipe.placement.groups[check_placement(recipe)["learner"][0]]
+        threads = group.threads or fair_threads(processes)
+    with _threads(threads):
+        alone, crowded = _measure(networks, recipe, micro), 1.0
+        if processes > 1:
+            with companions(processes - 1, threads, _heaviest, recipe.model_dump_json(), micro):
+                beside = _image(networks, recipe, micro)
+            crowded = max(1.0, _sum(beside) / _sum({part: alone.image[part] for part in beside}))
+    return replace(alone, processes=processes, crowded=crowded)
+
+
+def _measure(networks: Footprints, recipe: Recipe, micro: int) -> Measured:
+    found = _image(networks, recipe, micro)
     for label, (_, network) in networks.rewards.items():
         known = Passes(0.0, 0.0, 0.0) if network is None else _passes(network, micro, (), train=False)
         found[f"reward:{label}"] = known
     rate = networks.network().flops() / found[flops.NETWORK].forward
-    text = 2 * _TOKENS * networks.text_encoders().parameters() / rate
-    return Measured(found, text, _bandwidth(default_device()))
+    return Measured(found, _text(networks, recipe, rate), _bandwidth(default_device()))
+
+
+def _image(networks: Footprints, recipe: Recipe, micro: int) -> dict[str, Passes]:
+    """Of one image, network and decoder."""
+    family, compiled = networks.store.family, recipe.optimization.compile
+    decoder = family.build_decoder(networks.store.vae)
+    return {
+        flops.NETWORK: _passes(networks.network(), micro, family.block_names if compiled else (), train=True),
+        flops.DECODER: _passes(networks.decoder(), micro, decoder.block_names if compiled else (), train=False),
+    }
+
+
+def _sum(image: Mapping[str, Passes]) -> float:
+    return sum(sum(astuple(passes)) for passes in image.values())
+
+
+def _text(networks: Footprints, recipe: Recipe, rate: float) -> float:
+    """Seconds of encoding one prompt, tokenizing included; of large or absent encoders from the network's FLOP/s."""
+    parameters = networks.text_encoders().parameters()
+    if parameters > _WHOLE or not are_local(recipe):
+        return 2 * _TOKENS * parameters / rate
+    device = default_device()
+    store = ModelStore(recipe.models, recipe.student, device, recipe.optimization.precision)
+    with quietly():
+        encode = store.text_encoders.encode_one  # keeps nothing, unlike encode()
+
+    def run() -> None:
+        with torch.no_grad():
+            encode("a red fox that reads a map, at dawn")
+
+    return _seconds(run, device)
+
+
+def _heaviest(recipe: str, micro: int) -> Callable[[], None]:
+    """A pass through the costliest part of a recipe's network, given as JSON."""
+    networks = Footprints(Recipe.model_validate_json(recipe))
+    unit = max(_units(networks.network()), key=lambda unit: unit.flops)
+    return unit.passes("frozen", micro, ())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many CPU threads in here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _passes(network: Network, batch: int, compiled: tuple[str, ...], train: bool) -> Passes:
@@ -91,6 +159,10 @@ class _Unit:
 
     def seconds(self, kind: str, batch: int, compiled: tuple[str, ...]) -> float:
         """Of a ``forward``, or of it and the backward of a ``frozen`` or ``trained`` network."""
+        return _seconds(self.passes(kind, batch, compiled), default_device())
+
+    def passes(self, kind: str, batch: int, compiled: tuple[str, ...]) -> Callable[[], None]:
+        """What :meth:`seconds` times."""
         device = default_device()
         train = kind == "trained"
         module = _filled(self._module, device).train(train).requires_grad_(train)
@@ -107,7 +179,7 @@ class _Unit:
                 torch.autograd.backward(next(t for t in made if t.requires_grad).sum())
                 module.zero_grad(set_to_none=True)
 
-        return _seconds(run, device)
+        return run
 
 
 def _units(network: Network) -> list[_Unit]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 Kind = Literal["compute", "communication"]
+Pace = Callable[[Sequence[str]], float]
+"""How many times as long calls take while the devices of these groups compute at once."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Call:
     kind: Kind = "compute"
     link: bool = False
 
+    @property
+    def computes(self) -> bool:
+        """Whether its devices compute."""
+        return self.group is not None and self.kind == "compute"
+
 
 @dataclass(frozen=True)
 class Span:
@@ -44,6 +51,11 @@ class Span:
     call: Call
     start: float
     end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it ran; longer than alone where devices slow each other down."""
+        return self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Timeline:
         found: defaultdict[tuple[str, str], float] = defaultdict(float)
         for span in self.spans:
             if span.call.group is not None and not span.call.link and span.call.kind == kind:
-                found[span.call.group, span.call.role] += span.call.seconds
+                found[span.call.group, span.call.role] += span.seconds
         return found
 
     def idle(self) -> Mapping[str, float]:
@@ -79,13 +91,14 @@ class Timeline:
         return {group: 1 - worked[group] / self.seconds if self.seconds else 0.0 for group in self.groups}
 
 
-def simulate(calls: Sequence[Call]) -> Timeline:
+def simulate(calls: Sequence[Call], pace: Pace = lambda groups: 1.0) -> Timeline:
     """Run calls as early as they can.
 
     A device does one call at a time and to its end. Of several that could start it takes the one that is listed first.
 
     Args:
         calls: In order of precedence.
+        pace: How devices slow each other down.
 
     Raises:
         ValueError: A name is given twice, a call waits for an unknown one, or calls wait for each other.
@@ -100,7 +113,7 @@ def simulate(calls: Sequence[Call]) -> Timeline:
             if name not in known:
                 raise ValueError(f"{call.name!r} waits for {name!r}, which is no call")
             followers[known[name]].append(number)
-    run = _Run(calls)
+    run = _Run(calls, pace)
     for number in (number for number, count in waiting.items() if not count):
         run.ready(number)
     spans = []
@@ -119,9 +132,11 @@ def simulate(calls: Sequence[Call]) -> Timeline:
 class _Run:
     """The clock, what each device does now, and what waits for it."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], pace: Pace) -> None:
         self._calls, self._now = calls, 0.0
-        self._ends: list[tuple[float, int, float]] = []
+        self._pace, self._factor = pace, 1.0
+        self._began: dict[int, float] = {}
+        self._ends: dict[int, float] = {}  # of what runs now
         self._queues: defaultdict[tuple[str, bool], list[int]] = defaultdict(list)
         self._occupied: set[tuple[str | None, bool]] = set()
 
@@ -129,7 +144,7 @@ class _Run:
         """A call may start."""
         call = self._calls[number]
         if call.group is None:
-            heapq.heappush(self._ends, (self._now + call.seconds, number, self._now))
+            self._began[number], self._ends[number] = self._now, self._now + call.seconds
         else:
             heapq.heappush(self._queues[call.group, call.link], number)
 
@@ -137,19 +152,30 @@ class _Run:
         """(call, start, end) of every call when it ends; whoever asks makes others ready meanwhile."""
         self._start()
         while self._ends:
-            self._now = self._ends[0][0]
-            while self._ends and self._ends[0][0] == self._now:  # all that end now, before anything starts
-                end, number, start = heapq.heappop(self._ends)
+            self._now = min(self._ends.values())
+            for number in sorted(n for n, end in self._ends.items() if end == self._now):  # before anything starts
+                del self._ends[number]
                 self._occupied.discard((self._calls[number].group, self._calls[number].link))
-                yield number, start, end
+                yield number, self._began[number], self._now
             self._start()
 
     def _start(self) -> None:
         for device, queue in self._queues.items():
             if queue and device not in self._occupied:
                 number = heapq.heappop(queue)
-                heapq.heappush(self._ends, (self._now + self._calls[number].seconds, number, self._now))
+                factor = self._factor if self._calls[number].computes else 1.0
+                self._began[number], self._ends[number] = self._now, self._now + factor * self._calls[number].seconds
                 self._occupied.add(device)
+        self._keep_pace()
+
+    def _keep_pace(self) -> None:
+        """Stretch what is left of the calls that compute, as many as compute now."""
+        computing = [number for number in self._ends if self._calls[number].computes]
+        factor = self._pace([self._calls[number].group or "" for number in computing])
+        if factor != self._factor:
+            for number in computing:
+                self._ends[number] = self._now + (self._ends[number] - self._now) * factor / self._factor
+            self._factor = factor
 
 
 def without_communication(calls: Sequence[Call]) -> list[Call]:

@@ -87,6 +87,9 @@ class Speed(Protocol):
     def copy(self, moved: float) -> float:
         """Seconds of reading and writing so many bytes on the device."""
 
+    def crowding(self, processes: int) -> float:
+        """How many times as long a process computes while so many of the step's processes do so at once."""
+
     def describe(self) -> str:
         """What the seconds are from, in a sentence."""
 
@@ -100,12 +103,16 @@ class Measured:
         text: Of one prompt.
         bandwidth: Bytes per second that are read and written; None: updates are not counted.
         links: What connects the devices.
+        processes: The processes of the recipe that share this machine's cores.
+        crowded: How many times as long one of them computes while all do.
     """
 
     image: Mapping[str, Passes]
     text: float = 0.0
     bandwidth: float | None = None
     links: Links = Links()
+    processes: int = 1
+    crowded: float = 1.0
 
     def passes(self, part: str, images: int) -> Passes:
         """See :meth:`Speed.passes`."""
@@ -124,10 +131,16 @@ class Measured:
         """See :meth:`Speed.copy`."""
         return moved / self.bandwidth if self.bandwidth else 0.0
 
+    def crowding(self, processes: int) -> float:
+        """See :meth:`Speed.crowding`; in proportion to the processes between one and all, which were measured."""
+        others = min(processes, self.processes) - 1
+        return 1.0 + (self.crowded - 1.0) * others / (self.processes - 1) if others > 0 else 1.0
+
     def describe(self) -> str:
         """See :meth:`Speed.describe`."""
         parts = (f"{part} {1e3 * p.forward:.3g} + {1e3 * p.inputs:.3g} ms" for part, p in self.image.items())
-        return f"measured here, per image, forward + gradient: {', '.join(parts)}"
+        crowd = f"; {self.crowded:.2f} times as long while {self.processes} processes compute"
+        return f"measured here, per image, forward + gradient: {', '.join(parts)}" + crowd * (self.processes > 1)
 
 
 @dataclass(frozen=True)
@@ -194,6 +207,10 @@ class Roofline:
         """See :meth:`Speed.copy`."""
         return moved / self.device.achieved_bandwidth
 
+    def crowding(self, processes: int) -> float:
+        """See :meth:`Speed.crowding`: every process has a device of its own."""
+        return 1.0
+
     def describe(self) -> str:
         """See :meth:`Speed.describe`."""
         device = self.device
@@ -213,4 +230,5 @@ def as_json(speed: Speed) -> dict[str, object]:
     data: dict[str, object] = {"links": asdict(speed.links), "source": speed.describe()}
     if isinstance(speed, Measured):
         data |= {"image": {part: asdict(p) for part, p in speed.image.items()}, "bandwidth": speed.bandwidth}
+        data |= {"processes": speed.processes, "crowded": speed.crowded}
     return data

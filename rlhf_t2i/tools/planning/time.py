@@ -93,7 +93,7 @@ class StepTime:
         for span in self.timeline.spans:
             if span.call.name.startswith(phase) and span.call.kind == kind:
                 name = label(span.call)
-                found[name] = found.get(name, 0.0) + span.call.seconds
+                found[name] = found.get(name, 0.0) + span.seconds
         return found
 
 
@@ -111,10 +111,15 @@ def estimate(recipe: Recipe, placed: Placed, networks: Footprints, speed: Speed,
     shape = _Shaper(recipe, placed, networks, speed, rules)
     made = shape.shape()
     calls = graph.step(made, rules)
+    devices = dict(placed.values())
+
+    def pace(groups: Sequence[str]) -> float:
+        return speed.crowding(sum(devices[group] for group in groups))
+
     return StepTime(
-        simulation.simulate(calls),
-        simulation.simulate(graph.assistant_update(made, rules)),
-        simulation.simulate(simulation.without_communication(calls)).seconds,
+        simulation.simulate(calls, pace),
+        simulation.simulate(graph.assistant_update(made, rules), pace),
+        simulation.simulate(simulation.without_communication(calls), pace).seconds,
         shape.image(),
     )
 
