@@ -2,12 +2,19 @@
 
 ``python benchmarks/decoder_precision.py`` draws held-out prompts with the reference, decodes them in several ways, and
 compares each with a float32 decoder: the picture, PickScore of the picture, and PickScore's gradient at the latents.
+
+emoji64's decoder has no attention. For "attention in bf16" (``models.vae_precision: mixed`` on CUDA) it gets SDXL's one
+layer of it in the middle, with random weights, at several strengths: the spread of its scores before the softmax, and
+its output's size beside what it is added to. Each is compared with the same decoder in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +22,8 @@ from torch import Tensor
 
 from rlhf_t2i.families import registry as families
 from rlhf_t2i.families import sources
+from rlhf_t2i.families.base import Decoder
+from rlhf_t2i.families.frozen import halve_attention
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.utils.images import to_8_bits
 
@@ -38,15 +47,60 @@ def decoders() -> dict[str, Decode]:
     family = families.find(sources.parse(str(ZOO / "reference")))
     whole, half = family.load_decoder().float(), family.load_decoder().to(torch.bfloat16)
 
-    def rounded(latents: Tensor) -> Tensor:
-        images = whole.decode(latents)
-        return images + (to_8_bits(images).float() / 255 - images).detach()
-
     def mixed(latents: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):  # norms and softmax in float32
             return whole.decode(latents)
 
-    return {"float32": whole.decode, "float32, 8 bits": rounded, "bf16": half.decode, "bf16, norms in float32": mixed}
+    return {
+        "float32": whole.decode,
+        "float32, 8 bits": partial(rounded, whole),
+        "bf16": half.decode,
+        "bf16, norms in float32": mixed,
+    }
+
+
+def attentive(latents: Tensor, sharpness: float, share: float) -> dict[str, Decode]:
+    """The float32 decoder with random attention in the middle, its 8 bits, and its attention in bf16.
+
+    Args:
+        latents: What the strengths are measured on.
+        sharpness: Standard deviation of the scores before the softmax.
+        share: Root mean square of its output, of that of its input.
+    """
+    family = families.find(sources.parse(str(ZOO / "reference")))
+    plain = family.load_decoder().float()
+    config = dict(plain.vae.config) | {"mid_block_add_attention": True}
+    vae = type(plain.vae).from_config(config)
+    missing, unexpected = vae.load_state_dict(plain.vae.state_dict(), strict=False)
+    assert not unexpected
+    assert all("attentions" in name for name in missing)
+    attention = vae.decoder.mid_block.attentions[0]
+    seen: dict[str, Tensor] = {}
+    attention.register_forward_hook(lambda _module, inputs, output: seen.update(input=inputs[0], output=output))
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer, spread in (
+            (attention.to_q, sharpness**0.5),
+            (attention.to_k, sharpness**0.5),
+            (attention.to_v, 1.0),
+            (attention.to_out[0], 1.0),
+        ):
+            layer.bias.zero_()
+            layer.weight.normal_(0.0, spread / layer.in_features**0.5, generator=random)
+    decoder = family.make_decoder(vae)
+    with torch.no_grad():
+        decoder.decode(latents[:8])
+        branch = seen["output"] - seen["input"]
+        attention.to_out[0].weight *= share * seen["input"].square().mean().sqrt() / branch.square().mean().sqrt()
+    whole, half = decoder, family.make_decoder(copy.deepcopy(vae))
+    halve_attention(half, half.attention_names)
+    return {"float32": whole.decode, "8 bits": partial(rounded, whole), "attention in bf16": half.decode}
+
+
+def rounded(decoder: Decoder, latents: Tensor) -> Tensor:
+    """A decoder's pictures as they are saved; the gradient is as if they were not."""
+    images = decoder.decode(latents)
+    return images + (to_8_bits(images).float() / 255 - images).detach()
 
 
 def measure(decode: Decode, scorer: str, latents: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,13 +122,17 @@ def main() -> None:
     latents = draw(prompts)
     print("| scorer | decoder | picture, of 255 levels | value, of its spread | gradient, relative | its cosine |")
     print("|---|---|---:|---:|---:|---:|")
-    for scorer in ("pickscore", "judge"):
+    ways = {"": decoders()}
+    for sharpness, share in ((1.0, 0.5), (3.0, 0.5), (3.0, 2.0)):
+        ways[f", attention of scores {sharpness:g}, output {share:g}"] = attentive(latents, sharpness, share)
+    for scorer, (kind, several) in product(("pickscore", "judge"), ways.items()):
         images, values, gradient = (torch.empty(0),) * 3
-        for name, decode in decoders().items():
+        for way, decode in several.items():
             found = measure(decode, scorer, latents, prompts)
-            if name == "float32":
+            if way == "float32":
                 images, values, gradient = found
                 continue
+            name = way + kind
             picture = float((found[0] - images).square().mean().sqrt()) * 255
             value = float((found[1] - values).square().mean().sqrt() / values.std())
             flat, other = gradient.flatten(1), found[2].flatten(1)

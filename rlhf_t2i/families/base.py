@@ -118,6 +118,8 @@ class Decoder(nn.Module, ABC):
 
     block_names: ClassVar[tuple[str, ...]] = ()
     """Class names of the repeated blocks that ``optimization.compile`` compiles one by one."""
+    attention_names: ClassVar[tuple[str, ...]] = ()
+    """Class names of the attention layers that ``models.vae_precision: mixed`` computes in bf16."""
 
     def limit_memory(self, slicing: bool, tiling: bool) -> None:
         """Decode image by image, or tile by tile (``models.vae_slicing``, ``models.vae_tiling``)."""

@@ -92,6 +92,7 @@ class KLDecoder(VAEDecoder):
     """
 
     block_names: ClassVar[tuple[str, ...]] = ("ResnetBlock2D", "BasicTransformerBlock", "AutoencoderTinyBlock")
+    attention_names: ClassVar[tuple[str, ...]] = ("Attention",)
 
     def __init__(
         self, vae: nn.Module, shift: float = 0.0, mean: list[float] | None = None, std: list[float] | None = None

@@ -90,6 +90,8 @@ class Flux2KleinFamily(FlowFamily):
 class _Flux2Decoder(VAEDecoder):
     """AutoencoderKLFlux2, behind the inverse of its batch norm and of the patches."""
 
+    attention_names = ("Attention",)
+
     def unscaled(self, latents: Tensor) -> Tensor:
         """See :meth:`VAEDecoder.unscaled`."""
         from diffusers import Flux2KleinPipeline

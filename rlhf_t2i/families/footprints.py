@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_t2i.families import adapters, flops, sources
 from rlhf_t2i.families.counting import Network
 from rlhf_t2i.families.sources import ModelRef
-from rlhf_t2i.families.store import DTYPES, ModelStore
+from rlhf_t2i.families.store import DTYPES, ModelStore, set_precision
 from rlhf_t2i.plugins import guard, traits
 from rlhf_t2i.recipe.schema import Lora, Recipe
 
@@ -24,13 +24,14 @@ class Footprints:
 
     Args:
         recipe: The recipe.
+        device: Where the networks are to run; the meta device stands for a GPU.
 
     Raises:
         UsageError: The reference's configuration is missing, damaged, or of an unknown family.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, device: torch.device = _META) -> None:
+        self._recipe, self._device = recipe, device
         self._precision = recipe.optimization.precision
         self.store = ModelStore(recipe.models, recipe.student, _META, self._precision)
         _ = self.store.schedule  # built here, with values: below, everything new is on the meta device
@@ -72,14 +73,14 @@ class Footprints:
         precision = self._recipe.models.vae_precision
 
         def build() -> nn.Module:
-            return nn.Module.to(self.store.family.build_decoder(self.store.vae), DTYPES[precision])
+            return set_precision(self.store.family.build_decoder(self.store.vae), precision, self._device)
 
         def call(decoder: nn.Module) -> tuple[Tensor, Tensor]:
             with _META:
                 latents = torch.empty(1, *self.store.latent_shape, requires_grad=True)
                 return latents, decoder.decode(latents)
 
-        return Network(("decoder", *self._where, precision), build, call)
+        return Network(("decoder", *self._where, precision, self._device), build, call)
 
     def text_encoders(self) -> Network:
         """The text encoders, for their parameters: their work per step is small, and each prompt is encoded once."""

@@ -1,4 +1,4 @@
-"""Frozen weights: several networks on one copy of them, and convolutions that keep no input for the backward pass.
+"""Frozen weights: several networks on one copy, convolutions that keep no input for the backward pass, bf16 attention.
 
 The gradient in the input of a linear layer or convolution needs the weights alone. PyTorch keeps a convolution's input
 all the same, even where its weights want no gradient: a third of what SDXL's decoder holds.
@@ -7,6 +7,7 @@ all the same, even where its weights want no gradient: a third of what SDXL's de
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,32 @@ def twin(network: nn.Module) -> nn.Module:
     """A network of its own modules and buffers on the same weights, which must stay frozen."""
     weights = {id(p): nn.Parameter(p.data, requires_grad=False) for p in network.parameters()}
     return copy.deepcopy(network, weights)
+
+
+def halve_attention(network: nn.Module, names: Collection[str]) -> nn.Module:
+    """Let attention layers compute products in bf16, between norms and a sum in the network's own dtype; in place.
+
+    Their weights stay as they are. In bf16 torch's fused kernels run on tensor cores; in float32 one attention is a
+    third of the time of SDXL's decoder at 1024 px.
+
+    Args:
+        network: A frozen network.
+        names: Class names of the layers, which have diffusers' ``to_q``, ``to_k``, ``to_v`` and ``to_out``.
+    """
+    for module in network.modules():
+        if type(module).__name__ in names:
+            for layer in (module.to_q, module.to_k, module.to_v, module.to_out[0]):
+                layer.__class__ = HalfLinear
+    return network
+
+
+class HalfLinear(nn.Linear):
+    """An ``nn.Linear`` with weights of any dtype that computes, and returns, bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product; the gradient comes back in the input's dtype."""
+        bias = None if self.bias is None else self.bias.bfloat16()
+        return functional.linear(input.bfloat16(), self.weight.bfloat16(), bias)
 
 
 class FrozenConv2d(nn.Conv2d):

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-Kind = Literal["matmul", "convolution", "attention", "memory"]
+Kind = Literal["matmul", "convolution", "attention", "wide attention", "memory"]
+"""What bounds a kernel; ``wide attention`` has heads that FlashAttention refuses, as decoders' one head of 512."""
 Pass = Literal["forward", "inputs", "weights"]
 
 _KINDS: Mapping[str, Kind] = {
@@ -24,6 +25,7 @@ _KINDS: Mapping[str, Kind] = {
 }  # fmt: skip
 _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view"}
 """Operators that start no kernel, besides views."""
+_FLASH_HEAD = 256
 _ATTENTION_BACKWARD = 2.5
 _MEMORY_BACKWARD = 1.5
 
@@ -77,7 +79,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Kernel:
     """Fused attention: the matrix of scores stays on the chip."""
     flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     output = query.nbytes // query.shape[-1] * value.shape[-1]
-    return Kernel("attention", 8 * query.element_size(), flops, sum(t.nbytes for t in (query, key, value)) + output, 0)
+    moved = sum(t.nbytes for t in (query, key, value)) + output
+    kind: Kind = "attention" if query.shape[-1] <= _FLASH_HEAD else "wide attention"
+    return Kernel(kind, 8 * query.element_size(), flops, moved, 0)
 
 
 def of_pass(forward: Kernels, which: Pass) -> Kernels:
@@ -94,7 +98,7 @@ def of_pass(forward: Kernels, which: Pass) -> Kernels:
 
 
 def _input_gradient(item: Kernel) -> Kernel:
-    if item.kind == "attention":
+    if item.kind in ("attention", "wide attention"):
         flops, moved = _ATTENTION_BACKWARD * item.flops, 2 * item.moved
         return Kernel(item.kind, item.bits, int(flops), moved, 0)
     if item.kind == "memory":

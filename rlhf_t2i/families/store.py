@@ -18,7 +18,7 @@ from rlhf_t2i.families import embeddings, registry, sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family, NetworkCall
 from rlhf_t2i.families.compiling import compile_blocks
 from rlhf_t2i.families.embeddings import EmbeddingFolder, Entry, Progress, StoredConditioner
-from rlhf_t2i.families.frozen import freeze_convs, twin
+from rlhf_t2i.families.frozen import freeze_convs, halve_attention, twin
 from rlhf_t2i.families.sources import ModelRef
 from rlhf_t2i.recipe.schema import Models, StudentSettings, Timesteps
 from rlhf_t2i.utils import files
@@ -26,6 +26,19 @@ from rlhf_t2i.utils.device import send
 from rlhf_t2i.utils.versions import installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DECODER_DTYPES = DTYPES | {"mixed": torch.float32}
+
+
+def set_precision(decoder: Decoder, precision: str, device: torch.device) -> Decoder:
+    """A decoder in ``models.vae_precision`` for a device; in place. The meta device stands for a GPU.
+
+    ``mixed`` is float32 with attention in bf16 where there are tensor cores; on a CPU it is ``fp32``. On CUDA torch
+    computes float32 convolutions in TF32 by default. SDXL's decoder overflows float16.
+    """
+    if precision == "mixed" and device.type != "cpu":
+        halve_attention(decoder, decoder.attention_names)
+    nn.Module.to(decoder, _DECODER_DTYPES[precision])  # diffusers' own warns
+    return decoder
 
 
 class ModelStore:
@@ -194,12 +207,13 @@ class ModelStore:
 
     @cached_property
     def decoder(self) -> Decoder:
-        """The frozen decoder, in the dtype of ``models.vae_precision``: SDXL's overflows float16."""
+        """The frozen decoder, see :func:`set_precision`."""
         decoder = self.family.load_decoder(self.vae)
         decoder.limit_memory(self.models.vae_slicing, self.models.vae_tiling)
         if self._compiled:
             compile_blocks(decoder, decoder.block_names)
-        return decoder.to(self.device, DTYPES[self.models.vae_precision], memory_format=torch.channels_last)
+        decoder = set_precision(decoder, self.models.vae_precision, self.device)
+        return decoder.to(self.device, memory_format=torch.channels_last)
 
     def reference_network(self) -> nn.Module:
         """The reference's frozen network in the compute dtype, on weights that trained ones left as they are.

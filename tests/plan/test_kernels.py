@@ -49,6 +49,19 @@ def test_attention_keeps_its_scores_on_the_chip() -> None:
     assert found == Kernel("attention", 32, 2 * 4 * 16 * 77 * 16, 4 * 4 * 8 * (2 * 16 + 2 * 77), 0)
     (backward,) = kernels.of_pass(kernels.Kernels({found: 1}), "inputs")
     assert backward.flops == 2.5 * found.flops
+    wide = kernels.attention(*[torch.empty(1, 1, 16, 512, device="meta", dtype=torch.bfloat16)] * 3)
+    assert (wide.kind, wide.bits) == ("wide attention", 16)  # FlashAttention takes heads of at most 256
+    assert H100.rate("wide attention", 16) < H100.rate("attention", 16)
+    assert H100.rate("wide attention", 32) == H100.rate("attention", 32)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("mixed", 16), ("fp32", 32)])
+def test_a_gpu_decodes_with_attention_in_16_bits(tiny_sdxl: Path, precision: str, bits: int) -> None:
+    models = {**tiny.recipe_dict(tiny_sdxl, Path("/nowhere"))["models"], "vae_precision": precision}
+    found = networks_of(Recipe.model_validate(tiny.recipe_dict(tiny_sdxl, Path("/nowhere"), models=models))).decoder()
+    kinds = {(kernel.kind, kernel.bits) for kernel in found.kernels()}
+    assert ("attention", bits) in kinds
+    assert ("convolution", 32) in kinds
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from functools import partial, partialmethod
@@ -14,7 +15,8 @@ import torch
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import compiling
-from rlhf_t2i.families.store import ModelStore
+from rlhf_t2i.families.base import Decoder
+from rlhf_t2i.families.store import ModelStore, set_precision
 from rlhf_t2i.recipe.schema import Optimization, Recipe, StudentSettings
 from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.learner import LearnerRole
@@ -138,6 +140,30 @@ def test_activations_are_recomputed_where_the_recipe_says(
     cluster = LocalCluster(make_recipe(optimization__gradient_checkpointing=chosen))
     assert recomputing(cluster) == roles
     assert torch.equal(train(cluster, 1), plain)
+
+
+def test_a_mixed_decoder_is_the_float32_one_on_a_cpu_and_attends_in_bf16_elsewhere(tiny_sdxl: Path) -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.13
+
+    def decode(decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = latents.clone().requires_grad_(True)
+        pictures = decoder.decode(leaf)
+        return pictures.detach(), torch.autograd.grad(pictures.square().sum(), leaf)[0]
+
+    exact = store(tiny_sdxl, vae_precision="fp32").decoder
+    plain, mixed = decode(exact), decode(store(tiny_sdxl).decoder)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+    halved = set_precision(copy.deepcopy(exact), "mixed", torch.device("cuda"))
+    seen: list[torch.dtype] = []
+    attention = halved.vae.decoder.mid_block.attentions[0]
+    attention.to_v.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    attention.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    pictures, gradient = decode(halved)
+    assert seen == [torch.bfloat16, torch.float32]
+    assert {p.dtype for p in halved.parameters()} == {torch.float32}
+    assert 0 < float((pictures - plain[0]).abs().max()) < 1 / 255
+    assert gradient.dtype == torch.float32
+    assert 0.9999 < float(torch.cosine_similarity(gradient.flatten(), plain[1].flatten(), dim=0)) <= 1.00001
 
 
 def test_a_bf16_decoder_gives_nearly_the_same_pictures_and_gradients(tiny_sdxl: Path) -> None:

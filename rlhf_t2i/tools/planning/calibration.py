@@ -55,7 +55,7 @@ def measure(recipe: Recipe, micro: int) -> Measured:
         UsageError: A configuration is missing or damaged.
         RunError: A process that should compute meanwhile ended.
     """
-    networks, processes, threads = Footprints(recipe), 1, torch.get_num_threads()
+    networks, processes, threads = Footprints(recipe, default_device()), 1, torch.get_num_threads()
     if default_device().type == "cpu" and recipe.placement.mode == "ray":
         processes = sum(group.devices for group in recipe.placement.groups.values())
         group = recipe.placement.groups[check_placement(recipe)["learner"][0]]
@@ -111,7 +111,7 @@ def _text(networks: Footprints, recipe: Recipe, rate: float) -> float:
 
 def _heaviest(recipe: str, micro: int) -> Callable[[], None]:
     """A pass through the costliest part of a recipe's network, given as JSON."""
-    networks = Footprints(Recipe.model_validate_json(recipe))
+    networks = Footprints(Recipe.model_validate_json(recipe), default_device())
     unit = max(_units(networks.network()), key=lambda unit: unit.flops)
     return unit.passes("frozen", micro, ())
 

@@ -21,6 +21,8 @@ MATMUL = 0.55
 in stas00/ml-engineering, "Maximum Achievable Matmul FLOPS"), a network's shapes less."""
 CONVOLUTION = 0.4
 """Share of the peak that convolutions reach, in bf16 and in TF32."""
+WIDE_ATTENTION = 0.1
+"""Assumed share of the peak in 16 bits of torch's memory-efficient attention, which takes heads over 256."""
 MEMORY = 0.7
 """Share of the memory's bandwidth: large copies reach 0.9 where others measured them, norms and small tensors less."""
 LINK = 0.7
@@ -60,7 +62,9 @@ class Device:
     def rate(self, kind: str, bits: int) -> float:
         """FLOP/s that kernels of a kind (:mod:`rlhf_t2i.families.kernels`) reach in numbers of so many bits."""
         peak = self.bf16 if bits == 16 else self.tf32 if kind == "convolution" else self.fp32
-        return peak * {"matmul": MATMUL, "convolution": CONVOLUTION, "attention": self.attention}[kind]
+        wide = WIDE_ATTENTION if bits == 16 else self.attention
+        shares = {"matmul": MATMUL, "convolution": CONVOLUTION, "attention": self.attention, "wide attention": wide}
+        return peak * shares[kind]
 
     @property
     def achieved_bandwidth(self) -> float:

@@ -277,7 +277,7 @@ class _Group:
 
     @property
     def _decoder_width(self) -> int:
-        return zero.BYTES[self.recipe.models.vae_precision]
+        return 2 if self.recipe.models.vae_precision == "bf16" else 4
 
 
 def group_plan(
