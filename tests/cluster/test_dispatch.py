@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from rlhf_t2i.roles.local_calls import Background, LocalClient, gather
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.stopwatch import WAIT, stopwatch
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
+from tests.limits import HANG_S
 
 PROMPTS = [f"prompt {i}" for i in range(5)]
 BATCHED = [
@@ -68,16 +69,53 @@ def test_answers_of_any_shape_are_joined_along_the_batch() -> None:
     assert gradients.shape == (3, 3)
 
 
-class Slow:
-    """A role that takes its time."""
+class Elsewhere:
+    """A client of a role in another process: works from the moment a call is submitted."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.threads = seconds, set[str]()
+    def __init__(self, role: Any) -> None:
+        self.role, self.pool = role, ThreadPoolExecutor(1)
+
+    def submit(self, method: Callable[..., Any], *args: Any) -> Any:
+        return self.pool.submit(getattr(self.role, method.__name__), *args)
+
+
+class Meets:
+    """A role whose call ends once another one has begun, too."""
+
+    def __init__(self, both: threading.Barrier) -> None:
+        self.both = both
+
+    @dispatch.batched("x")
+    def denoiser(self, x: Tensor) -> Tensor:
+        self.both.wait(HANG_S)
+        return x + 1
+
+
+def test_local_calls_run_while_remote_ones_are_in_flight() -> None:
+    """In whatever order they were submitted."""
+    role = Meets(threading.Barrier(2))
+    remote, local = Elsewhere(role), LocalClient("reference", role)
+    for clients in ((remote, local), (local, remote)):
+        both = gather([client.submit(Meets.denoiser, torch.zeros(1)) for client in clients])
+        assert [float(part) for part in both] == [1, 1]
+
+
+class Timed:
+    """A role whose calls take 0.3 s by a clock of the test; the one in the background ends while it is waited for."""
+
+    def __init__(self) -> None:
+        self.now, self.threads, self.inside = 0.0, list[str](), 0
+        self._main = threading.get_ident()
 
     @dispatch.batched("x", concurrent=True)
     def reward(self, x: Tensor) -> Tensor:
-        time.sleep(self.seconds)
-        self.threads.add(threading.current_thread().name)
+        self.inside += 1
+        while threading.get_ident() != self._main and stopwatch._open.get(self._main, [])[-1:] != [WAIT]:
+            time.sleep(0.001)
+        assert self.inside == 1, "two calls at once"
+        self.threads.append(threading.current_thread().name)
+        self.now += 0.3
+        self.inside -= 1
         return x + 1
 
     @dispatch.batched("x")
@@ -85,51 +123,18 @@ class Slow:
         return self.reward(x)
 
 
-class Elsewhere:
-    """A client of a role in another process: works from the moment a call is submitted."""
-
-    def __init__(self, role: Any, delay: float = 0.0) -> None:
-        self.role, self.delay, self.pool = role, delay, ThreadPoolExecutor(1)
-
-    def submit(self, method: Callable[..., Any], *args: Any) -> Any:
-        def call() -> Any:
-            time.sleep(self.delay)
-            return getattr(self.role, method.__name__)(*args)
-
-        return self.pool.submit(call)
-
-
-def elapsed(call: Callable[[], Any]) -> float:
-    began = time.monotonic()
-    call()
-    return time.monotonic() - began
-
-
-def test_local_calls_run_while_remote_ones_are_in_flight() -> None:
-    """In whatever order they were submitted, with or without a background thread."""
-    x = torch.zeros(1)
-    remote, local = Elsewhere(Slow(0.5)), LocalClient("reference", Slow(0.5))
-    both: list[Any] = []
-    seconds = elapsed(lambda: both.extend(gather([c.submit(Slow.denoiser, x) for c in (remote, local)])))
-    assert 0.5 <= seconds < 0.9
-    assert [float(part) for part in both] == [1, 1]
-
-
-def test_only_calls_declared_concurrent_leave_the_main_thread_and_never_two_at_once() -> None:
-    role = Slow(0.3)
+def test_only_calls_declared_concurrent_leave_the_main_thread_and_never_two_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    role = Timed()
+    monkeypatch.setattr("rlhf_t2i.roles.stopwatch.time", SimpleNamespace(perf_counter=lambda: role.now))
     client = LocalClient("reward", role, Background())
     stopwatch.read()
-
-    def both() -> None:
-        futures = [client.submit(Slow.reward, torch.zeros(1)), client.submit(Slow.denoiser, torch.zeros(1))]
-        gather(futures)
-
-    assert elapsed(both) >= 0.6
-    assert len(role.threads) == 2
-    assert threading.current_thread().name in role.threads
+    gather([client.submit(method, torch.zeros(1)) for method in (Timed.reward, Timed.denoiser)])
+    assert role.threads == ["background_0", threading.current_thread().name]
     seconds, _ = stopwatch.read()
-    assert seconds["reward"] == pytest.approx(0.6, abs=0.2)  # the sum over both threads
-    assert seconds[WAIT] == pytest.approx(0.3, abs=0.2)
+    assert seconds["reward"] == pytest.approx(0.6)  # the sum over both threads
+    assert seconds[WAIT] == pytest.approx(0.3)
 
 
 def test_an_error_in_the_background_reaches_the_caller() -> None:
@@ -143,25 +148,9 @@ def test_an_error_in_the_background_reaches_the_caller() -> None:
         future.result()
 
 
-SLOW_REWARD = """
-import time
-import torch
-from rlhf_t2i.plugins import Reward
-
-class SlowReward(Reward):
-    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        time.sleep(1.0)
-        return (images ** 2).mean((1, 2, 3))
-"""
-
-
-def test_rewards_of_the_learners_process_overlap_remote_denoisers(
-    make_recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
-    """1.0 s of reward beside 0.8 s of denoisers (0.4 s forward, 0.4 s product), and not a bit changes."""
-    (tmp_path / "slow.py").write_text(SLOW_REWARD, "utf-8")
-    recipe = make_recipe(algorithm__rewards=f"[{{name: '{tmp_path}/slow.py:SlowReward', label: slow}}]")
-    worker = Worker(WorkerSpec(recipe, "all", ROLES))
+def test_rewards_of_the_learners_process_overlap_remote_denoisers(make_recipe: Callable[..., Recipe]) -> None:
+    """Neither ends before the other has begun, and not a bit changes."""
+    worker = Worker(WorkerSpec(make_recipe(), "all", ROLES))
     keys = [(3, "probe", i) for i in range(4)]
     x0 = rng.normal((4, 8, 8), keys)
     learner: LearnerRole = worker.roles["learner"]
@@ -172,12 +161,23 @@ def test_rewards_of_the_learners_process_overlap_remote_denoisers(
     worker.connect({})
     serial = gradient()
     servers = {role: worker.roles.pop(role) for role in ("assistant", "reference")}
-    worker.connect({role: [Elsewhere(server, delay=0.4)] for role, server in servers.items()})
-    gradient()  # what torch prepares once
-    overlapping: list[Tensor] = []
-    seconds = elapsed(lambda: overlapping.append(gradient()))
-    assert torch.equal(overlapping[0], serial)
-    assert 1.0 <= seconds < 1.5  # one after another: 1.9 s
+    worker.connect({role: [Elsewhere(server)] for role, server in servers.items()})
+    begun = {"reward": threading.Event(), "denoiser": threading.Event()}
+
+    def hold(role: Any, method: str, own: str, other: str) -> None:
+        call = getattr(role, method)
+
+        def held(*args: Any) -> Any:
+            begun[own].set()
+            assert begun[other].wait(HANG_S), f"{method} ran alone"
+            return call(*args)
+
+        setattr(role, method, held)
+
+    hold(worker.roles["reward"], "value_and_grad", "reward", "denoiser")
+    for server in servers.values():
+        hold(server, "forward", "denoiser", "reward")
+    assert torch.equal(gradient(), serial)
 
 
 def test_a_server_keeps_one_graph_per_caller(make_recipe: Callable[..., Recipe]) -> None:

@@ -20,6 +20,7 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.tools import app
 from rlhf_t2i.tools.side_by_side import RewardSpec, SideBySide, open_models
+from tests.limits import HANG_S
 from tests.report.headless import chromium
 
 CPU = torch.device("cpu")
@@ -148,8 +149,8 @@ def test_in_a_browser(board: SideBySide, addresses: list[str], tmp_path: Path) -
     assert set(addresses) <= {"127.0.0.1", "localhost", "::1"}
 
 
-def _wait(browser: Any, condition: str, seconds: float = 120) -> None:
-    ends = time.monotonic() + seconds
+def _wait(browser: Any, condition: str) -> None:
+    ends = time.monotonic() + HANG_S
     while not browser.script(condition):
         assert time.monotonic() < ends, condition
         time.sleep(0.2)
@@ -161,7 +162,7 @@ def test_the_server_answers_this_machine_alone(board: SideBySide) -> None:
 
     page = app.serve(board, block=False)
     try:
-        with httpx.Client(trust_env=False) as client:
+        with httpx.Client(trust_env=False, timeout=HANG_S) as client:
             answer = client.get(page.local_url)
             assert answer.status_code == 200
             assert "default-src 'self'" in answer.headers["content-security-policy"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import httpx
@@ -15,11 +18,13 @@ from rlhf_t2i_plugins.rewards.human_page import ComparisonServer
 
 from rlhf_t2i.errors import RunError
 from rlhf_t2i.plugins import registry
+from tests.limits import HANG_S
 from tests.report.headless import chromium
 
 PROMPTS = ["a cat", "a cat", "a cat", "a <b>dog</b>", "a <b>dog</b>"]
 BRIGHT = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.2])
 IMAGES = BRIGHT[:, None, None, None].expand(5, 3, 8, 8)
+get, post = (partial(call, timeout=HANG_S) for call in (httpx.get, httpx.post))
 
 
 @pytest.fixture
@@ -34,17 +39,17 @@ class Scoring:
 
     def __init__(self, reward: Any) -> None:
         self.url = reward.url
-        self.values: torch.Tensor | None = None
-        self._thread = threading.Thread(target=self._run, args=(reward,), daemon=True)
-        self._thread.start()
+        self._values: Future[torch.Tensor] = Future()
+        threading.Thread(target=self._run, args=(reward,), daemon=True).start()
 
     def _run(self, reward: Any) -> None:
-        self.values = reward.score(IMAGES, PROMPTS)
+        try:
+            self._values.set_result(reward.score(IMAGES, PROMPTS))
+        except BaseException as error:
+            self._values.set_exception(error)
 
     def result(self) -> torch.Tensor:
-        self._thread.join(30)
-        assert self.values is not None
-        return self.values
+        return self._values.result(HANG_S)
 
 
 def brightness(url: str, number: int, side: str) -> float:
@@ -52,36 +57,34 @@ def brightness(url: str, number: int, side: str) -> float:
 
     from PIL import Image
 
-    return float(np.asarray(Image.open(BytesIO(httpx.get(f"{url}image/{number}/{side}.png").content))).mean())
+    return float(np.asarray(Image.open(BytesIO(get(f"{url}image/{number}/{side}.png").content))).mean())
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread or the browser does, for at most 20 seconds."""
-    waited = threading.Event()
-    for _ in range(400):
-        if condition():
-            return
-        waited.wait(0.05)
-    raise AssertionError("it never came")
+    """Wait for what another thread or the browser does."""
+    deadline = time.monotonic() + HANG_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
 
 
 def test_the_brighter_image_wins_and_a_stale_answer_does_not_count(reward: Any) -> None:
     scoring = Scoring(reward)
-    until(lambda: httpx.get(f"{scoring.url}next").json()["id"] is not None)
+    until(lambda: get(f"{scoring.url}next").json()["id"] is not None)
     shown = []
-    while (now := httpx.get(f"{scoring.url}next").json())["id"] is not None:
+    while (now := get(f"{scoring.url}next").json())["id"] is not None:
         number = now["id"]
         shown.append(now["prompt"])
         left, right = (brightness(scoring.url, number, side) for side in ("left", "right"))
         answer = {"id": number, "choice": "left" if left > right else "right"}
-        assert httpx.post(f"{scoring.url}answer", json=answer).status_code == 200
-        assert httpx.post(f"{scoring.url}answer", json=answer).status_code == 409  # the same one twice
+        assert post(f"{scoring.url}answer", json=answer).status_code == 200
+        assert post(f"{scoring.url}answer", json=answer).status_code == 409  # the same one twice
     values = scoring.result()
     assert shown == ["a cat"] * 3 + ["a <b>dog</b>"]
     assert values[:3].argsort().tolist() == [0, 2, 1]
     assert float(values[3]) > float(values[4])
     assert torch.allclose(values[:3].sum(), torch.zeros(()), atol=1e-6)
-    assert httpx.get(f"{scoring.url}image/0/left.png").status_code == 404
+    assert get(f"{scoring.url}image/0/left.png").status_code == 404
 
 
 def test_a_person_in_a_browser_compares_with_keys_and_clicks(reward: Any) -> None:
@@ -114,17 +117,17 @@ def test_a_person_in_a_browser_compares_with_keys_and_clicks(reward: Any) -> Non
 
 def test_only_this_page_may_answer(reward: Any) -> None:
     scoring = Scoring(reward)
-    until(lambda: httpx.get(f"{scoring.url}next").json()["id"] == 0)
+    until(lambda: get(f"{scoring.url}next").json()["id"] == 0)
     body = {"id": 0, "choice": "left"}
     foreign = {"Host": "evil.example"}  # a name that its owner points at 127.0.0.1
-    assert httpx.get(scoring.url, headers=foreign).status_code == 403
-    assert httpx.post(f"{scoring.url}answer", json=body, headers=foreign).status_code == 403
-    assert httpx.post(f"{scoring.url}answer", data=body).status_code == 403  # a form of another site
-    assert httpx.post(f"{scoring.url}answer", json={"id": 0, "choice": "x" * 2000}).status_code == 403
-    assert httpx.post(f"{scoring.url}answer", json=[]).status_code == 400
-    assert httpx.post(f"{scoring.url}answer", json={"id": 0, "choice": "both"}).status_code == 409
-    assert httpx.get(f"{scoring.url}image/../next").status_code in (200, 404)
-    assert httpx.get(f"{scoring.url}next").json()["done"] == 0
+    assert get(scoring.url, headers=foreign).status_code == 403
+    assert post(f"{scoring.url}answer", json=body, headers=foreign).status_code == 403
+    assert post(f"{scoring.url}answer", data=body).status_code == 403  # a form of another site
+    assert post(f"{scoring.url}answer", json={"id": 0, "choice": "x" * 2000}).status_code == 403
+    assert post(f"{scoring.url}answer", json=[]).status_code == 400
+    assert post(f"{scoring.url}answer", json={"id": 0, "choice": "both"}).status_code == 409
+    assert get(f"{scoring.url}image/../next").status_code in (200, 404)
+    assert get(f"{scoring.url}next").json()["done"] == 0
 
 
 def test_one_image_alone_and_a_taken_port_are_errors(reward: Any) -> None:

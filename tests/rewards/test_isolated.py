@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from rlhf_t2i.plugins.environments import overlay_python
 from rlhf_t2i.recipe.schema import Recipe, RewardChoice
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
+from tests.limits import HANG_S
 from tests.rewards.builders import Identity
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -41,7 +41,7 @@ class Clash(Reward):
         if clashing_package.VERSION != 2:
             raise RuntimeError(f"version {clashing_package.VERSION} of clashing_package, not 2")
         if "hang" in prompts:
-            time.sleep(60)
+            time.sleep(3600)
         if "crash" in prompts and not os.path.exists(CRASHED):
             open(CRASHED, "w").close()
             os._exit(1)
@@ -103,7 +103,7 @@ def conflict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, li
 def isolated(conflict: tuple[str, list[str]], ray_for_rewards: None) -> Iterator[Reward]:
     from rlhf_t2i.cluster.isolated import start_isolated
 
-    reward = start_isolated(RewardChoice(name=conflict[0], timeout_s=120), torch.float32)
+    reward = start_isolated(RewardChoice(name=conflict[0], timeout_s=HANG_S), torch.float32)
     yield reward
     reward.close()
 
@@ -113,7 +113,6 @@ PROMPTS = ["a", "b", "c"]
 
 
 def test_the_overlay_changes_one_package_and_shares_the_rest(conflict: tuple[str, list[str]]) -> None:
-    started = time.monotonic()
     python = overlay_python(conflict[1])
     assert overlay_python(conflict[1]) == python
     code = (
@@ -128,7 +127,6 @@ def test_the_overlay_changes_one_package_and_shares_the_rest(conflict: tuple[str
     assert said == ["2", torch.__file__, rlhf_t2i.__file__]
     size = sum(p.stat().st_size for p in python.parents[1].rglob("*") if p.is_file() and not p.is_symlink())
     assert size < 2**20
-    assert time.monotonic() - started < 120
 
 
 def test_packages_that_cannot_be_installed_are_a_sentence(tmp_path: Path) -> None:
@@ -177,10 +175,8 @@ def test_a_lost_actor_is_restarted_and_the_call_repeated(isolated: Reward) -> No
 def test_a_hang_ends_after_the_timeout(conflict: tuple[str, list[str]], isolated: Reward) -> None:
     from rlhf_t2i.cluster.isolated import IsolatedReward
 
-    impatient = IsolatedReward(conflict[0], {}, timeout_s=60)
+    impatient = IsolatedReward(conflict[0], {}, timeout_s=HANG_S)
     impatient._timeout_s = 1.0
-    started = time.monotonic()
     with pytest.raises(RunError, match=r"did not answer within 1 s"):
         impatient.score(IMAGES, ["a", "hang", "c"])
-    assert time.monotonic() - started < 10
     impatient.close()

@@ -11,6 +11,7 @@ from rlhf_t2i.cluster.clients import Limit, get
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.roles.reward_failure import RewardFailure
+from tests.limits import HANG_S
 from tests.rewards import builders, faulty
 from tests.rewards.test_role import BAD, PROMPTS, Decoder
 
@@ -41,11 +42,11 @@ def test_through_ray_the_numbers_are_the_same_and_failures_keep_their_names(
     latents = torch.randn(4, 4, 9, 9, generator=torch.Generator().manual_seed(3))
     here = Holder(folder, None, tmp_path / "failures", "pick").value_and_grad(latents, PROMPTS)["pick"]
     actors = [ray.remote(Holder).remote(folder, micro_batch, tmp_path / "failures", name) for name in ("pick", "picky")]
-    (there,) = get([actors[0].value_and_grad.remote(latents, PROMPTS)], Limit(120), "reward")
+    (there,) = get([actors[0].value_and_grad.remote(latents, PROMPTS)], Limit(HANG_S), "reward")
     for ours, theirs in zip(here, there["pick"], strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     with pytest.raises(RewardFailure) as caught:
-        get([actors[1].value_and_grad.remote(latents, BAD)], Limit(120), "reward")
+        get([actors[1].value_and_grad.remote(latents, BAD)], Limit(HANG_S), "reward")
     assert (caught.value.reward, caught.value.prompt) == ("picky", "bad")
     assert Path(str(caught.value.saved)).is_dir()
     for actor in actors:

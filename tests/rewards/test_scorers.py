@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.utils.images import from_pil
+from tests.limits import HANG_S
 from tests.rewards.test_http import Server, server
 
 __all__ = ["server"]
@@ -33,7 +34,7 @@ def says(content: Any) -> tuple[int, Any, float]:
 
 
 def judge(server: Server, **options: Any) -> Any:
-    defaults = {"timeout_s": 5, "backoff_s": 0.01, "model": "judge-1", "concurrency": 1}
+    defaults = {"timeout_s": HANG_S, "backoff_s": 0.01, "model": "judge-1", "concurrency": 1}
     return registry.reward("vlm_judge", url=server.url, **(defaults | options))
 
 

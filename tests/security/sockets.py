@@ -14,6 +14,7 @@ import ray  # imported before the run's own code, as a plugin might
 
 from rlhf_t2i.cluster.actor import CONCURRENCY, WorkerActor, join_group
 from rlhf_t2i.cluster.connect import start_local_ray, stop
+from tests.limits import HANG_S
 
 
 class Peer(WorkerActor):
@@ -23,7 +24,7 @@ class Peer(WorkerActor):
         """Join the group's world and sum a one over its ranks."""
         import torch
 
-        join_group(self._spec.rank, self._spec.world, master, timedelta(seconds=60))
+        join_group(self._spec.rank, self._spec.world, master, timedelta(seconds=HANG_S))
         one = torch.ones(1)
         torch.distributed.all_reduce(one)
         return float(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -91,7 +90,5 @@ def test_anchors_that_expand_exponentially_are_refused_at_once(
 ) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("\n".join(BOMBS[bomb]), "utf-8")
-    began = time.monotonic()
     assert "100,000" in ended([command, str(file), "--out", str(tmp_path / "out")], monkeypatch, capsys)
-    assert time.monotonic() - began < 30
     assert not (tmp_path / "out").exists()

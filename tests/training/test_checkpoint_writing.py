@@ -17,6 +17,7 @@ from rlhf_t2i.recipe.schema import Checkpoints, Recipe
 from rlhf_t2i.training import checkpoints, run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
+from tests.limits import HANG_S
 from tests.training.test_checkpoint import Written, save
 
 
@@ -27,7 +28,7 @@ class Slow(Written):
         self.stop, self.error = threading.Event(), error
 
     def finish_saving(self, role: str) -> None:
-        assert self.stop.wait(300.0)
+        assert self.stop.wait(HANG_S)
         if self.error is not None:
             raise self.error
 
@@ -62,7 +63,7 @@ def test_a_writer_that_fails_is_reported_and_leaves_the_earlier_checkpoint(tmp_p
 def test_what_a_thread_writes_is_what_was_there_when_training_went_on(tmp_path: Path) -> None:
     writer, held, written = Writer(), threading.Event(), list[Any]()
     weights, options = torch.zeros(3), {"lr": 1.0}
-    writer.write({"weights": [weights], "options": options}, lambda copied: (held.wait(300.0), written.append(copied)))
+    writer.write({"weights": [weights], "options": options}, lambda copied: (held.wait(HANG_S), written.append(copied)))
     weights.add_(1)
     options["lr"] = 2.0
     held.set()

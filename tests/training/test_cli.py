@@ -102,7 +102,7 @@ def test_a_signal_writes_a_checkpoint(
     long_run: subprocess.Popen[str], recipe_file: Path, number: signal.Signals, code: int
 ) -> None:
     out = recipe_file.parent / "out"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not (out / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         assert long_run.poll() is None, long_run.communicate()[1]

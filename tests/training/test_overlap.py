@@ -19,10 +19,10 @@ from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.worker import Worker, WorkerSpec
 from rlhf_t2i.training.overlap import Overlap, Updates
+from tests.limits import HANG_S
 
 MakeRecipe = Callable[..., Recipe]
 PROMPTS = [f"prompt {i}" for i in range(4)]
-PATIENCE_S = 300.0
 APART = (
     "placement={mode: ray, groups: {learn: {roles: [learner, generator]}, "
     "serve: {roles: [assistant, reference, reward]}}}"
@@ -48,7 +48,7 @@ class Log:
             TimeoutError: Nothing like it comes.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: entry in self.entries, PATIENCE_S):
+            if not self._changed.wait_for(lambda: entry in self.entries, HANG_S):
                 raise TimeoutError(f"{entry!r} never came; {self.entries}")
 
     def before(self, first: str, then: str) -> bool:
