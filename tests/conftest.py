@@ -13,6 +13,8 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    # Ray's own is 15: its processes would wait for the tests of the other workers.
+    RAY_worker_niceness="0",
     GLOO_SOCKET_IFNAME="lo",
     # One thread per process, and none that spins while it waits: the workers and their processes share the cores.
     OMP_NUM_THREADS="1",
@@ -31,6 +33,7 @@ import torch
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from tests import tiers, tiny
+from tests.limits import HANG_S
 
 torch.set_num_threads(1)
 
@@ -39,17 +42,26 @@ torch.set_num_threads(1)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``-n``: the tests of a file stay on one worker, and those that start Ray run in two streams.
 
-    Most of the time of a test over Ray is spent waiting; more than two clusters at once starve two cores.
+    Most of the time of a test over Ray is spent waiting; more than two clusters at once starve two cores. The streams
+    are the longest work by far, so they start first: pytest-xdist itself begins with the files of most tests.
     Not ``--dist loadgroup``: with pytest 9.2 pytest-xdist 3.8 loses the names of its groups.
     """
     from xdist.scheduler import LoadScopeScheduling
+
+    streams = ("ray 0", "ray 1")
 
     class TwoRays(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file, _, test = nodeid.partition("::")
             if not _starts_ray(config.rootpath / file, test.partition("[")[0]):
                 return file
-            return f"ray {int(file.removeprefix('tests/') in tiers.SECOND_RAY_STREAM)}"
+            return streams[file.removeprefix("tests/") in tiers.SECOND_RAY_STREAM]
+
+        def _assign_work_unit(self, node: Any) -> None:
+            waiting = [stream for stream in streams if stream in self.workqueue]
+            if waiting:
+                self.workqueue.move_to_end(waiting[0], last=False)
+            super()._assign_work_unit(node)
 
     return TwoRays(config, log)
 
@@ -115,11 +127,14 @@ def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_instance() -> Iterator[None]:
     """A small Ray instance, shared: starting one takes seconds."""
     pytest.importorskip("ray")
+    from rlhf_t2i.cluster import ray_cluster
     from rlhf_t2i.cluster.connect import start_local_ray, stop
 
-    start_local_ray(8)
-    yield
-    stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_cluster, "_START_LIMIT", ray_cluster.Limit(HANG_S, "the limit for starting"))
+        start_local_ray(8)
+        yield
+        stop()
 
 
 @pytest.fixture

@@ -47,7 +47,6 @@ SECOND_RAY_STREAM = (
     "golden/test_golden.py",
     "rewards/test_isolated.py",
     "rewards/test_ray.py",
-    "toy/test_toy.py",
     "training/test_bad_steps.py",
     "training/test_faults.py",
     "training/test_restore.py",

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,10 +23,12 @@ import pytest
 import yaml
 
 from tests import tiny
+from tests.limits import HANG_S
 
 ROOT = Path(__file__).parents[2]
 UNSHARE = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 def namespaces() -> bool:
@@ -50,7 +54,8 @@ class Machine:
             env=environment, cwd=folder,
         )  # fmt: skip
         self.run("true")
-        self.pid = psutil.Process(self.shell.pid).children()[0].pid
+        (self.first,) = psutil.Process(self.shell.pid).children()
+        self.pid = self.first.pid
 
     def run(self, command: str) -> tuple[int, str]:
         """A command's exit code and output; what it exports stays."""
@@ -67,9 +72,12 @@ class Machine:
         raise AssertionError(f"the machine is gone: {lines}")
 
     def close(self) -> None:
-        """Switch it off."""
+        """Switch it off; returns when its last process has ended and writes no more files."""
         self.shell.kill()
         self.shell.wait()
+        with suppress(psutil.NoSuchProcess):
+            while self.first.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
 
 @pytest.fixture
@@ -100,7 +108,7 @@ def machines(folder: Path) -> Iterator[list[Machine]]:
             home.mkdir()
             kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_"))}
             path = f"{bin_folder}:{os.environ['PATH']}"
-            made.append(Machine(kept | {"HOME": str(home), "PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}, folder))
+            made.append(Machine(kept | {"HOME": str(home), "PATH": path} | RAY, folder))
         a, b = (machine.pid for machine in made)
         subprocess.run(
             ["ip", "link", "add", "eth0", "netns", str(a), "type", "veth", "peer", "name", "eth0", "netns", str(b)],
@@ -177,17 +185,21 @@ def test_the_commands_of_the_page(machines: list[Machine], recipe: Path, folder:
 def test_the_slurm_script_makes_a_cluster_with_a_token(machines: list[Machine], recipe: Path, folder: Path) -> None:
     """``srun`` hands commands for the second machine to a loop there, with the environment and the umask."""
     first, other = machines
-    before = set(Path("/tmp").glob("ray-??????"))
+    before, joined = set(Path("/tmp").glob("ray-??????")), folder / "joined"
     os.mkfifo(folder / "orders")
-    code, _ = other.run(f'(while true; do read -r order < {folder}/orders; bash -c "$order" & done) > /dev/null 2>&1 &')
+    code, _ = other.run(f'(while true; do read -r order < {folder}/orders; bash -c "$order" & done) > {joined} 2>&1 &')
     assert code == 0
     stand_ins = {
         "scontrol": "printf 'n1\\nn2\\n'",
         "hostname": f"echo {HEAD}",
-        "sleep": "exec /bin/sleep 8",
+        # Instead of a time, wait for what the script gives the time to: the head, then the second node.
+        "sleep": f"until (exec 3<> /dev/tcp/{HEAD}/6379) 2> /dev/null; do /bin/sleep 0.1; done\n"
+        f"[ -e {folder}/slept ] || {{ touch {folder}/slept; exit; }}\n"
+        f'until grep -q "Ray runtime started" {joined}; do /bin/sleep 0.1; done\n'
+        f'until [ "$(ray status --address {HEAD}:6379 | grep -c " node_")" = 2 ]; do /bin/sleep 0.5; done',
         "srun": 'far=; while [ "${1#--}" != "$1" ]; do [ "${1#--exclude}" = "$1" ] || far=1; shift; done\n'
         f'[ -n "$far" ] || exec "$@"\nvars=$(export -p | grep RAY_ | tr "\\n" ";")\n'
-        f'echo "umask $(umask); $vars $*" > {folder}/orders; exec /bin/sleep 300',
+        f'echo "umask $(umask); $vars $*" > {folder}/orders; exec /bin/sleep {HANG_S}',
     }
     for name, body in stand_ins.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n", "utf-8")
