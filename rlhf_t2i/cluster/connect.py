@@ -205,3 +205,5 @@ def _environment() -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would start one idle Python process per core, which no role can use: each has an environment of its own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "false")
