@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.tools.ablation import execute
 from rlhf_t2i.tools.ablation.runner import ablate, scale_unit
 from tests.ablation.conftest import MEASURE, TRAIN, small
-from tests.limits import HANG_S
 from tests.report.test_report import check_in_browser
 
 FILES = ("table.md", "table.csv", "table.json")
@@ -168,7 +165,6 @@ def test_other_content_under_the_same_names_is_seen(recipe_file, tmp_path, monke
 SCORER = """
 from rlhf_t2i.plugins import Options, Reward
 import helper
-from tests.limits import HANG_S
 
 class Weights(Options):
     weights: str
@@ -250,28 +246,43 @@ def test_slots_share_out_the_gpus(recipe_file, tmp_path, monkeypatch):
     assert execute.slots(2, tasks) == ["", ""]
 
 
+def slowly(recipe: Path, out: Path, log: Path) -> None:
+    """The ablation in a process of its own, in which every step takes some time."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ["FAKE_SECONDS"] = "0.15"
+    run(recipe, out, parallel=2)
+
+
+def written(out: Path) -> int:
+    """Files and folders below the ablation's folder."""
+    return sum(len(folders) + len(names) for _, folders, names in os.walk(out))
+
+
 @pytest.mark.slow
 def test_ten_random_kills_give_the_same_bytes(recipe_file, done, tmp_path):
     recipe, out = recipe_file(), tmp_path / "out"
-    code = "import sys; from pathlib import Path; from tests.ablation.test_ablate import run;" \
-           "run(Path(sys.argv[1]), Path(sys.argv[2]), parallel=2)"  # fmt: skip
-    command = [sys.executable, "-c", code, str(recipe), str(out)]
-    environment = os.environ | {"FAKE_SECONDS": "0.15"}
+    context = multiprocessing.get_context("forkserver")  # imports once
+    context.set_forkserver_preload(["tests.ablation.test_ablate"])
     random.seed(1)
     killed = 0
-    for _ in range(40):
-        if killed == 10:
-            break
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        time.sleep(random.uniform(4.0, 9.0))  # the first seconds go into imports and digests
-        process.send_signal(random.choice([signal.SIGKILL, signal.SIGTERM]))
-        killed += process.wait() != 0
+    while killed < 10:
+        process = context.Process(target=slowly, args=(recipe, out, tmp_path / "log"))
+        process.start()
+        # By what it has written, not by time: whatever the machine's speed, it gets on and is hit everywhere.
+        reached = written(out) + random.randint(0, 12)
+        while process.is_alive() and written(out) < reached:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.15))
+        random.choice([process.kill, process.terminate])()
+        process.join()
+        killed += process.exitcode != 0
         if (out / "table.md").is_file() and "Not finished" not in (out / "table.md").read_text():
             # Finished between two shots: undo a row, so that there is something left to interrupt.
             victim = random.choice(sorted((out / "evaluations").glob("*/seed_*/results.json")))
             victim.unlink()
-    assert killed == 10
-    subprocess.run(command, check=True, timeout=HANG_S)
+    run(recipe, out, parallel=2)
     assert tables(out) == tables(done / "out")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_t2i.cli import main
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Recipe
 from tests.limits import HANG_S
@@ -31,6 +32,20 @@ def cli(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProce
         [sys.executable, "-m", "rlhf_t2i.cli", *map(str, args)],
         capture_output=True, text=True, timeout=HANG_S, cwd=cwd, check=False,
     )  # fmt: skip
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The command in this process: its exit code, and what it wrote on stderr. A process of its own costs imports."""
+
+    def command(*args: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["rlhf-t2i", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, capsys.readouterr().err
+
+    return command
 
 
 def test_help_and_a_refused_recipe_answer_without_torch(recipe_file: Path) -> None:
@@ -59,16 +74,18 @@ def test_help_and_a_refused_recipe_answer_without_torch(recipe_file: Path) -> No
         ("algorithm.rewards=[{name: http, options: {url: 'http://127.0.0.1:1'}}]", "no gradient"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(recipe_file: Path, override: str, sentence: str) -> None:
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    recipe_file: Path, override: str, sentence: str, here: Callable[..., tuple[int, str]]
+) -> None:
     out = recipe_file.parent / "out"
-    done = cli("run", recipe_file, "--set", override, "--out", out)
-    assert done.returncode == 2, done.stderr
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
+    code, errors = here("run", recipe_file, "--set", override, "--out", out)
+    assert code == 2, errors
+    assert sentence in errors
+    assert "Traceback" not in errors
     assert not out.exists()
 
 
-def test_run_then_sample(recipe_file: Path) -> None:
+def test_run_then_sample(recipe_file: Path, here: Callable[..., tuple[int, str]]) -> None:
     out = recipe_file.parent / "out"
     done = cli("run", recipe_file, "--out", out, "--set", "steps=1")
     assert done.returncode == 0, done.stderr
@@ -78,11 +95,11 @@ def test_run_then_sample(recipe_file: Path) -> None:
     done = cli("sample", out, "--prompt", "a red cat", "-o", picture)
     assert done.returncode == 0, done.stderr
     assert picture.stat().st_size > 0
-    assert cli("sample", out, "--prompt", "a cat", "-o", "picture.jpg").returncode == 2
-    assert cli("sample", recipe_file.parent, "--prompt", "a cat").returncode == 2
-    again = cli("run", recipe_file, "--out", out)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
+    assert here("sample", out, "--prompt", "a cat", "-o", "picture.jpg")[0] == 2
+    assert here("sample", recipe_file.parent, "--prompt", "a cat")[0] == 2
+    code, errors = here("run", recipe_file, "--out", out)
+    assert code == 2
+    assert "--resume" in errors
 
 
 @pytest.fixture

@@ -40,6 +40,15 @@ def ray_recipe(make_recipe: Callable[..., Recipe], learner: int, assistant: int,
     )  # fmt: skip
 
 
+def together(make_recipe: Callable[..., Recipe], zero: int, **more: Any) -> Recipe:
+    """Two ranks with all roles each: where only the learner's ranks matter, more processes would cost imports alone."""
+    groups = "{all: {devices: 2, roles: [learner, generator, assistant, reference, reward], threads: 1}}"
+    return make_recipe(
+        placement__mode="ray", placement__groups=groups, optimization__zero_stage=zero,
+        optimization__micro_batch=1, **more,
+    )  # fmt: skip
+
+
 def start_ray(recipe: Recipe) -> Cluster:
     from rlhf_t2i.cluster.ray_cluster import RayCluster
 
@@ -92,7 +101,7 @@ def test_a_four_step_generator_equals_local(ray_instance: None, make_recipe: Cal
     """Which step of a sample is trained does not depend on ranks; under ZeRO-3 all of them call as often."""
     local = LocalCluster(make_recipe(student__steps=4))
     expected = train(local, 3)
-    cluster = start_ray(ray_recipe(make_recipe, 2, 1, 3, student__steps=4))
+    cluster = start_ray(together(make_recipe, 3, student__steps=4))
     try:
         assert relative(train(cluster, 3), expected) < 1e-5
         keys = [(0, "sample", i) for i in range(3)]
@@ -113,16 +122,14 @@ PLAIN_GRADIENT = {
 }
 
 
-@pytest.mark.parametrize(("learner", "assistant", "zero"), [(2, 2, 2), (2, 2, 3)])
-def test_parameter_gradients_equal_local(
-    ray_instance: None, make_recipe: Callable[..., Recipe], learner: int, assistant: int, zero: int
-) -> None:
+@pytest.mark.parametrize("zero", [2, 3])
+def test_parameter_gradients_equal_local(ray_instance: None, make_recipe: Callable[..., Recipe], zero: int) -> None:
     local = LocalCluster(make_recipe(**PLAIN_GRADIENT))
     start = flat(local.call_all("learner", LearnerRole.weights, "raw")[0])
     local.call_all("learner", LearnerRole.step, 0, PROMPTS)
     expected = flat(local.call_all("learner", LearnerRole.weights, "raw")[0]) - start
 
-    cluster = start_ray(ray_recipe(make_recipe, learner, assistant, zero, **PLAIN_GRADIENT))
+    cluster = start_ray(together(make_recipe, zero, **PLAIN_GRADIENT))
     try:
         cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
         moved = flat(cluster.call_all("learner", LearnerRole.weights, "raw")[0]) - start

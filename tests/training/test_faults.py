@@ -29,6 +29,9 @@ GROUPS = (
 )
 
 
+PAIR = "{train: {roles: [learner, generator, assistant, reference], threads: 1}, judge: {roles: [reward], threads: 1}}"
+
+
 @pytest.fixture
 def cluster(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> Iterator[RayCluster]:
     started = RayCluster(make_recipe(placement__mode="ray", placement__groups=GROUPS), tmp_path / "failures")
@@ -42,7 +45,9 @@ def gradient(cluster: Any) -> torch.Tensor:
     return cluster.call_all("learner", LearnerRole.gradient_at_x0, "probe", x0, PROMPTS, keys, {})[0]
 
 
-def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_recipe: MakeRecipe) -> None:
+def test_a_killed_stateless_process_leaves_no_trace_and_a_killed_learner_ends_the_run(
+    cluster: RayCluster, make_recipe: MakeRecipe
+) -> None:
     before = gradient(cluster)
     for group in ("score", "judge"):
         ray.kill(cluster._actors[group][0], no_restart=False)
@@ -50,6 +55,9 @@ def test_a_killed_stateless_process_leaves_no_trace(cluster: RayCluster, make_re
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     local = gradient(LocalCluster(make_recipe()))
     assert float((after - local).norm() / local.norm()) < 1e-5
+    ray.kill(cluster._actors["train"][0])
+    with pytest.raises(RunError, match="a process of the learner died"):
+        cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
 
 
 def test_ranks_meet_on_the_interface_of_their_address() -> None:
@@ -71,12 +79,6 @@ def test_a_restarted_process_reads_like_any_other(make_recipe: MakeRecipe) -> No
     assert vars(WorkerActor(spec).reading()).keys() == vars(Worker(spec).reading()).keys()
 
 
-def test_a_killed_learner_ends_the_run_with_a_sentence(cluster: RayCluster) -> None:
-    ray.kill(cluster._actors["train"][0])
-    with pytest.raises(RunError, match="a process of the learner died"):
-        cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)
-
-
 BAD_REWARD = """
 import torch
 from rlhf_t2i.plugins import Reward
@@ -94,7 +96,7 @@ def test_a_nan_reward_names_itself_and_saves_the_sample(
     plugin = tmp_path / "bad.py"
     plugin.write_text(BAD_REWARD, "utf-8")
     recipe = make_recipe(
-        placement__mode="ray", placement__groups=GROUPS, algorithm__rewards=f"[{{name: '{plugin}:Bad', label: bad}}]"
+        placement__mode="ray", placement__groups=PAIR, algorithm__rewards=f"[{{name: '{plugin}:Bad', label: bad}}]"
     )
     failures = tmp_path / "failures"
     cluster = RayCluster(recipe, failures)
@@ -123,7 +125,7 @@ def test_a_reward_that_always_kills_its_process_is_not_restarted_for_ever(
     plugin = tmp_path / "deadly.py"
     plugin.write_text(DEADLY_REWARD, "utf-8")
     rewards = f"[{{name: '{plugin}:Deadly', label: deadly}}]"
-    cluster = RayCluster(make_recipe(placement__mode="ray", placement__groups=GROUPS, algorithm__rewards=rewards))
+    cluster = RayCluster(make_recipe(placement__mode="ray", placement__groups=PAIR, algorithm__rewards=rewards))
     try:
         with pytest.raises(RunError, match="a process of the reward died"):
             cluster.call_all("learner", LearnerRole.step, 0, PROMPTS)

@@ -16,7 +16,7 @@ from rlhf_t2i.roles.assistant import AssistantRole
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.trained import TrainedRole
 from rlhf_t2i.training import run
-from tests.training.test_distributed import PROMPTS, flat, ray_recipe, relative, start_ray, train
+from tests.training.test_distributed import PROMPTS, flat, relative, start_ray, together, train
 from tests.training.test_run import StopAt, metrics, model_bytes
 
 MakeRecipe = Callable[..., Recipe]
@@ -129,7 +129,7 @@ def test_zero_1_equals_local_and_resumes(ray_instance: None, make_recipe: MakeRe
     start = flat(local.call_all("learner", LearnerRole.weights, "raw")[0])
     expected = train(local, 4)
     assert relative(expected, start) > 1e-4
-    cluster = start_ray(ray_recipe(make_recipe, 2, 2, 1, **ADAPTERS))
+    cluster = start_ray(together(make_recipe, 1, **ADAPTERS))
     try:
         halfway = train(cluster, 2)
         for role in ("learner", "assistant"):
