@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -203,8 +204,9 @@ def strike(victim: str, run: Watched, nodes: Nodes | None) -> bool:
             return False
         process = _find(victim, below)
         if process is not None:
-            process.send_signal(signal.SIGKILL)
-            return True
+            with suppress(psutil.NoSuchProcess):  # it has just ended: look for the next one
+                process.send_signal(signal.SIGKILL)
+                return True
         time.sleep(0.05)
     return False
 

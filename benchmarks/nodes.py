@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -34,7 +35,11 @@ class Nodes:
 
     def processes(self) -> list[psutil.Process]:
         """All that run on the nodes."""
-        return [child for raylet in self._raylets for child in psutil.Process(raylet).children(recursive=True)]
+        found: list[psutil.Process] = []
+        for raylet in self._raylets:
+            with suppress(psutil.NoSuchProcess):
+                found += psutil.Process(raylet).children(recursive=True)
+        return found
 
     def kill_under(self, process: psutil.Process) -> bool:
         """SIGKILL the node on which an actor runs, all its processes at once, and start another in its place.
@@ -64,5 +69,6 @@ def kill_node(cluster: Any, node: Any) -> None:
     """SIGKILL a node's raylet and everything below it, as a machine that loses power does."""
     raylet = psutil.Process(raylet_of(node))
     for process in [raylet, *raylet.children(recursive=True)]:
-        process.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):  # it ends by itself when its raylet does
+            process.send_signal(signal.SIGKILL)
     cluster.remove_node(node, allow_graceful=False)  # what else belongs to it

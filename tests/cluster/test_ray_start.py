@@ -16,7 +16,7 @@ from tests.limits import HANG_S
 
 # Started as the installed command is: the working folder is not on the import path of this process.
 SCRIPT = """
-import json, os, subprocess, sys, time
+import contextlib, json, os, sys, time
 from pathlib import Path
 import numpy as np, psutil, ray
 from ray._private import worker as ray_worker
@@ -35,13 +35,17 @@ def worker():
 
 kept = [ray.put(np.zeros(2**20)) for _ in range(3)]
 module, path, cwd = ray.get(worker.remote())
-sockets = [c.laddr for p in psutil.Process().children(recursive=True) for c in p.net_connections("unix") if c.laddr]
+sockets, groups = [], []
+for process in psutil.Process().children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # an idle one that Ray has just ended
+        sockets += [c.laddr for c in process.net_connections("unix") if c.laddr]
+        groups.append(os.getpgid(process.pid))
 facts = {
     "module": module, "path": path, "cwd": cwd, "ray": str(folder.ray), "spill": str(folder.spill),
     "mode": [os.stat(f.parent).st_mode & 0o777 for f in (folder.ray, folder.spill)],
     "sockets": [s for s in sockets if "plasma_store" in s],
     "group": os.getpgid(0),
-    "groups": [os.getpgid(p.pid) for p in psutil.Process().children(recursive=True)],
+    "groups": groups,
     "store": [str(monitor.store.folder), monitor.store.size, 512 * monitor.store.file.stat().st_blocks],
 }
 ray_worker._global_node.all_processes["raylet"][0].process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -32,13 +33,15 @@ class Peer(WorkerActor):
 
 def listening() -> list[list[Any]]:
     """Process name, address and port of each listening socket of this process and its descendants."""
-    own = psutil.Process()
-    return [
-        [process.name(), connection.laddr.ip, connection.laddr.port]
-        for process in [own, *own.children(recursive=True)]
-        for connection in process.net_connections(kind="inet")
-        if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)  # TCP that listens, UDP
-    ]
+    own, found = psutil.Process(), list[list[Any]]()
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # an idle one that Ray has just ended
+            found += [
+                [process.name(), connection.laddr.ip, connection.laddr.port]
+                for connection in process.net_connections(kind="inet")
+                if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)  # TCP that listens, UDP
+            ]
+    return found
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ class Watcher(TrainCallback):
         if self._told or not text.startswith("measuring"):
             return
         self._told = True
-        say(started=[[p.pid, p.name(), listening(p)] for p in psutil.Process().children(recursive=True)])
+        started = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                started.append([process.pid, process.create_time(), process.name(), listening(process)])
+        say(started=started)
 
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
         if state.step == 1 and not self.restarts:
@@ -76,9 +81,10 @@ def send(number: int, to: Callable[[int, int], None] = os.kill) -> None:
 def kill_control() -> None:
     """SIGKILL Ray's control store: the run starts another Ray."""
     for process in psutil.Process().children(recursive=True):
-        if process.name() == "gcs_server":
-            process.kill()
-            process.wait()
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "gcs_server":
+                process.kill()
+                process.wait()
 
 
 ENDINGS: dict[str, Callable[[], None]] = {

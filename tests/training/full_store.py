@@ -10,6 +10,7 @@ import faulthandler
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ GROUPS = "{train: {roles: [learner], threads: 1}, rest: {roles: [generator, assi
 
 
 class Filler(TrainCallback):
-    """Fills the store after the second step, and from then on takes what room there is, until :meth:`stop`."""
+    """Fills the store after the second step; from then on it takes what room there is, until :meth:`stop`."""
 
     def __init__(self) -> None:
-        self._thread, self._ended = threading.Thread(target=self._fill), threading.Event()
+        self._held: list[ray.ObjectRef] = []
+        self._pool, self._ended = ThreadPoolExecutor(1), threading.Event()
+        self._rest: Future[None] | None = None
 
     def on_phase(self, name: str) -> None:
         print(f"{time.monotonic() - STARTED:.0f} s: {name}", file=sys.stderr, flush=True)
@@ -42,24 +45,30 @@ class Filler(TrainCallback):
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
         self.on_phase(f"step {state.step}")
         if state.step == 2:
-            self._thread.start()
+            for size in (2**20, 2**16, 2**13):
+                while self._put(size):
+                    pass
+            self._rest = self._pool.submit(self._take_the_rest)
 
     def stop(self) -> None:
-        """Before Ray ends: a ``put`` would start another one."""
+        """Before Ray ends: a ``put`` would start another one. Raises what the thread raised."""
         self._ended.set()
-        self._thread.join()
+        if self._rest is not None:
+            self._rest.result()
 
-    def _fill(self) -> None:
-        """Large pieces first; then small ones without end, or a step could use what another has freed."""
-        held = []
-        for size in (2**20, 2**16, 2**13):
-            full = False
-            while not (self._ended.is_set() or (full and size > 2**13)):
-                try:
-                    held.append(ray.put(np.zeros(size, np.uint8)))
-                except ray.exceptions.OutOfDiskError:
-                    full = True
-                    time.sleep(0.001)
+    def _put(self, size: int) -> bool:
+        """Whether there was room for a piece."""
+        try:
+            self._held.append(ray.put(np.zeros(size, np.uint8)))
+        except ray.exceptions.OutOfDiskError:
+            return False
+        return True
+
+    def _take_the_rest(self) -> None:
+        """Small pieces without end, or a step could use what another has freed."""
+        while not self._ended.is_set():
+            if not self._put(2**13):
+                time.sleep(0.001)
 
 
 def main(recipe: Path, out: Path) -> None:
@@ -75,13 +84,15 @@ def main(recipe: Path, out: Path) -> None:
         "steps=200",
         "checkpoints.every=1",
     ]
-    filler = Filler()
+    filler, ended = Filler(), "without an error"
     try:
         run.run(reading.load(recipe, changes), out, callback=filler)
     except RunError as error:
+        ended = str(error)
+    finally:
         filler.on_phase("ended")
-        print(f"ended: {error}", flush=True)
-    filler.stop()
+        filler.stop()
+    print(f"ended: {ended}", flush=True)
 
 
 if __name__ == "__main__":

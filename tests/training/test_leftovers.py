@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ EXPECTED = {"done": "done", "failed": "RewardFailure", "SIGTERM to the group": "
 # sees to it that they end then.
 AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 
-PATIENCE_S = 20.0
+LOOKS, PAUSE_S = 200, 0.1
+"""Less than a minute: agents that nobody ends would be seen. On a slow machine a look takes longer, too."""
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="looks at Linux's shared memory")
@@ -52,9 +54,11 @@ def test_nothing_is_left_of_a_run_however_it_ends(make_recipe: Callable[..., Rec
             ended = child.stdout.readline()
             assert how == "SIGKILL" if ended == "" else json.loads(ended)["ended"] == EXPECTED[how], (how, ended)
             expected = [one for one in started if how != "SIGKILL" or one.name not in AGENTS]
-            deadline = time.monotonic() + PATIENCE_S
-            while (rest := left(expected, shared)) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            for _ in range(LOOKS):
+                rest = left(expected, shared, temporary)
+                if not rest:
+                    break
+                time.sleep(PAUSE_S)
             assert rest == [], how
             folders = list(temporary.glob("rlhf-t2i-*"))
             assert len(folders) == (how == "SIGKILL"), how
@@ -67,11 +71,12 @@ def test_nothing_is_left_of_a_run_however_it_ends(make_recipe: Callable[..., Rec
                 child.stdin.write("\n")
                 child.stdin.flush()
     finally:
-        for process in [psutil.Process(child.pid), *processes]:
-            if process.is_running():  # compares its start, too: a number may be another process's by now
+        child.kill()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # compares its start, too: a number may be another process's by now
                 process.kill()
         child.wait()
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)  # of killed processes that are not gone yet
 
 
 @dataclass
@@ -83,9 +88,13 @@ class Started:
     ports: list[int]
 
     @classmethod
-    def find(cls, pid: int, name: str, ports: list[int]) -> Started:
-        """It may have ended meanwhile."""
-        return cls(psutil.Process(pid) if psutil.pid_exists(pid) else None, name, ports)
+    def find(cls, pid: int, created: float, name: str, ports: list[int]) -> Started:
+        """It may have ended meanwhile, and another may have its number."""
+        try:
+            process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            return cls(None, name, ports)
+        return cls(process if process.create_time() == created else None, name, ports)
 
     def runs(self) -> bool:
         """One that ended and that nobody has waited for does not."""
@@ -95,12 +104,40 @@ class Started:
             return False
 
 
-def left(started: list[Started], shared: set[Path]) -> list[Any]:
-    """Processes, ports and files in shared memory that are still there."""
-    open_now = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+def left(started: list[Started], shared: set[Path], temporary: Path) -> list[Any]:
+    """Processes, ports and files in shared memory that are still there.
+
+    Other tests run beside this one. A port counts while one of this run's processes listens on it, as its TMPDIR shows;
+    a file unless a process of another run holds it.
+    """
     ports = {port for one in started for port in one.ports}
+    open_now = {
+        c.laddr.port: c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port in ports
+    }
     return [
         *[one.name for one in started if one.runs()],
-        *sorted(ports & open_now),
-        *sorted(set(Path("/dev/shm").iterdir()) - shared),
+        *sorted(port for port, pid in open_now.items() if pid is None or of_this_run(pid, temporary)),
+        *sorted(str(path) for path in set(Path("/dev/shm").iterdir()) - shared if not held_elsewhere(path, temporary)),
     ]
+
+
+def of_this_run(pid: int, temporary: Path) -> bool:
+    """Whether a process was started with this folder for temporary files."""
+    try:
+        return psutil.Process(pid).environ().get("TMPDIR") == str(temporary)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def held_elsewhere(path: Path, temporary: Path) -> bool:
+    """Whether a process that is not of this run has mapped a file."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            holds = str(path) in (process / "maps").read_text("utf-8", "replace")
+        except OSError:
+            continue
+        if holds and not of_this_run(int(process.name), temporary):
+            return True
+    return False

@@ -161,7 +161,7 @@ def test_a_killed_reward_that_learns_returns_to_the_checkpoint_bit_for_bit(
     )
     recipe = learns(make_recipe, placement="{mode: ray, groups: " + groups + "}", steps=4, checkpoints__every=2)
     run.run(recipe, tmp_path / "whole")
-    killer = Killer(monkeypatch, {1: "score", 3: "score"})
+    killer = Killer(monkeypatch, tmp_path / "killed", 2, {1: "score", 3: "score"})
     run.run(recipe, tmp_path / "killed", callback=killer)
     assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
 
 from rlhf_t2i.cluster import base as starting
+from rlhf_t2i.cluster import clients, ray_cluster
 from rlhf_t2i.cluster.ray_cluster import RayCluster
 from rlhf_t2i.errors import ProcessLost, RunError, Stopped
 from rlhf_t2i.recipe.schema import Recipe
@@ -24,6 +24,7 @@ from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.training import run
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.state import TrainState
+from tests.limits import HANG_S
 from tests.training.test_run import StopAt, metrics, model_bytes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,9 +36,13 @@ GROUPS = (
 
 
 class Killer(TrainCallback):
-    """Sends SIGKILL to the first process of a group after a step, once for each entry of ``plan``."""
+    """Sends SIGKILL to the first process of a group after a step, once for each entry of ``plan``.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, plan: dict[int, str]) -> None:
+    Before, the last checkpoint that is due in ``out`` becomes whole: a disk may be slower than a step.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path, every: int, plan: dict[int, str]) -> None:
+        self.out, self.every = out, every
         self.plan, self.notes = dict(plan), list[str]()
         self.cluster: Any = None
         original = starting.start
@@ -51,6 +56,9 @@ class Killer(TrainCallback):
     def on_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
         group = self.plan.pop(state.step, None)
         if group is not None:
+            due = (state.step - 1) // self.every * self.every
+            while due and not (self.out / f"checkpoints/step_{due:06d}").exists():
+                time.sleep(0.01)
             actor = self.cluster._actors[group][0]
             os.kill(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
 
@@ -64,8 +72,13 @@ def test_a_run_survives_the_loss_of_every_role_bit_for_bit(
     recipe = make_recipe(
         placement="{mode: ray, groups: " + GROUPS + "}", steps=6, checkpoints__every=2, algorithm__assistant_steps=2
     )
-    run.run(recipe, tmp_path / "whole")
-    killer = Killer(monkeypatch, {1: "draw", 2: "score", 3: "train", 5: "model"})
+    # Where roles of one rank live changes no bit, and one process imports once.
+    together = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
+    everything = recipe.model_copy(
+        update={"placement": make_recipe(placement="{mode: ray, groups: " + together + "}").placement}
+    )
+    run.run(everything, tmp_path / "whole")
+    killer = Killer(monkeypatch, tmp_path / "killed", 2, {1: "draw", 2: "score", 3: "train", 5: "model"})
     run.run(recipe, tmp_path / "killed", callback=killer)
     assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -79,8 +92,9 @@ def test_a_run_that_keeps_losing_processes_ends(
 ) -> None:
     groups = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
     recipe = make_recipe(placement="{mode: ray, max_restarts: 0, groups: " + groups + "}", checkpoints__every=1)
+    killer = Killer(monkeypatch, tmp_path / "out", 1, {2: "all"})
     with pytest.raises(RunError, match=r"a process of the .* died.*placement\.max_restarts"):
-        run.run(recipe, tmp_path / "out", callback=Killer(monkeypatch, {2: "all"}))
+        run.run(recipe, tmp_path / "out", callback=killer)
     saved = list((tmp_path / "out/checkpoints").iterdir())
     assert [folder.name for folder in saved] == ["step_000001"]
     run.run(recipe, tmp_path / "out", resume=True)
@@ -107,7 +121,7 @@ def test_a_process_lost_while_starting_again_is_one_more_restart(
         raise ProcessLost("a process of the learner died")
 
     monkeypatch.setattr(starting, "start", start)
-    killer = Killer(monkeypatch, {})
+    killer = Killer(monkeypatch, tmp_path / "killed", 1, {})
     run.run(recipe, tmp_path / "killed", callback=killer)
     restarts = [note for note in killer.notes if "restart" in note]
     assert ["learner" in restarts[0], "'all'" in restarts[1], len(restarts)] == [True, True, 2]
@@ -116,28 +130,38 @@ def test_a_process_lost_while_starting_again_is_one_more_restart(
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
 
 
+LOST_WHILE_LOADING = """
+import os, signal
+from pathlib import Path
+from rlhf_t2i.plugins import Reward
+
+class Lost(Reward):
+    \"""Its first process is killed while it loads its roles.\"""
+
+    def __init__(self, options=None):
+        super().__init__(options)
+        once = Path({once!r})
+        if "RLHF_T2I_PROCESS" in os.environ and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+"""
+
+
 def test_a_learner_killed_during_the_first_start_is_restarted(
     ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plugin, once = tmp_path / "lost.py", tmp_path / "once"
+    plugin.write_text(LOST_WHILE_LOADING.format(once=str(once)), "utf-8")
     groups = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
-    recipe = make_recipe(placement="{mode: ray, groups: " + groups + "}", steps=1)
-    killed: list[int] = []
-
-    def kill() -> None:
-        """The process of the group, as soon as it loads its roles."""
-        while not killed:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if "".join(process.cmdline()[:1]).startswith("ray::WorkerActor.build"):  # a dead one has no line
-                        process.kill()
-                        killed.append(process.pid)
-            time.sleep(0.02)
-
-    killer = Killer(monkeypatch, {})
-    thread = threading.Thread(target=kill)
-    thread.start()
+    recipe = make_recipe(
+        placement="{mode: ray, groups: " + groups + "}", steps=1, algorithm__rewards=f"[{{name: '{plugin}:Lost'}}]"
+    )
+    killer = Killer(monkeypatch, tmp_path / "out", 1, {})
     run.run(recipe, tmp_path / "out", callback=killer)
-    thread.join()
+    assert once.exists()
     (restart,) = [note for note in killer.notes if "restart" in note]
     assert "starting again from the beginning (restart 1 of 3)" in restart
     assert (tmp_path / "out/model").is_dir()
@@ -171,14 +195,20 @@ def test_resume_over_ray_is_bit_identical(
         optimization__micro_batch=1,  # accumulates
         optimization__ema="{half_life_kimg: 0.01}",
         algorithm__assistant_steps=2,
+        checkpoints__every=1,
         steps=2,
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run.run(recipe, whole)
-    with monkeypatch.context() as patch:
-        callback = StopAt(patch, 1, 1)  # in the middle of a cycle
-        with pytest.raises(Stopped):
-            run.run(recipe, broken, callback=callback)
+    if devices == 1:
+        with monkeypatch.context() as patch:
+            callback = StopAt(patch, 1, 1)  # in the middle of a cycle
+            with pytest.raises(Stopped):
+                run.run(recipe, broken, callback=callback)
+    else:  # as a kill in the second step leaves it
+        shutil.copytree(whole, broken)
+        for name in ("model", "evaluation/after", "checkpoints/step_000002"):
+            shutil.rmtree(broken / name)
     run.run(recipe, broken, resume=True)
     assert model_bytes(broken) == model_bytes(whole)
     assert metrics(broken) == metrics(whole)
@@ -212,7 +242,10 @@ class Stuck(Reward):
 """
 
 
-def test_a_stuck_process_is_named(ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_stuck_process_is_named(
+    ray_instance: None, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the limit stands still until the processes are where they hang."""
     plugin = tmp_path / "stuck.py"
     plugin.write_text(STUCK, "utf-8")
     groups = "{train: {roles: [learner, generator, assistant, reference], threads: 1}, score: {roles: [reward]}}"
@@ -221,6 +254,15 @@ def test_a_stuck_process_is_named(ray_instance: None, make_recipe: MakeRecipe, t
         algorithm__rewards=f"[{{name: '{plugin}:Stuck', label: stuck}}]",
     )
     cluster = RayCluster(recipe)
+
+    def now() -> float:
+        states = cluster._states(cluster._all_specs)
+        hang = "waiting for another process" in states["train/0"] and "value_and_grad" in states["score/0"]
+        return 3600.0 if hang else 0.0
+
+    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=now))
+    monkeypatch.setattr(clients, "_CHECK_EVERY_S", 0.5)
+    monkeypatch.setattr(ray_cluster, "_STATUS_TIMEOUT_S", HANG_S)
     try:
         with pytest.raises(RunError, match=r"learner did not answer within 30 s") as error:
             cluster.call_all("learner", LearnerRole.step, 0, ["a", "b", "c", "d"])
