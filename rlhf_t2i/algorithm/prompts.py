@@ -21,10 +21,10 @@ _NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 _NO_REVISIONS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-def read(
+def stream(
     path: str | Path, column: str = "prompt", place: str = "data: ", revisions: Mapping[str, str] = _NO_REVISIONS
-) -> StoredPrompts:
-    """Read prompts; as many as the disk holds, for memory holds none of a long list.
+) -> Iterator[str]:
+    """Prompts one after another, each checked.
 
     Args:
         path: A file, whose suffix tells its format: ``.txt``: one prompt per line. ``.jsonl``: one object per line.
@@ -37,17 +37,31 @@ def read(
 
     Raises:
         UsageError: Missing, empty, binary or malformed file, with its line; an unknown suffix.
-        RunError: The temporary folder is full.
     """
     if str(path).startswith(prompt_hub.PREFIX):
         found: Iterator[str] = prompt_hub.prompts(str(path), column, revisions, place)
     else:
         path = files.expanded(str(path))
         found = (text for file in _files(path, place) for text in prompt_formats.prompts(file, column, place))
-    stored = StoredPrompts(_checked(found, f"{place}{path}"))
-    if not stored:
+    empty = True
+    for prompt in _checked(found, f"{place}{path}"):
+        empty = False
+        yield prompt
+    if empty:
         raise UsageError(f"{place}{path} holds no prompts")
-    return stored
+
+
+def read(
+    path: str | Path, column: str = "prompt", place: str = "data: ", revisions: Mapping[str, str] = _NO_REVISIONS
+) -> StoredPrompts:
+    """Read prompts; as many as the disk holds, for memory holds none of a long list.
+
+    Args and errors as of :func:`stream`.
+
+    Raises:
+        RunError: The temporary folder is full.
+    """
+    return StoredPrompts(stream(path, column, place, revisions))
 
 
 def exists(path: str) -> bool:

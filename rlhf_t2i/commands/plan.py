@@ -171,7 +171,7 @@ def _check(report: Report, cluster: ClusterState | None) -> None:
     """Warn of missing prompt files, and end with an exit code where the run cannot start, or does not fit."""
     from rlhf_t2i.algorithm import prompt_hub, prompts
     from rlhf_t2i.tools.planning import cluster as clusters
-    from rlhf_t2i.training.loop import RunPrompts
+    from rlhf_t2i.training import run_prompts
 
     data = report.recipe.data
     named = {key: file for key, file in (("prompts", data.prompts), ("held_out", data.held_out)) if file is not None}
@@ -179,7 +179,8 @@ def _check(report: Report, cluster: ClusterState | None) -> None:
     for key in missing:
         typer.echo(f"warning: data.{key}: no such prompt file: {named[key]}; `rlhf-t2i run` will refuse this", err=True)
     if not missing and not any(file.startswith(prompt_hub.PREFIX) for file in named.values()):
-        RunPrompts.read(report.recipe)
+        typer.echo("checking the prompts ...", err=True)
+        run_prompts.check(report.recipe)
     if cluster is not None:
         for sentence in cluster.lost:
             typer.echo(f"warning: {sentence}", err=True)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from itertools import chain
 from pathlib import Path
 
-from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import embeddings
 from rlhf_t2i.families.embeddings import Progress
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training.run_prompts import RunPrompts
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
 
 
-def encode_prompts(recipe: Recipe, progress: Progress) -> tuple[int, Path]:
+def encode_prompts(recipe: Recipe, progress: Progress, texts: RunPrompts | None = None) -> tuple[int, Path]:
     """Encode what ``models.embeddings`` lacks of a run's prompts; the text encoders are freed afterwards.
 
     Args:
         recipe: With pinned hub models.
         progress: Called after each prompt.
+        texts: The run's prompts, if they are read already.
 
     Returns:
         How many were encoded, and the folder.
@@ -36,9 +37,9 @@ def encode_prompts(recipe: Recipe, progress: Progress) -> tuple[int, Path]:
     embeddings.check(folder.root)
     store.verify()
     store.family.check()
-    data, revisions = recipe.data, recipe.revisions
-    lists = [prompts.read(path, data.column, revisions=revisions) for path in (data.prompts, data.held_out) if path]
-    missing = folder.missing(chain.from_iterable(lists))
+    texts = texts or RunPrompts.read(recipe)
+    own = () if texts.held_out is texts.train else texts.held_out
+    missing = folder.missing(chain(texts.train, own))
     if missing:
         with quietly():
             store.encode_missing(missing, progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.cluster.base import Cluster
-from rlhf_t2i.errors import ProcessLost, RunError, Stopped, UsageError, option
+from rlhf_t2i.errors import ProcessLost, RunError, Stopped, option
 from rlhf_t2i.families import export
 from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
@@ -30,41 +28,9 @@ from rlhf_t2i.training.log import RunLog
 from rlhf_t2i.training.metrics import reward_term, step_metrics
 from rlhf_t2i.training.online import OnlineRewards
 from rlhf_t2i.training.overlap import Updates
+from rlhf_t2i.training.run_prompts import RunPrompts
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
-
-
-@dataclass(frozen=True)
-class RunPrompts:
-    """The prompts of a run, read once: a restart does not read a long list again.
-
-    Attributes:
-        train: To train on.
-        held_out: For previews and evaluations; those to train on where the recipe names no others.
-    """
-
-    train: Sequence[str]
-    held_out: Sequence[str]
-
-    @classmethod
-    def read(cls, recipe: Recipe) -> RunPrompts:
-        """The prompts that a recipe names.
-
-        Raises:
-            UsageError: A file is missing or malformed, or a held-out prompt is trained on: tables, reports and model
-                cards call them unseen.
-        """
-        data, revisions = recipe.data, recipe.revisions
-        train = prompts.read(data.prompts, data.column, revisions=revisions)
-        if not data.held_out:
-            return cls(train, train)
-        held_out = prompts.read(data.held_out, data.column, revisions=revisions)
-        if seen := set(held_out).intersection(train):
-            raise UsageError(
-                f"data.held_out: {len(seen):,} of its prompts are in data.prompts, too (such as {min(seen)[:60]!r}): "
-                "remove them from one of the files, or leave data.held_out out"
-            )
-        return cls(train, held_out)
 
 
 @dataclass

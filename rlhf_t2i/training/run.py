@@ -17,7 +17,8 @@ from rlhf_t2i.training import checkpoints, history, online
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
-from rlhf_t2i.training.loop import RunPrompts, Trainer
+from rlhf_t2i.training.loop import Trainer
+from rlhf_t2i.training.run_prompts import RunPrompts
 from rlhf_t2i.training.state import TrainState
 from rlhf_t2i.utils import files
 
@@ -76,7 +77,7 @@ def run(
             recipe = _checked(recipe, folder.revisions() if resume else None, callback)
             texts = RunPrompts.read(recipe)
             changed = folder.compare_recipe(recipe, allow_recipe_change) if resume else []  # before prompts are encoded
-            _encode(recipe, callback)
+            _encode(recipe, texts, callback)
             with files.exclusive(folder.path, "run"):
                 state = _Run(recipe, texts, folder, address, callback, signals).go(resume, changed, command)
     except (Exception, KeyboardInterrupt):
@@ -101,7 +102,7 @@ def _checked(recipe: Recipe, revisions: dict[str, str] | None, callback: TrainCa
     return recipe
 
 
-def _encode(recipe: Recipe, callback: TrainCallback) -> None:
+def _encode(recipe: Recipe, texts: RunPrompts, callback: TrainCallback) -> None:
     """Encode the prompts that ``models.embeddings`` lacks, if the recipe keeps embeddings."""
     if recipe.models.embeddings is None:
         return
@@ -115,7 +116,7 @@ def _encode(recipe: Recipe, callback: TrainCallback) -> None:
             spoke = time.monotonic()
             callback.on_phase(f"encoding prompts, {done} of {total}")
 
-    encode_prompts(recipe, progress)
+    encode_prompts(recipe, progress, texts)
 
 
 def _warn_of_other_steps(store: ModelStore, callback: TrainCallback) -> None:

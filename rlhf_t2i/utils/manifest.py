@@ -73,10 +73,13 @@ def damage(folder: Path, digest: Callable[[Path], str] = files.sha256) -> str | 
         entries = TypeAdapter(dict[str, _Entry]).validate_python(read(folder).get("files"))
     except (OSError, ValueError, RecursionError):
         return f"{NAME} has changed"
-    for name, entry in entries.items():
-        file = folder / name
+    found = [(name, folder / name, entry) for name, entry in entries.items()]
+    for name, file, entry in found:  # what costs nothing first
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry.bytes or digest(file) != entry.sha256:
+        if file.stat().st_size != entry.bytes:
             return f"{name} has changed"
-    return None
+    with ThreadPoolExecutor() as pool:  # several at once, because the user waits
+        digests = pool.map(digest, [file for _, file, _ in found])
+        changed = [name for (name, _, entry), now in zip(found, digests, strict=True) if now != entry.sha256]
+    return f"{changed[0]} has changed" if changed else None

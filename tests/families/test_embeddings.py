@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import rlhf_t2i
+from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cli import app
 from rlhf_t2i.errors import RunError, UsageError
 from rlhf_t2i.families import embeddings
@@ -174,9 +176,10 @@ def test_a_run_with_embeddings_is_the_same_and_loads_no_encoder(
 
 
 def test_a_run_encodes_what_is_missing_before_its_roles_start(
-    tmp_path: Path, tiny_sdxl: Path, tiny_prompts: Path
+    tmp_path: Path, tiny_sdxl: Path, tiny_prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
+    monkeypatch.setattr(prompts, "stream", stream := MagicMock(wraps=prompts.stream))
 
     class Phases(TrainCallback):
         def on_phase(self, text: str) -> None:
@@ -187,6 +190,7 @@ def test_a_run_encodes_what_is_missing_before_its_roles_start(
     assert said[:4] == [
         "checking the inputs", "encoding prompts, 0 of 25", "encoding prompts, 25 of 25", "starting the roles"
     ]  # fmt: skip
+    assert stream.call_count == 1  # a long list is read once
 
     said.clear()
     keys["data"] = {"prompts": str(tiny.make_prompts(tmp_path, "others.txt", start=3))}

@@ -10,9 +10,9 @@ import pytest
 
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training import checkpoints
+from rlhf_t2i.training import checkpoints, run_prompts
 from rlhf_t2i.training.folder import RunFolder
-from rlhf_t2i.training.loop import RunPrompts
+from rlhf_t2i.training.run_prompts import RunPrompts
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -31,6 +31,23 @@ def test_held_out_prompts_that_are_trained_on_are_refused(make_recipe: MakeRecip
         RunPrompts.read(recipe)
     (tmp_path / "other.csv").write_text("prompt\na cow\n", "utf-8")
     assert list(RunPrompts.read(recipe).held_out) == ["a cow"]
+
+
+def test_a_plan_checks_prompts_without_storing_those_to_train_on(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be tens of millions."""
+    (tmp_path / "train.txt").write_text("a cat\na dog\n", "utf-8")
+    (tmp_path / "other.txt").write_text("a dog\n", "utf-8")
+    recipe = make_recipe(data__prompts=str(tmp_path / "train.txt"), data__held_out=str(tmp_path / "other.txt"))
+    monkeypatch.setattr(run_prompts, "StoredPrompts", lambda _: pytest.fail("stores the prompts"))
+    with pytest.raises(UsageError, match=r"^data\.held_out: 1 of its prompts"):
+        run_prompts.check(recipe)
+    (tmp_path / "other.txt").write_text("a cow\n", "utf-8")
+    run_prompts.check(recipe)
+    (tmp_path / "train.txt").write_text("\n", "utf-8")
+    with pytest.raises(UsageError, match="holds no prompts"):
+        run_prompts.check(recipe)
 
 
 @pytest.mark.parametrize(
