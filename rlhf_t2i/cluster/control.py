@@ -23,7 +23,7 @@ _KERNEL_COUNTERS = Path("/proc/vmstat")
 RAY_DIED = "Ray's own process"
 _OOM_KILLED = (
     "since the roles started, the kernel has killed a process of this machine for lack of memory "
-    f"(oom_kill in {_KERNEL_COUNTERS})"
+    f"(oom_kill in {_KERNEL_COUNTERS}): `memory` in metrics.jsonl says which process grows"
 )
 
 

@@ -8,9 +8,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rlhf_t2i.errors import RunError, first_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -222,11 +225,17 @@ def _size(large: bool, labels: int) -> tuple[float, float]:
 
 def _svg(draw: Callable[[Axes], None], name: str, label: str, width: float = 3.7, height: float = 2.4) -> str:
     """Draw into a fresh figure; ``name`` makes the ids of the page's drawings distinct, and the output repeatable."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except (ImportError, ValueError) as error:  # it reads ./matplotlibrc when it is imported
+        raise RunError(
+            f"matplotlib cannot be imported ({first_line(error)}): is there a damaged matplotlibrc in {Path.cwd()}?"
+        ) from error
+    with mpl.rc_context():
+        mpl.rcdefaults()  # not the settings of the user or of the working folder: text.usetex asks for LaTeX
+        mpl.rcParams.update(_STYLE | {"svg.hashsalt": name})
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
