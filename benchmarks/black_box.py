@@ -26,8 +26,8 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import reading
 from rlhf_t2i.recipe.schema import Models, Recipe, StudentSettings
-from rlhf_t2i.training import evaluator, run
-from rlhf_t2i.training.hacking import HackingMonitor
+from rlhf_t2i.training import run
+from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.utils import files, jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -129,18 +129,23 @@ def recipe(method: str, seed: int) -> tuple[Recipe, int, int]:
     return reading.build(keys), first, each
 
 
-class Curve(HackingMonitor):
-    """Writes what every measurement of held-out prompts found, by prompt, with the scorer calls so far."""
+class Curve(TrainCallback):
+    """Writes what every measurement of held-out prompts found, by prompt, with the scorer calls so far.
 
-    calls = (0, 0)
+    Args:
+        recipe: Of the run.
+        file: Where.
+        calls: The scorer's, before the first update and per update.
+    """
 
-    def update(self, step: int, samples: Samples) -> tuple[dict[str, float], list[str]]:
-        """Record it; the monitor itself says nothing."""
+    def __init__(self, recipe: Recipe, file: Path, calls: tuple[int, int]) -> None:
+        self._recipe, self._file, self._calls = recipe, file, calls
+
+    def on_measurement(self, step: int, samples: Samples) -> None:
+        """Record it."""
         found = {name: metric.by_prompt for name, metric in samples.metrics(self._recipe).items()}
-        first, each = self.calls
-        row = {"step": step, "calls": (first if step else 0) + each * step, **found}
-        files.append_line(self._path.with_name(CURVE), row)
-        return {}, []
+        first, each = self._calls
+        files.append_line(self._file, {"step": step, "calls": (first if step else 0) + each * step, **found})
 
 
 def one(out: Path, method: str, seed: int) -> None:
@@ -153,9 +158,8 @@ def one(out: Path, method: str, seed: int) -> None:
     made, first, each = recipe(method, seed)
     update = {"watch_every": made.steps // 2 + 1, "watch_images": made.evaluation.images}  # the end is measured anyway
     logging = made.logging.model_copy(update=update)
-    Curve.calls = (first, each)
-    evaluator.HackingMonitor = Curve  # type: ignore[misc]
-    run.run(made.model_copy(update={"logging": logging}), folder)
+    made = made.model_copy(update={"logging": logging})
+    run.run(made, folder, callback=Curve(made, folder / "evaluation" / CURVE, (first, each)))
 
 
 def rows(out: Path) -> dict[tuple[str, int], list[dict[str, object]]]:

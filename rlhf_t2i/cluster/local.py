@@ -40,6 +40,7 @@ class LocalCluster(Cluster):
 
     def __init__(self, recipe: Recipe, failures: Path | None = None) -> None:
         self._timeout_s = recipe.placement.step_timeout_s
+        self._timeouts = {reward.key: reward.timeout_s for reward in recipe.algorithm.rewards}
         self._worker = Worker(WorkerSpec(recipe, "local", ROLES, failures=failures))
         self._worker.connect({})
 
@@ -57,8 +58,13 @@ class LocalCluster(Cluster):
             return self._worker.call(role, method, *args, **kwargs)
 
     def submit_to_reward(self, label: str, method: Method[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Called when its result is asked for: this process has one device."""
-        return Deferred(partial(self._worker.call, "reward", method, *args, **kwargs))
+        """Called when its result is asked for: this process has one device. Its limit is the reward's, as over Ray."""
+
+        def call() -> T:
+            with limited(f"reward {label!r}", self._timeouts[label], f"timeout_s of {label}"):
+                return self.call("reward", method, *args, **kwargs)
+
+        return Deferred(call)
 
     def sync_generator(self, weights: Weights = "raw") -> int:
         """See :meth:`Cluster.sync_generator`: the generator is the learner's own network."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.training.state import TrainState
 
 if TYPE_CHECKING:
+    from rlhf_t2i.evaluation.held_out import Samples
     from rlhf_t2i.training.metrics import Metrics
 
 
@@ -23,6 +24,14 @@ class TrainCallback:
         Args:
             state: After the step.
             metrics: The line of metrics.jsonl.
+        """
+
+    def on_measurement(self, step: int, samples: Samples) -> None:
+        """Held-out prompts were drawn and scored for the monitors (``logging.watch_every``), at first before step 1.
+
+        Args:
+            step: Generator updates done.
+            samples: Their images and scores.
         """
 
     def on_preview(self, out: Path, step: int) -> None:

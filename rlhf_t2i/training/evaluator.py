@@ -64,6 +64,7 @@ class Evaluator:
             return None
         self._load_ema()
         samples = self._held_out.draw(self._held_out.prompts()[: self._held_out.monitored()], self.weights)
+        self._callback.on_measurement(step, samples)
         values, warnings = self._hacking.update(step, samples)
         drifts = {name: self._cluster.call_all(role, TrainedRole.bf16_drift)[0] for name, role in TRAINED_ROLES.items()}
         for name, drift in drifts.items():
@@ -91,7 +92,9 @@ class Evaluator:
 
         samples = self._held_out.evaluate(self.weights, step, self._out.evaluation / when, progress)
         if when == "before" and self._recipe.logging.watch_every:
-            self._hacking.update(0, samples.first(self._held_out.monitored()))
+            first = samples.first(self._held_out.monitored())
+            self._callback.on_measurement(0, first)
+            self._hacking.update(0, first)
 
     def _load_ema(self) -> None:
         if self.weights == "ema":

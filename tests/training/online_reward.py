@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class LearnsOptions(Options):
     warmup: int = 2
     calls: str = Field("", description="a file that gets a line per call of the scorer")
     fail_at: int = Field(-1, description="the lesson that fails")
+    hang_at: int = Field(-1, description="the lesson that does not end")
 
 
 class Learns(OnlineReward):
@@ -47,6 +49,8 @@ class Learns(OnlineReward):
     def learn(self, lesson: int, images: Tensor, prompts: Sequence[str], seed: int) -> Lesson:
         if lesson == self.options.fail_at:
             raise ValueError("no lesson today")
+        while lesson == self.options.hang_at:
+            time.sleep(1)
         truth = self.true_score(images, prompts)
         noise = torch.randn(len(truth), generator=torch.Generator().manual_seed(seed)) * 1e-3
         self.features = torch.cat([self.features, images.mean((2, 3))])

@@ -16,6 +16,7 @@ from rlhf_t2i.evaluation.held_out import Samples
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import run
+from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.hacking import HackingMonitor
 from tests.training import online_reward
@@ -41,8 +42,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lessons_precede_every_step_and_the_table_shows_the_scorer(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    measured: list[tuple[int, int, set[str]]] = []
+
+    class Measurements(TrainCallback):
+        def on_measurement(self, step: int, samples: Samples) -> None:
+            measured.append((step, len(samples.prompts), set(samples.scores)))
+
     calls, out = tmp_path / "calls.txt", tmp_path / "out"
-    run.run(learns(make_recipe, f"calls: {calls}"), out)
+    run.run(learns(make_recipe, f"calls: {calls}"), out, callback=Measurements())
+    assert measured == [(0, 4, {"learned"}), (2, 4, {"learned", "learned (predicted)"})]
     rows = metrics(out)
     assert [row["online/learned/seen"] for row in rows] == [12, 16, 20]  # a warm-up of 2, then one per step, of 4
     assert all(row["grad_norm/reward/learned"] > 0 for row in rows)
@@ -97,6 +105,13 @@ def test_a_lesson_that_fails_names_reward_prompt_and_sample(make_recipe: MakeRec
     with pytest.raises(RunError, match=r"reward 'learned' failed on the prompt .*ValueError: no lesson today"):
         run.run(learns(make_recipe, "fail_at: 1"), out)
     assert list(RunFolder(out).failures.rglob("image.png"))
+
+
+def test_a_lesson_that_hangs_ends_at_the_rewards_limit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rewards = f"[{{name: '{PLUGIN}', label: learned, timeout_s: 5, options: {{hang_at: 0}}}}]"
+    sentence = r"reward 'learned' did not return within 5 s \(timeout_s of learned\); it was at online_reward.py:"
+    with pytest.raises(RunError, match=sentence):
+        run.run(make_recipe(algorithm__rewards=rewards, **SMALL), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
