@@ -15,7 +15,7 @@ from tests import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith(("ablation", "table")))
-FOR_A_CPU = ("quickstart.yaml", "black_box.yaml")
+FOR_A_CPU = ("quickstart.yaml", "black_box.yaml", "distill.yaml")
 LORA = "{rank: 4}"
 VARIANTS = {
     "recomputed": ["optimization.gradient_checkpointing=true"],
