@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_t2i import plugins
+from rlhf_t2i.recipe import shipped
 
 FOLDER = Path(__file__).parent
 STYLES = ("noto", "twemoji", "fluent3d")
@@ -56,8 +57,9 @@ class _Answer(nn.Module):
 
 
 class ReaderOptions(plugins.Options):
-    """How an answer counts."""
+    """How an answer counts, and whose it is."""
 
+    weights: str = Field("emoji64:reader.safetensors", description="the reader's weights")
     probability: bool = Field(False, description="the probability of the answer in place of 1 or 0")
 
 
@@ -73,14 +75,14 @@ class _Read(plugins.Reward):
     def __init__(self, options: ReaderOptions | None = None) -> None:
         super().__init__(options)
         network = _build()
-        weights = load_file(FOLDER / "reader.safetensors")
+        weights = load_file(shipped.resolve(self.options.weights))
         network.load_state_dict({key: value.float() for key, value in weights.items()})
         self.answer = _Answer(network, self.which)
 
     @classmethod
     def footprint(cls, options: Any) -> plugins.Footprint:
         """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
-        return plugins.Footprint(str(FOLDER / "reader.safetensors"), lambda: _Answer(_build(), cls.which))
+        return plugins.Footprint(options.weights, lambda: _Answer(_build(), cls.which))
 
     def counted(self, logits: Tensor, right: Tensor) -> Tensor:
         """The probability of the right answers [B], or 1 where the most likely is the right one; NaN stays NaN."""
