@@ -101,14 +101,15 @@ def compare(before: Results, after: Results) -> list[Comparison]:
         raise ValueError("before and after were measured on different prompts: they cannot be paired")
     pairs = [(before.metrics[key], metric) for key, metric in after.metrics.items() if key in before.metrics]
     pairs.sort(key=lambda pair: ("train", "eval", "diversity", "set").index(pair[1].kind))
+    trains = any(after.kind == "train" for _, after in pairs)
     return [
-        (_diversity if after.kind == "diversity" else _reward)(before, after)
+        _diversity(before, after) if after.kind == "diversity" else _reward(before, after, trains)
         for before, after in pairs
         if before.by_prompt and len(before.by_prompt) == len(after.by_prompt)
     ]
 
 
-def _reward(before: Metric, after: Metric) -> Comparison:
+def _reward(before: Metric, after: Metric, trains: bool) -> Comparison:
     change = stats.paired(before.by_prompt, after.by_prompt)
     errors = change.t_statistic if after.higher_is_better else -change.t_statistic
     outcome: Outcome
@@ -117,7 +118,7 @@ def _reward(before: Metric, after: Metric) -> Comparison:
     elif math.isnan(errors):
         outcome, verdict = "unclear", "one prompt gives no standard error: measure more prompts"
     else:
-        outcome, verdict = (_trained if after.kind == "train" else _unseen)(errors)
+        outcome, verdict = _trained(errors) if after.kind == "train" else _unseen(errors, trains)
     return Comparison(
         after.key, after.kind, after.unit, before.value, after.value, change.value, change.error, change.t_statistic,
         after.value / before.value if before.value else math.nan, change.prompts, outcome, verdict,
@@ -134,12 +135,13 @@ def _trained(errors: float) -> tuple[Outcome, str]:
     return "no", f"got worse by {_times(-errors)} standard errors"
 
 
-def _unseen(errors: float) -> tuple[Outcome, str]:
+def _unseen(errors: float, trains: bool) -> tuple[Outcome, str]:
     if errors >= 0:
         return "yes", f"unseen scorer did not fall ({errors:+.1f} standard errors)"
     if errors >= -NOISE:
         return "unclear", f"unseen scorer fell a little, within noise ({errors:+.1f} standard errors)"
-    return "no", f"unseen scorer fell by {_times(-errors)} standard errors: reward hacking is likely"
+    suspicion = ": reward hacking is likely" if trains else ""  # without a reward nothing can be hacked
+    return "no", f"unseen scorer fell by {_times(-errors)} standard errors{suspicion}"
 
 
 def _diversity(before: Metric, after: Metric) -> Comparison:

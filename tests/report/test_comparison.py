@@ -62,7 +62,15 @@ def test_unseen_scorer_wording():
     assert changed(0.5 * error, kind="eval").outcome == "yes"
     slight = changed(-1.0 * error, kind="eval")
     assert (slight.outcome, "within noise" in slight.verdict) == ("unclear", True)
-    assert "reward hacking" in changed(-5 * error, kind="eval").verdict
+    assert changed(-5 * error, kind="eval").verdict == "unseen scorer fell by 5.6 standard errors"
+    rng = np.random.default_rng(0)
+
+    def measured(step: int) -> Results:
+        prompts, noise = [f"p{i}" for i in range(50)], step * 0.01 * rng.standard_normal(50)
+        gains = {"train": 0.5 * step + noise, "eval": -0.5 * step + noise}
+        return Results(prompts, {k: Metric.of_images(k, list(v), prompts, kind=k) for k, v in gains.items()})
+
+    assert "reward hacking is likely" in compare(measured(0), measured(1))[1].verdict
 
 
 def test_a_score_where_lower_is_better_improves_by_falling():
