@@ -96,7 +96,7 @@ class Report:
                 f"Whole run, {steps} steps on {self.plan.devices} x {self.device}: {hours_text(taken.hours)}, "
                 f"{taken.gpu_hours:.3g} GPU-hours"
             )
-            parts = {"training": taken.training, "assistant's warm-up": taken.warmup, "measuring": taken.measuring}
+            parts = {"training": taken.training, "warm-up": taken.warmup, "measuring": taken.measuring}
             yield "  " + ", ".join(f"{name} {hours_text(hours)}" for name, hours in parts.items() if hours)
         count = disk.checkpoints // disk.checkpoint if disk.checkpoint else 0
         yield (

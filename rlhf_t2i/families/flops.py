@@ -78,6 +78,12 @@ def assistant_step(recipe: Recipe) -> list[Work]:
     ]
 
 
+def lesson(recipe: Recipe, key: str) -> list[Work]:
+    """Work per image of a lesson of a reward that learns; its own small network and its scorer are not known."""
+    drawing = Work("generator", NETWORK, float(recipe.student.steps))
+    return [drawing, Work(DECODER, DECODER, 1.0), Work(f"reward:{key}", f"reward:{key}", 1.0)]
+
+
 def measuring(recipe: Recipe) -> list[Work]:
     """Work per image of evaluation and monitors."""
     rewards = [reward.key for reward in traits.resolve(recipe).rewards if not reward.on_latents]

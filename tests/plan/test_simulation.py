@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf_t2i.tools.planning import graph
-from rlhf_t2i.tools.planning.graph import NOW, Rules, Shape, Trained
+from rlhf_t2i.tools.planning.graph import NOW, Lesson, Rules, Shape, Trained
 from rlhf_t2i.tools.planning.simulation import Call, Timeline, simulate, without_communication
 
 SERIAL, SOME = Rules(rewards_beside_denoisers=False), Rules()
@@ -204,6 +204,20 @@ def test_an_assistant_elsewhere_encodes_while_its_samples_are_drawn() -> None:
     assert found["assistant.0: encode again"] == (0, 1.5)
     assert found["assistant.0: sample"] == (1, 3)
     assert found["assistant.0: backward"] == (3, 6)
+
+
+def test_a_lesson_runs_beside_the_assistant_and_ends_before_the_generators_update() -> None:
+    far = [Lesson("reward:r", "judge", draw=2, learn=5), Lesson("reward:s", "judge", draw=1, learn=20)]
+    shape = replace(SHAPE, score={}, lessons=far)
+    found = times(simulate(graph.step(shape, NOW)))
+    assert found["assistant, lesson of reward:r: learn"] == (2, 7)
+    assert found["assistant, lesson of reward:s: sample"] == (2, 3)
+    assert found["assistant, lesson of reward:s: learn"] == (7, 27)
+    assert found["assistant 0.0: sample"] == (3, 5)
+    assert found["assistant 0.2: backward"] == (11, 14)
+    assert found["generator.0: draw"] == (27, 29)  # not while the assistant trains: the reward scores what it learned
+    together = replace(TOGETHER, lessons=[Lesson("reward:r", "all", draw=2, learn=5)])
+    assert simulate(graph.step(together, NOW)).seconds == simulate(graph.step(TOGETHER, NOW)).seconds + 7
 
 
 def test_gradients_are_exchanged_in_every_micro_batch_or_at_the_end() -> None:

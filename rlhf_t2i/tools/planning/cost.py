@@ -67,7 +67,7 @@ class Duration:
     """Hours of a run on its devices; loading, compiling and writing checkpoints are not counted.
 
     Attributes:
-        warmup: Of the assistant's updates before the first generator update.
+        warmup: Of the assistant's updates, and of lessons of rewards that learn, before the first generator update.
         training: Of all generator updates.
         measuring: Of the tables before and after, monitors and previews.
         devices: Devices that are held meanwhile.
@@ -97,7 +97,7 @@ def duration(recipe: Recipe, seconds: StepTime, devices: int) -> Duration:
     if logging.watch_every:
         images += min(logging.watch_images, recipe.evaluation.images) * (steps // logging.watch_every)
     return Duration(
-        warmup=recipe.algorithm.assistant_warmup * seconds.assistant_update / 3600,
+        warmup=(recipe.algorithm.assistant_warmup * seconds.assistant_update + seconds.lessons) / 3600,
         training=steps * seconds.step / 3600,
         measuring=images * seconds.image / 3600,
         devices=devices,

@@ -63,6 +63,23 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """The lesson of a reward that learns, before each generator update.
+
+    Attributes:
+        role: ``reward:LABEL``.
+        group: Of the reward.
+        draw: Seconds of drawing its samples.
+        learn: Seconds of decoding and learning from them.
+    """
+
+    role: str
+    group: str
+    draw: float
+    learn: float
+
+
+@dataclass(frozen=True)
 class Shape:
     """A step's calls: where, how many, and how long each takes for one micro-batch on a device of its group.
 
@@ -79,6 +96,7 @@ class Shape:
         score: By group, (role, seconds) of decoder and rewards, forward and backward.
         encode: By group, encoding the prompts of a micro-batch of the assistant's update, and of the learner's.
         hop: Of sending a call to another group, and of its answer.
+        lessons: Of rewards that learn.
     """
 
     groups: Mapping[str, str]
@@ -94,15 +112,17 @@ class Shape:
     score: Mapping[str, Sequence[tuple[str, float]]] = field(default_factory=dict)
     encode: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {})
     hop: float = 0.0
+    lessons: Sequence[Lesson] = ()
 
 
 def step(shape: Shape, rules: Rules = NOW) -> list[Call]:
-    """All calls of a step in order of precedence: the assistant's updates, then the generator's."""
-    graph, done = _Graph(shape, rules), After()
+    """All calls of a step in order of precedence: lessons and the assistant's updates, then the generator's."""
+    graph = _Graph(shape, rules)
+    done, taught = graph.lessons()
     before = done
     for number in range(shape.rounds):
         before, done = done, graph.assistant_update(f"assistant {number}", done)
-    graph.generator_update("generator", done, before)
+    graph.generator_update("generator", (*done, *taught), before)
     return graph.calls
 
 
@@ -119,6 +139,16 @@ class _Graph:
     def __init__(self, shape: Shape, rules: Rules) -> None:
         self._shape, self._rules = shape, rules
         self.calls: list[Call] = []
+
+    def lessons(self) -> tuple[After, After]:
+        """The last drawing of samples for lessons, for which the assistant's updates wait; and the lessons."""
+        drawn, taught, drawn_at = After(), After(), self._shape.groups["generator"]
+        for lesson in self._shape.lessons:
+            at = f"assistant, lesson of {lesson.role}"
+            drawn = self._add(f"{at}: sample", "generator", drawn_at, lesson.draw, drawn)
+            ready = self._hop(f"{at}: samples", drawn_at, lesson.group, drawn)
+            taught += self._add(f"{at}: learn", lesson.role, lesson.group, lesson.learn, ready)
+        return drawn, taught
 
     def assistant_update(self, name: str, after: After) -> After:
         """Samples are drawn, the assistant learns to denoise them."""
@@ -152,6 +182,7 @@ class _Graph:
             # While the last products are on their way, one micro-batch ahead: the graphs of two are alive.
             free = (*predicted, *before) if self._rules.next_micro_batch else done
             begun = not number and self._rules.first_draw and home != shape.groups["assistant"]
+            begun = begun and not shape.lessons  # the rewards score after their lessons
             if begun:
                 free = last_round
             drawn = self._encode(f"{at}: encode", 1, home, free)

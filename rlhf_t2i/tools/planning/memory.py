@@ -160,8 +160,9 @@ class _Group:
 
     @cached_property
     def drawn(self) -> int:
-        """Images per process that are drawn and scored at once between steps."""
-        return -(-self.recipe.evaluation.batch_size // self.devices)
+        """Images per process that are drawn and scored at once between steps, or drawn for a lesson."""
+        lessons = [schedule.images for schedule in traits.resolve(self.recipe).online.values()]
+        return -(-max([self.recipe.evaluation.batch_size, *lessons]) // self.devices)
 
     @property
     def width(self) -> int:
@@ -257,12 +258,15 @@ class _Group:
         learned = min([batch, *(choice.micro_batch for choice in trained if choice.micro_batch)])
         shown = min([self.drawn, *(choice.micro_batch for choice in measured if choice.micro_batch)])
 
+        lessons = traits.resolve(self.recipe).online
+
         def plan(role: str, network: Network | None, width: int, images: int, fresh: bool = True) -> RolePlan:
             if network is None:
                 return RolePlan(role, None, Memory())
             kept = images * network.activations("input", self.recomputed("reward")) if images else 0
             held = network.parameters() if fresh else 0
-            measuring = shown * network.activations("forward")
+            lesson = lessons.get(role.partition(":")[2])  # its images are seen at once
+            measuring = max(shown, 0 if lesson is None else lesson.images) * network.activations("forward")
             return RolePlan(role, held, Memory(weights=width * held, activations=kept), measuring=measuring)
 
         plans = [plan("decoder", self.networks.decoder(), self._decoder_width, learned)]

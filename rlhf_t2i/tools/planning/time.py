@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins.online import Schedule
 from rlhf_t2i.recipe.placement import batch_geometry
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.tools.planning import graph, simulation, zero
-from rlhf_t2i.tools.planning.graph import Rules, Shape, Trained
+from rlhf_t2i.tools.planning.graph import Lesson, Rules, Shape, Trained
 from rlhf_t2i.tools.planning.memory import zero_setting
 from rlhf_t2i.tools.planning.simulation import Kind, Timeline
 from rlhf_t2i.tools.planning.speed import Speed
@@ -39,12 +41,14 @@ class StepTime:
         update: Of one assistant update alone.
         without_communication: The step's seconds if exchanging data took no time.
         image: To draw, decode and score one image between steps, on all devices that do so.
+        lessons: Of the lessons of rewards that learn, before the first generator update.
     """
 
     timeline: Timeline
     update: Timeline
     without_communication: float
     image: float
+    lessons: float = 0.0
 
     @property
     def step(self) -> float:
@@ -121,6 +125,7 @@ def estimate(recipe: Recipe, placed: Placed, networks: Footprints, speed: Speed,
         simulation.simulate(graph.assistant_update(made, rules), pace),
         simulation.simulate(simulation.without_communication(calls), pace).seconds,
         shape.image(),
+        sum(schedule.warmup * (lesson.draw + lesson.learn) for schedule, lesson in shape.lessons()),
     )
 
 
@@ -169,7 +174,24 @@ class _Shaper:
             score=self._scores(works),
             encode=(self._encode("assistant", ("generator", "assistant")), self._encode("learner", groups)),
             hop=_HOP if recipe.placement.mode == "ray" else 0.0,
+            lessons=[lesson for _, lesson in self.lessons()],
         )
+
+    def lessons(self) -> Iterator[tuple[Schedule, Lesson]]:
+        """Of every reward that learns: fresh samples are drawn, decoded and shown to its network."""
+        from rlhf_t2i.families import flops
+
+        sizes = {choice.key: choice.micro_batch for choice in self.recipe.algorithm.rewards}
+        for key, schedule in traits.resolve(self.recipe).online.items():
+            drawing, *rest = flops.lesson(self.recipe, key)
+            servers = self._devices(self.placed["generator"][0])
+            draw = sum(self._seconds(drawing, _Calls(1, math.ceil(schedule.images / servers))))
+            if self.recipe.models.embeddings is None:
+                draw += self.speed.encode(math.ceil(schedule.prompts / servers))
+            images = min(schedule.images, sizes[key] or schedule.images)
+            calls = _Calls(math.ceil(schedule.images / images), images)
+            learn = sum(sum(self._seconds(work, calls)) for work in rest)
+            yield schedule, Lesson(f"reward:{key}", self.placed[f"reward:{key}"][0], draw, learn)
 
     def image(self) -> float:
         """Seconds of an image between steps."""
