@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial, partialmethod
@@ -140,6 +141,22 @@ def test_activations_are_recomputed_where_the_recipe_says(
     cluster = LocalCluster(make_recipe(optimization__gradient_checkpointing=chosen))
     assert recomputing(cluster) == roles
     assert torch.equal(train(cluster, 1), plain)
+
+
+def test_compiled_code_is_kept_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "own"))
+    compiling.compile_blocks(torch.nn.Linear(1, 1), ())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "own")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"cannot be made \(Not a directory\): set TORCHINDUCTOR_CACHE_DIR"):
+        compiling.compile_blocks(torch.nn.Linear(1, 1), ())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiling.compile_blocks(torch.nn.Linear(1, 1), ())
+    folder = tmp_path / "rlhf-t2i/inductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_mixed_decoder_is_the_float32_one_on_a_cpu_and_attends_in_bf16_elsewhere(tiny_sdxl: Path) -> None:
