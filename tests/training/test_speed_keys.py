@@ -168,7 +168,7 @@ def test_a_mixed_decoder_is_the_float32_one_on_a_cpu_and_attends_in_bf16_elsewhe
         return pictures.detach(), torch.autograd.grad(pictures.square().sum(), leaf)[0]
 
     exact = store(tiny_sdxl, vae_precision="fp32").decoder
-    plain, mixed = decode(exact), decode(store(tiny_sdxl).decoder)
+    plain, mixed = decode(exact), decode(store(tiny_sdxl, vae_precision="mixed").decoder)
     assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
     halved = set_precision(copy.deepcopy(exact), "mixed", torch.device("cuda"))
     seen: list[torch.dtype] = []
