@@ -74,6 +74,7 @@ class Elsewhere:
 
     def __init__(self, role: Any) -> None:
         self.role, self.pool = role, ThreadPoolExecutor(1)
+        self.place = self
 
     def submit(self, method: Callable[..., Any], *args: Any) -> Any:
         return self.pool.submit(getattr(self.role, method.__name__), *args)
