@@ -14,8 +14,13 @@ from rlhf_t2i.recipe import mistakes, shipped
 from rlhf_t2i.recipe.schema import StudentSettings
 
 DEFAULT_FEATURES = "openai/clip-vit-base-patch32"
-SPECIAL = ("diversity", "fid", "frechet_clip", "class_entropy")
-"""Metrics of sets of images; every other name is a reward plugin."""
+SPECIAL = {
+    "diversity": ("pairwise_distance", "vendi"),
+    "fid": ("fid",),
+    "frechet_clip": ("frechet_clip",),
+    "class_entropy": ("class_entropy", "class_entropy_overall"),
+}
+"""Metrics of sets of images, and the keys of their results; every other name is a reward plugin."""
 
 
 class Drawing(BaseModel):
@@ -79,6 +84,10 @@ def check(settings: Settings) -> None:
             raise UsageError(f"{option('metrics')}: unknown metric {name!r}; {mistakes.hint(name, known)}")
     if len(settings.named) < len(settings.metrics):
         raise UsageError(f"{option('metrics')} {','.join(settings.metrics)}: two have one label: write LABEL=NAME")
+    keys = {*SPECIAL, *(key for keys in SPECIAL.values() for key in keys)}
+    taken = next((label for label, name in settings.named.items() if label in keys and name not in SPECIAL), None)
+    if taken is not None:
+        raise UsageError(f"{option('metrics')} {taken}={settings.named[taken]}: {taken} is another metric's name")
     stray = next((name for name in settings.options if name not in settings.named), None)
     if stray:
         raise UsageError(f"{option('set')} {stray}.…: {stray!r} is not among the metrics {', '.join(settings.named)}")

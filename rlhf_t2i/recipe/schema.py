@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from rlhf_t2i.recipe import labels
+
 ROLES = ("learner", "generator", "assistant", "reference", "reward")
 
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -221,11 +223,8 @@ class Algorithm(Section):
     )
 
     @model_validator(mode="after")
-    def _unique_labels(self) -> Algorithm:
-        keys = [r.key for r in [*self.rewards, *self.eval_rewards]]
-        twice = repeated(keys)
-        if twice is not None:
-            raise ValueError(f"two rewards are called {twice!r}: give one a label of its own")
+    def _labels(self) -> Algorithm:
+        labels.check([r.key for r in [*self.rewards, *self.eval_rewards]])
         return self
 
 

@@ -20,6 +20,7 @@ from rlhf_t2i.evaluation.compare import KEPT
 from rlhf_t2i.evaluation.held_out import Samples
 from rlhf_t2i.plugins import traits
 from rlhf_t2i.plugins.online import predicted
+from rlhf_t2i.recipe import labels
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import history
 from rlhf_t2i.training.state import TrainState
@@ -159,7 +160,7 @@ class HackingMonitor:
             for m in metrics.values()
             if m.kind == "eval"
         }
-        signals |= {f"true {key}": metrics[key].by_prompt for key in online}
+        signals |= {f"{labels.SCORER}{key}": metrics[key].by_prompt for key in online}
         signals[DIVERSITY] = metrics["latent_distance"].by_prompt
         return Measurement(step, np.sum(term, axis=0).tolist() if term else [], signals)
 
