@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import sources
-from rlhf_t2i.plugins.precision import Float32, without_autocast
+from rlhf_t2i.plugins.precision import Float32
 
 _FILE = "HPSv3.safetensors"
 _PIXELS = 256 * 28 * 28
@@ -116,8 +116,7 @@ class PreferenceHead(Float32):
 
     def forward(self, states: Tensor) -> Tensor:
         """Mean of the preference, and the logarithm of its standard deviation [B, 2]."""
-        with without_autocast(states):
-            return self.rm_head(states.to(self.rm_head[0].weight.dtype))
+        return self.rm_head(states)
 
 
 class VisionRope(Float32):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rlhf_t2i.plugins.precision import Float32, without_autocast
+from rlhf_t2i.plugins.precision import Float32
 
 
 class RegressionHead(Float32):
@@ -26,5 +26,4 @@ class RegressionHead(Float32):
 
     def forward(self, features: Tensor) -> Tensor:
         """A number [B] for each row of [B, D]."""
-        with without_autocast(features):
-            return self.layers(features.to(self.layers[0].weight.dtype)).squeeze(-1)
+        return self.layers(features).squeeze(-1)

@@ -24,7 +24,10 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class Float32(nn.Module):
-    """Keeps a module's weights and products in float32 (or float64), whatever the reward is moved to."""
+    """Keeps a module's weights and products in float32 (or float64), whatever the reward is moved to.
+
+    Subclass it, or put modules into it as attributes, and define ``forward`` as always.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32:
         def keep(tensor: Tensor) -> Tensor:
@@ -33,3 +36,12 @@ class Float32(nn.Module):
             return tensor.to(moved.device) if narrow else moved
 
         return super()._apply(keep, recurse)
+
+    def __call__(self, *inputs: Tensor, **more: object) -> Tensor:
+        """Call ``forward`` outside autocast, with floating-point inputs in the weights' dtype if there are weights."""
+        weight = next(self.parameters(), None)
+        if weight is not None:
+            inputs = tuple(x.to(weight.dtype) if x.is_floating_point() else x for x in inputs)
+        with without_autocast(inputs[0]):
+            called: Tensor = super().__call__(*inputs, **more)
+        return called

@@ -10,6 +10,7 @@ from rlhf_t2i_plugins.rewards.regression_head import RegressionHead
 
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.roles.reward import RewardRole
+from rlhf_t2i.tools.reward_check import check_reward
 from tests.rewards import builders, qwen_builders
 
 CPU = torch.device("cpu")
@@ -43,6 +44,49 @@ def test_bfloat16_scores_do_not_lie_on_a_grid(name: str, options: dict[str, dict
     assert values.dtype == torch.float32
     on_the_grid = (values == values.bfloat16().float()).float().mean()
     assert on_the_grid < 0.5, values
+
+
+OWN = """
+import torch
+from rlhf_t2i.plugins import Reward
+from rlhf_t2i.plugins.precision import Float32
+
+class Head(Float32):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, features):
+        return self.layer(features)
+
+class Mine(Reward):
+    uses_prompt = False
+
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.head = Head()
+
+    def score(self, images, prompts):
+        return self.head(images.mean((2, 3)))[:, 0]
+
+class Coarse(Mine):
+    def __init__(self, options=None):
+        super().__init__(options)
+        self.head = self.head.layer
+"""
+
+
+@pytest.mark.parametrize(("cls", "coarse"), [("Mine", False), ("Coarse", True)])
+def test_a_head_of_ones_own_follows_the_advice_of_the_docs(cls: str, coarse: bool, tmp_path: Path) -> None:
+    """docs/rewards.md: put it into a Float32. Autocast made its products bfloat16 all the same."""
+    (tmp_path / "own.py").write_text(OWN, "utf-8")
+    name = f"{tmp_path}/own.py:{cls}"
+    values = scores(name, {}, torch.bfloat16)
+    assert torch.equal(values, values.bfloat16().float()) is coarse
+    (row,) = [f for f in check_reward(registry.reward(name), CPU, size=32) if f.name == "dtype"]
+    assert row.outcome == "pass"
+    assert ("its values have 8 bits: keep the head in rlhf_t2i.plugins.precision.Float32" in row.detail) is coarse
 
 
 def test_a_head_keeps_its_weights_and_computes_in_float32() -> None:
