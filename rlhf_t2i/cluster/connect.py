@@ -27,7 +27,7 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_t2i.cluster.ray_folder import RayFolder
-from rlhf_t2i.errors import RunError, UsageError, first_line, option
+from rlhf_t2i.errors import RunError, Stopped, UsageError, first_line, option
 
 _ANSWER_TIMEOUT_S = 10.0  # of a port; Ray itself would wait for minutes
 _own: list[RayFolder] = []  # of the Ray that this process started
@@ -56,7 +56,9 @@ def start_local_ray(processes: int) -> None:
                 num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False,
                 job_config=_JobConfig(), _temp_dir=str(_own[-1].ray), object_spilling_directory=str(_own[-1].spill),
             )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except Stopped:
+        raise
+    except Exception as error:  # a node that does not come up is a bare Exception
         raise RunError(f"Ray does not start on this machine: {first_line(error)}") from error
     bound = ray.util.get_node_ip_address()
     if not bound.startswith("127."):

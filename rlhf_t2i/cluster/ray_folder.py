@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 _PREFIX, _LOCK = "rlhf-t2i-", "lock"
 _SOCKET_BYTES = 107  # the longest path of a Unix socket
 _INSIDE = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.12"
+_PLAIN = re.compile(r"[A-Za-z0-9_./ +=@:,~-]+")
 _STALE_S = 3600.0
 
 
@@ -21,8 +23,8 @@ class RayFolder:
     """Private folders (mode 0700) for one Ray, removed by :meth:`remove`.
 
     Ray's default, a folder named ``ray`` in the temporary folder, is writable by everybody, and so is every folder that
-    it is given: it gets one inside. Slurm's temporary folders are too long for the paths of sockets: then only spilled
-    objects go there.
+    it is given: it gets one inside. Slurm's temporary folders are too long for the paths of sockets: then, and where a
+    path holds characters that Ray does not take, only spilled objects go there.
 
     Attributes:
         ray: For sockets and logs.
@@ -51,7 +53,7 @@ class RayFolder:
                 return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             except OSError as error:
                 problem = problem or error
-        raise problem or OSError(f"no temporary folder has a path short enough for sockets: {parents[0]}")
+        raise problem or OSError(f"no temporary folder has a path that is short and plain enough for Ray: {parents[0]}")
 
     def remove(self) -> None:
         """Remove both folders."""
@@ -61,8 +63,14 @@ class RayFolder:
 
 
 def fits(parent: Path) -> bool:
-    """Whether the paths of Ray's sockets stay short enough in a folder below ``parent``."""
-    return len(os.fsencode(parent / f"{_PREFIX}12345678")) + len(_INSIDE) <= _SOCKET_BYTES
+    """Whether Ray's sockets and logs can be in a folder below ``parent``: short enough, and of plain characters.
+
+    With a backslash in the path Ray's raylet does not start, and Ray says after a while that the node timed out.
+    """
+    return (
+        _PLAIN.fullmatch(str(parent)) is not None
+        and len(os.fsencode(parent / f"{_PREFIX}12345678")) + len(_INSIDE) <= _SOCKET_BYTES
+    )
 
 
 def _remove_stale(parent: Path) -> None:

@@ -8,10 +8,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
-from rlhf_t2i.cluster import ray_folder
+from rlhf_t2i.cluster import connect, ray_folder
+from rlhf_t2i.errors import RunError, Stopped
 from tests.limits import HANG_S
 
 # Started as the installed command is: the working folder is not on the import path of this process.
@@ -107,6 +109,32 @@ def test_no_code_of_the_working_folder_runs_where_pip_is_called(
     with pytest.raises(UsageError, match="cannot be made"):
         install(Path(sys.executable), ["--no-index", "a-package-that-is-not-there"])
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "fits"),
+    [
+        ("/tmp", True), ("/tmp/a b", True), ("/scratch/job.1+2@x", True), ("/tmp/a\\b", False), ("/tmp/it's", False),
+        ('/tmp/"x"', False), ("/tmp/{x}", False), ("/tmp/%s", False), ("/tmp/$HOME", False), ("/tmp/a#b?c", False),
+        ("/tmp/a\nb", False), ("/tmp/t\u00ebmp", False), ("/tmp/caf\udce9", False), ("/tmp/a;b", False),
+        ("/tmp/a*", False), ("/tmp/" + "x" * 60, False),
+    ],
+)  # fmt: skip
+def test_rays_folder_is_only_where_ray_can_use_it(folder: str, fits: bool) -> None:
+    """Cases E.2: elsewhere it is in /tmp, and TMPDIR has the spilled objects alone."""
+    assert ray_folder.fits(Path(folder)) is fits
+
+
+@pytest.mark.parametrize("raised", [Exception("The current node timed out\nmore"), KeyError("x"), OSError("no")])
+def test_a_ray_that_does_not_start_is_one_sentence(raised: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect.ray, "init", MagicMock(side_effect=raised))
+    with pytest.raises(RunError, match=r"^Ray does not start on this machine: .+$"):
+        connect.start_local_ray(1)
+    connect.stop()
+    monkeypatch.setattr(connect.ray, "init", MagicMock(side_effect=Stopped(15)))
+    with pytest.raises(Stopped):
+        connect.start_local_ray(1)
+    connect.stop()
 
 
 def test_folders_of_killed_runs_are_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
