@@ -72,12 +72,7 @@ def test_a_run_survives_the_loss_of_every_role_bit_for_bit(
     recipe = make_recipe(
         placement="{mode: ray, groups: " + GROUPS + "}", steps=6, checkpoints__every=2, algorithm__assistant_steps=2
     )
-    # Where roles of one rank live changes no bit, and one process imports once.
-    together = "{all: {roles: [learner, generator, assistant, reference, reward], threads: 1}}"
-    everything = recipe.model_copy(
-        update={"placement": make_recipe(placement="{mode: ray, groups: " + together + "}").placement}
-    )
-    run.run(everything, tmp_path / "whole")
+    run.run(recipe, tmp_path / "whole")
     killer = Killer(monkeypatch, tmp_path / "killed", 2, {1: "draw", 2: "score", 3: "train", 5: "model"})
     run.run(recipe, tmp_path / "killed", callback=killer)
     assert model_bytes(tmp_path / "killed") == model_bytes(tmp_path / "whole")
