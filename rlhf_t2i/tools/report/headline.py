@@ -64,10 +64,8 @@ def finished(before: Results, after: Results, comparisons: Sequence[Comparison],
     keys = [c.key for c in comparisons if c.kind in kinds]
     pairs = gallery.couples(before, after, _most_improved(before, after, keys), damaged, max_side=_SIDE)
     which = "image" if len(pairs) == 1 else f"{len(pairs)} prompts"
-    caption = (
-        f"Of {len(before.images)} images the {which} that improved most by {' and '.join(keys)}; an even selection is "
-        "below."
-    )
+    agree = " and ".join([", ".join(keys[:-1]), keys[-1]] if keys[1:] else keys)
+    caption = f"Of {len(before.images)} images the {which} that improved most by {agree}; an even selection is below."
     return Headline(number, row.key, note, row.outcome, pairs, caption if pairs else "")
 
 
