@@ -6,6 +6,7 @@ look like, how the network is called and what it predicts, how latents are decod
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Conditioner(nn.Module, ABC):
         super().__init__()
         self._cache_bytes = cache_bytes
         self._cache: dict[str, dict[str, Tensor]] = {}
+        self._one_at_a_time = threading.Lock()  # transformers' tokenizers keep the padding of a call as state
 
     @abstractmethod
     def encode_one(self, prompt: str) -> dict[str, Tensor]:
@@ -75,9 +77,10 @@ class Conditioner(nn.Module, ABC):
         return {name: tensor[0] for name, tensor in self.encode([""]).tensors.items()}
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of B prompts."""
-        self._fill_cache(prompts)
-        return _stack([self._cache[prompt] for prompt in prompts])
+        """The conditioning of B prompts; threads may ask at once."""
+        with self._one_at_a_time:
+            self._fill_cache(prompts)
+            return _stack([self._cache[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def unconditional(self, batch: int) -> Conditioning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,17 @@ def test_sd15_equals_encode_prompt(tiny_sd15: Path) -> None:
     torch.testing.assert_close(cond.tensors["prompt_embeds"], last, rtol=0, atol=1e-6)
     assert (cond.tensors["prompt_embeds"] - skipped).abs().max() > 0.01
     assert set(cond.tensors) == {"prompt_embeds"}
+
+
+def test_threads_may_encode_at_once(tiny_sdxl: Path) -> None:
+    """Tokenizers keep the padding of a call as state: two calls at once mixed them up."""
+    conditioner, again = store(tiny_sdxl).conditioner, store(tiny_sdxl).conditioner
+    prompts = [f"{word} {number}" for word in ("a", "a long cat on a") for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: conditioner.encode([prompt]), prompts))
+    for prompt, cond in zip(prompts, found, strict=True):
+        expected = again.encode([prompt]).tensors
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in cond.tensors.items())
 
 
 def test_the_cache_changes_nothing(tiny_sdxl: Path) -> None:
