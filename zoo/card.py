@@ -22,7 +22,7 @@ from transformers import CLIPModel
 
 from zoo import data, distill, reader, reference, scorers, vae
 
-GUIDANCE, STEPS = 3.0, 30
+GUIDANCE, STEPS = 3.5, 30
 SPLITS = reference.SPLITS
 Draw = Callable[[list[str], int], Tensor]
 
