@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,6 +13,8 @@ from rlhf_t2i.errors import UsageError, option
 from rlhf_t2i.evaluation.results import dumps
 from rlhf_t2i.utils import files, inputs
 from rlhf_t2i.utils.inputs import JsonObject
+
+Line = TypeVar("Line", bound=BaseModel)
 
 
 class _Drawn(BaseModel, strict=True):
@@ -51,11 +54,7 @@ class DrawnImages:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._digests: dict[int, str] = {}
-        for number, line in _whole_lines(path, "record of images"):
-            try:
-                self._record(_Drawn.model_validate_json(line))
-            except ValueError:  # pydantic's is one; another one for lists that differ in length
-                raise UsageError(f"{path} line {number} is damaged: remove the file to draw again") from None
+        _read(path, _Drawn, self._record, noun="record of images", again="draw")
 
     def digest(self, image: int) -> str | None:
         """Of the image as it was drawn; None if it was not."""
@@ -85,11 +84,7 @@ class Scores:
         self._path = path
         self._values: dict[str, dict[tuple[int, str], float]] = {}
         self._versions: dict[str, dict[str, str]] = {}
-        for number, line in _whole_lines(path, "record of scores"):
-            try:
-                self._record(_Batch.model_validate_json(line))
-            except ValueError:
-                raise UsageError(f"{path} line {number} is damaged: remove the file to score again") from None
+        _read(path, _Batch, self._record, noun="record of scores", again="score")
 
     def values(self, key: str, digests: Sequence[str]) -> dict[int, float]:
         """The finished values of a metric by image, for images with these digests."""
@@ -115,6 +110,19 @@ class Scores:
         scored = zip(batch.images, batch.sha256, strict=True)
         self._values.setdefault(batch.key, {}).update(zip(scored, batch.values, strict=True))
         self._versions.setdefault(batch.key, batch.versions)
+
+
+def _read(path: Path, model: type[Line], record: Callable[[Line], None], noun: str, again: str) -> None:
+    """Give the lines of a record to ``record``.
+
+    Raises:
+        UsageError: One of them is damaged; ``again`` says what is done anew without the file.
+    """
+    for number, line in _whole_lines(path, noun):
+        try:
+            record(model.model_validate_json(line))
+        except ValueError:  # pydantic's is one; another one for lists that differ in length
+            raise UsageError(f"{path} line {number} is damaged: remove the file to {again} again") from None
 
 
 def _whole_lines(path: Path, noun: str) -> Iterator[tuple[int, bytes]]:
