@@ -102,7 +102,7 @@ def resolve_all(value: object) -> object:
 def _names(folder: Path) -> Iterator[str]:
     """The models, data and prompt files, for error messages: not the files inside the models, nor those about them."""
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".json" or (path.is_dir() and not path.suffix):
+        if path.suffix in (".json", ".py") or (path.is_dir() and not path.suffix):
             yield path.name
         if path.name in ("data", "prompts"):
             yield from (f"{path.name}/{file.name}" for file in sorted(path.iterdir()))
