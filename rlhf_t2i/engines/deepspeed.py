@@ -49,6 +49,8 @@ class DeepSpeedEngine:
             "zero_optimization": {
                 "stage": settings.zero_stage,
                 "reduce_bucket_size": min(REDUCE_BUCKET, sum(p.numel() for p in trainable)),
+                # Stages 1 and 2 all-reduce whole buckets either way; with it they do so in a flat copy.
+                "reduce_scatter": settings.zero_stage == 3,
                 **({"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload_optimizer else {}),
             },
             "steps_per_print": 2**62,

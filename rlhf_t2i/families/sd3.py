@@ -70,9 +70,8 @@ class SD3Family(FlowFamily):
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """See :meth:`PromptFamily.conditioning_shapes`."""
         clip = sources.read_json(self.reference, "text_encoder/config.json").get("max_position_embeddings", 77)
-        tokens = clip + (self.prompt_tokens if "text_encoder_3" in self.encoder_parts else clip)
         config = self.network_config
         return {
-            "prompt_embeds": (tokens, config["joint_attention_dim"]),
+            "prompt_embeds": (clip + self.prompt_tokens, config["joint_attention_dim"]),
             "pooled_prompt_embeds": (config["pooled_projection_dim"],),
         }

@@ -12,6 +12,7 @@ import torch
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.tools.family_check import check_family
 from tests import tiny, tiny_families
+from tests.families.test_sampling import store
 
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sdxl": tiny.make_sdxl,
@@ -38,6 +39,16 @@ def test_the_family_is_the_pipeline(name: str, tmp_path: Path) -> None:
     findings = check_family(str(MODELS[name](tmp_path)), torch.device("cpu"), height=side, width=side)
     assert {finding.outcome for finding in findings} == {"pass"}, findings
     assert len(findings) == 11
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_footprints_take_the_conditioning_of_the_longest_prompt(name: str, tmp_path: Path) -> None:
+    """A family states its shapes without encoders; the plan's memory, time and FLOPs rest on them."""
+    side = SIDES.get(name, 16)
+    models = store(MODELS[name](tmp_path), height=side, width=side)
+    encoded = models.conditioner.encode(["dog " * 600]).tensors
+    stated = models.family.example_conditioning(1, side, side, torch.float32).tensors
+    assert {key: value.shape for key, value in stated.items()} == {key: value.shape for key, value in encoded.items()}
 
 
 def test_images_need_not_be_square(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.worker import fair_threads
+from rlhf_t2i.tools.planning import exchange
 from rlhf_t2i.tools.planning.crowd import companions
-from rlhf_t2i.tools.planning.speed import Measured, Passes
+from rlhf_t2i.tools.planning.speed import Links, Measured, Passes
 from rlhf_t2i.training.checks import are_local
 from rlhf_t2i.utils.device import default_device
 from rlhf_t2i.utils.quiet import quietly
@@ -37,6 +38,8 @@ _SECONDS, _MOST = 1.0, 10
 _WHOLE = 300_000_000
 """Parameters up to which a network runs in one piece."""
 _COPIED = 2**26
+_EXCHANGED = 2**24
+"""Numbers of the largest all-reduce that is timed."""
 _TOKENS = 77
 
 _Inputs = tuple[tuple[object, ...], dict[str, object]]
@@ -45,7 +48,8 @@ _Inputs = tuple[tuple[object, ...], dict[str, object]]
 def measure(recipe: Recipe, micro: int) -> Measured:
     """Measure the networks of a recipe here, on the GPU if there is one.
 
-    On a CPU they run with the threads of the recipe's processes, and once more while as many processes compute.
+    On a CPU they run with the threads of the recipe's processes, and once more while as many processes compute; ranks
+    that train together time their collectives.
 
     Args:
         recipe: Names networks, precisions, sizes and processes.
@@ -56,17 +60,20 @@ def measure(recipe: Recipe, micro: int) -> Measured:
         RunError: A process that should compute meanwhile ended.
     """
     networks, processes, threads = Footprints(recipe, default_device()), 1, torch.get_num_threads()
+    links = Links()
     if default_device().type == "cpu" and recipe.placement.mode == "ray":
         processes = sum(group.devices for group in recipe.placement.groups.values())
         group = recipe.placement.groups[check_placement(recipe)["learner"][0]]
         threads = group.threads or fair_threads(processes)
+        if group.devices > 1:
+            links = exchange.measure(group.devices, threads, min(networks.network().parameters(), _EXCHANGED))
     with _threads(threads):
         alone, crowded = _measure(networks, recipe, micro), 1.0
         if processes > 1:
             with companions(processes - 1, threads, _heaviest, recipe.model_dump_json(), micro):
                 beside = _image(networks, recipe, micro)
             crowded = max(1.0, _sum(beside) / _sum({part: alone.image[part] for part in beside}))
-    return replace(alone, processes=processes, crowded=crowded)
+    return replace(alone, links=links, processes=processes, crowded=crowded)
 
 
 def _measure(networks: Footprints, recipe: Recipe, micro: int) -> Measured:

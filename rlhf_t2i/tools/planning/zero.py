@@ -136,7 +136,7 @@ def collectives(sizes: Sizes, setting: Setting, micro_batches: int) -> list[Coll
         ]
     times, when = (1, "after the last micro-batch") if setting.stage == 1 else (micro_batches, "in every micro-batch")
     return [
-        # use_multi_rank_bucket_allreduce: whole buckets are all-reduced, and a rank keeps its share.
+        # Without reduce_scatter whole buckets are all-reduced, in place, and a rank keeps its share.
         Collective(2 * times * once, f"gradients are all-reduced {when}", every=setting.stage == 2),
         Collective(once, "updated weights are gathered"),
     ]
@@ -189,9 +189,8 @@ def _stage_1(sizes: Sizes, setting: Setting) -> Iterator[Term]:
         yield Term(when, width * sizes.total, "gradients")
         yield Term(when, width * bucket, "the bucket, there from the first gradient on")
     yield Term("reduction", width * sizes.total, "gradients; those of a bucket are freed when they are in it")
-    copy = bucket if setting.ranks > 1 else 0
-    kept = 0 if setting.offload else share
-    yield Term("reduction", width * max(copy, kept), "a bucket of several shares in a flat copy, then the rank's share")
+    if not setting.offload:
+        yield Term("reduction", width * share, "the rank's share out of the bucket")
     yield from _update(sizes, setting)
 
 
@@ -200,16 +199,12 @@ def _stage_2(sizes: Sizes, setting: Setting) -> Iterator[Term]:
     width, _ = _widths(setting)
     share, bucket = _share(sizes, setting), _bucket(sizes, setting)
     yield Term("backward", width * bucket, "the bucket")
-    copy = bucket if setting.ranks > 1 else 0
-    several = bucket < sizes.total
-    if several:
+    if bucket < sizes.total:
         yield Term("backward", width * sizes.largest, "a gradient that waits for a full bucket to be reduced")
     if setting.offload:
-        norm = 8 * sizes.largest
-        yield Term("backward", max(width * copy, norm), "a bucket of several shares in a flat copy; a norm in float64")
+        yield Term("backward", 8 * sizes.largest, "a gradient in float64, for its norm")
     else:
-        copies = share + copy if several else max(share, copy)
-        yield Term("backward", width * copies, "the rank's share out of the bucket; a bucket of several in a flat copy")
+        yield Term("backward", width * share, "the rank's share out of the bucket")
         yield Term("summed", width * share, "the share's sum so far")
         if setting.accumulates:
             yield Term("backward", width * share, "the share's sum so far")
