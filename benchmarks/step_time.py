@@ -28,6 +28,7 @@ from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.cluster.local import LocalCluster
 from rlhf_t2i.recipe import reading
+from rlhf_t2i.recipe.placement import check_placement
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.stopwatch import WAIT
 from rlhf_t2i.tools.planning import calibration, graph, plan
@@ -120,6 +121,8 @@ def planned(run: Timed, speed: Measured) -> dict[str, float]:
     """Seconds of the phases, and of each role on all of its devices, as planned."""
     step = plan.step_time(run.recipe, speed)
     devices = {name: group.devices for name, group in run.recipe.placement.groups.items()}
+    placed = check_placement(run.recipe)
+    apart = placed["assistant"][0] != placed["generator"][0]
     found = {"assistant phase": step.assistant, "generator phase": step.generator, "step": step.step}
     for span in step.timeline.spans:
         call = span.call
@@ -127,16 +130,16 @@ def planned(run: Timed, speed: Measured) -> dict[str, float]:
             continue
         name = "reward" if call.role.startswith(("reward", "decoder")) else call.role
         if name == graph.TEXT:  # whoever asks first encodes
-            name = encoder(call.name)
+            name = encoder(call.name, apart)
         several = 1 if run.recipe.placement.mode == "local" else devices[call.group or ""]
         found[name] = found.get(name, 0.0) + several * span.seconds
     return found
 
 
-def encoder(call: str) -> str:
-    """The role that encodes the prompts of a call."""
+def encoder(call: str, apart: bool) -> str:
+    """The role that encodes the prompts of a call; ``apart``: assistant and generator are in different groups."""
     if call.startswith("assistant"):
-        return "assistant" if call.endswith("again") else "generator"
+        return "generator" if apart and not call.endswith("again") else "assistant"
     return "learner" if call.endswith("encode") else "assistant"
 
 

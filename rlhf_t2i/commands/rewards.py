@@ -41,17 +41,22 @@ def check(
     ] = None,
     device: output.DeviceOption = "auto",
     size: Annotated[int, typer.Option(min=8, max=4096, metavar="PIXELS", help="Height of the test images.")] = 64,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A list whose first three prompts are asked [default: three of our own]."),
+    ] = None,
 ) -> None:
     """Test a reward: shape, determinism, gradient, cost. Exit code 1 if a check fails."""
     parsed = parse_options(options or [])
 
     from rlhf_t2i.plugins import process_state, registry
-    from rlhf_t2i.tools.reward_check import check_reward
+    from rlhf_t2i.tools.reward_check import PROMPTS, check_reward
 
+    asked = PROMPTS if prompts is None else first_prompts(prompts, len(PROMPTS))
     where = output.torch_device(device)
     with process_state.observed() as changed:
         built = registry.reward(reward, **parsed)
-    output.print_findings(f"rewards check {reward}", check_reward(built, where, size, changed))
+    output.print_findings(f"rewards check {reward}", check_reward(built, where, size, changed, asked))
 
 
 @rewards_app.command("new")
@@ -87,6 +92,23 @@ def new(
     typer.echo(f"  pip install -e {shlex.quote(f'{folder}[dev]')}")
     typer.echo(f"  rlhf-t2i rewards check {name}")
     typer.echo(f"  python -m pytest {shlex.quote(str(folder))}")
+
+
+def first_prompts(path: str, count: int) -> tuple[str, ...]:
+    """The first prompts of a list that differ from one another.
+
+    Raises:
+        UsageError: The list cannot be read, or holds fewer.
+    """
+    from rlhf_t2i.algorithm import prompts
+    from rlhf_t2i.recipe import shipped
+
+    found: dict[str, None] = {}
+    for prompt in prompts.stream(shipped.resolve(path, "--prompts: "), place="--prompts: "):
+        found[prompt] = None
+        if len(found) == count:
+            return tuple(found)
+    raise UsageError(f"--prompts: {path} holds {len(found)} different prompts: the checks ask {count}")
 
 
 def parse_options(pairs: list[str]) -> JsonObject:

@@ -54,7 +54,13 @@ class SyntheticContext:
         return conditional.to(x_t), 0.1 * _noise(tuple(x_t.shape), 0).to(x_t)
 
 
-def check_reward(reward: Reward, device: torch.device, size: int = 64, changed: Sequence[str] = ()) -> list[Finding]:
+def check_reward(
+    reward: Reward,
+    device: torch.device,
+    size: int = 64,
+    changed: Sequence[str] = (),
+    prompts: Sequence[str] = PROMPTS,
+) -> list[Finding]:
     """Run every check; one that raises fails with the author's file and line, and those that need it are skipped.
 
     Args:
@@ -62,8 +68,9 @@ def check_reward(reward: Reward, device: torch.device, size: int = 64, changed: 
         device: Where to run.
         size: Height of the test images (a second batch is not square); latents have size/8.
         changed: What its import and construction changed of the process (:func:`process_state.observed`).
+        prompts: Three, all different, that the reward understands.
     """
-    checker = _Checker(reward, device, size, changed)
+    checker = _Checker(reward, device, size, changed, prompts)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("shape", checker.shape),
         ("input unchanged", checker.input_unchanged),
@@ -106,8 +113,10 @@ _NEEDS = {
 
 
 class _Checker:
-    def __init__(self, reward: Reward, device: torch.device, size: int, changed: Sequence[str]) -> None:
-        self.reward, self.device, self.changed = reward, device, changed
+    def __init__(
+        self, reward: Reward, device: torch.device, size: int, changed: Sequence[str], prompts: Sequence[str]
+    ) -> None:
+        self.reward, self.device, self.changed, self.prompts = reward, device, changed, tuple(prompts)
         self.on_latents = isinstance(reward, LatentReward)
         self.context = SyntheticContext()
         self.inputs = self._inputs(size, size)
@@ -123,8 +132,10 @@ class _Checker:
     def _role(self, dtype: torch.dtype = torch.float32) -> RewardRole:
         return RewardRole({"reward": self.reward}, _Identity(), device=self.device, dtype=dtype)
 
-    def _score(self, inputs: Tensor, prompts: Sequence[str] = PROMPTS, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._values(self._role(dtype), inputs, prompts)
+    def _score(
+        self, inputs: Tensor, prompts: Sequence[str] | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return self._values(self._role(dtype), inputs, self.prompts if prompts is None else prompts)
 
     def _values(self, role: RewardRole, inputs: Tensor, prompts: Sequence[str]) -> Tensor:
         """Exact values in float64: ``role.score`` rounds decoded images to 8 bits."""
@@ -133,18 +144,22 @@ class _Checker:
         return role.score_images(inputs, prompts)["reward"].double()
 
     def shape(self) -> str:
-        for inputs, prompts in ((self.inputs, PROMPTS), (self.wide, PROMPTS), (self.inputs[:1], PROMPTS[:1])):
+        for inputs, prompts in (
+            (self.inputs, self.prompts),
+            (self.wide, self.prompts),
+            (self.inputs[:1], self.prompts[:1]),
+        ):
             self._score(inputs, prompts)
-        return f"[{len(PROMPTS)}] for {len(PROMPTS)}; also one sample, and not square"
+        return f"[{len(self.prompts)}] for {len(self.prompts)}; also one sample, and not square"
 
     def input_unchanged(self) -> str:
         """The role hands every reward a copy, so only the reward itself would suffer; still its gradient would fail."""
         freeze(self.reward, self.device, torch.float32)
         inputs = self.inputs.clone().to(self.device)
-        prompts = list(PROMPTS)
+        prompts = list(self.prompts)
         with torch.no_grad():
             self._raw(inputs, prompts)
-        if not torch.equal(inputs.cpu(), self.inputs) or prompts != list(PROMPTS):
+        if not torch.equal(inputs.cpu(), self.inputs) or prompts != list(self.prompts):
             raise CheckFailed("score writes into its images or prompts: work on a new tensor (no mul_, no [...] =)")
         return "images and prompts are as before"
 
@@ -177,7 +192,9 @@ class _Checker:
         if self.on_latents:
             raise CheckSkipped("the noise of a call belongs to the whole batch")
         together = self._score(self.inputs)
-        alone = torch.cat([self._score(self.inputs[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
+        alone = torch.cat(
+            [self._score(self.inputs[i : i + 1], self.prompts[i : i + 1]) for i in range(len(self.prompts))]
+        )
         difference = float((together - alone).abs().max())
         if difference > 1e-4 * max(1.0, float(alone.abs().max())):
             raise CheckFailed(f"a sample's value depends on its batch by {difference:.2g} (batch norm? a mean over B?)")
@@ -199,7 +216,7 @@ class _Checker:
         broken[1] = float("nan")
         try:
             with torch.no_grad():
-                values = self._raw(broken, PROMPTS).double().cpu()
+                values = self._raw(broken, self.prompts).double().cpu()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -221,8 +238,8 @@ class _Checker:
             raise CheckSkipped("declares none: it can measure (eval_rewards), and train as `of` of a surrogate")
         if isinstance(self.reward, OnlineReward):
             raise CheckSkipped("it is learned while the generator trains")
-        _, grads = self._role().value_and_grad(self.inputs, PROMPTS, context=self.context)["reward"]
-        return f"of size {float(grads.double().norm()):.3g} at {len(PROMPTS)} images"
+        _, grads = self._role().value_and_grad(self.inputs, self.prompts, context=self.context)["reward"]
+        return f"of size {float(grads.double().norm()):.3g} at {len(self.prompts)} images"
 
     def gradient(self) -> str:
         """Directional derivatives in float64 against central differences at the best of four step sizes."""
@@ -233,12 +250,12 @@ class _Checker:
         inputs = self.inputs.double()
         role = self._role(torch.float64)
         try:
-            grads = role.value_and_grad(inputs, PROMPTS, context=self.context)["reward"][1].double()
+            grads = role.value_and_grad(inputs, self.prompts, context=self.context)["reward"][1].double()
             direction = _noise(tuple(inputs.shape), 3)
             expected = (grads * direction).flatten(1).sum(1)
             errors = []
             for step in (1e-3, 1e-4, 1e-5, 1e-6):
-                ahead, behind = (self._values(role, inputs + sign * step * direction, PROMPTS) for sign in (1, -1))
+                ahead, behind = (self._values(role, inputs + sign * step * direction, self.prompts) for sign in (1, -1))
                 errors.append(float(((ahead - behind) / (2 * step) - expected).abs().max()))
         finally:
             freeze(self.reward, self.device, torch.float32)
@@ -252,7 +269,7 @@ class _Checker:
     def image_sensitivity(self) -> str:
         if self.on_latents:
             raise CheckSkipped("the noise of a call differs by sample")
-        values = self._score(self.inputs, [PROMPTS[0]] * 3)
+        values = self._score(self.inputs, [self.prompts[0]] * 3)
         spread = float(values.max() - values.min())
         if spread == 0.0:
             raise CheckFailed("three different images get the same value")
@@ -261,7 +278,7 @@ class _Checker:
     def prompt_sensitivity(self) -> str:
         same = self.inputs[:1].expand_as(self.inputs)
         if self.on_latents:
-            one, other = (self._score(self.inputs, [prompt] * 3) for prompt in PROMPTS[:2])
+            one, other = (self._score(self.inputs, [prompt] * 3) for prompt in self.prompts[:2])
             spread = float((one - other).abs().max())
         else:
             values = self._score(same)
@@ -283,7 +300,7 @@ class _Checker:
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        milliseconds = (time.perf_counter() - started) * 1000 / len(PROMPTS)
+        milliseconds = (time.perf_counter() - started) * 1000 / len(self.prompts)
         what = "value and gradient" if self.reward.differentiable else "value"
         return f"{milliseconds:.1f} ms per image, {what}, on {self.device}"
 
@@ -297,19 +314,19 @@ class _Checker:
         else:
             used, kind = _saved_bytes(call), "saved for the gradient"
         weights = sum(p.numel() * p.element_size() for p in self.reward.parameters())
-        return f"{used / len(PROMPTS) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
+        return f"{used / len(self.prompts) / 2**20:.1f} MiB per image {kind}; weights {weights / 2**20:.0f} MiB"
 
     def training(self) -> str:
         """What a reward that learns will ask of its scorer, by the measured time of one call."""
         assert isinstance(self.reward, OnlineReward)
         started = time.perf_counter()
-        self.reward.true_score(self.inputs.to(self.device), PROMPTS)
-        return self.reward.needs((time.perf_counter() - started) / len(PROMPTS))
+        self.reward.true_score(self.inputs.to(self.device), self.prompts)
+        return self.reward.needs((time.perf_counter() - started) / len(self.prompts))
 
     def _call(self) -> Callable[[], object]:
         role = self._role()
         method = role.value_and_grad if self.reward.differentiable else role.score
-        return lambda: method(self.inputs, PROMPTS, context=self.context)
+        return lambda: method(self.inputs, self.prompts, context=self.context)
 
 
 def _saved_bytes(call: Callable[[], object]) -> int:

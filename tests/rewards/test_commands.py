@@ -59,6 +59,22 @@ def test_check_passes_a_reward_with_options(tmp_path: Path) -> None:
     assert "ms per image" in output
 
 
+def test_check_asks_the_prompts_of_a_list() -> None:
+    """A scorer that knows one kind of prompt cannot be asked about others."""
+    reader = ["check", "emoji64:reader.py:Named", "-o", "probability=true"]
+    assert invoke(rewards_app, *reader)[0] == 1
+    code, output = invoke(rewards_app, *reader, "--prompts", "emoji64:prompts/train.txt")
+    assert code == 0, output
+    assert "12 passed, 0 failed, 2 skipped" in output
+
+
+@pytest.mark.parametrize("text", ["", "one\none\ntwo\n"])
+def test_a_list_of_too_few_prompts_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text(text, "utf-8")
+    with pytest.raises(UsageError, match=r"--prompts: .*few\.txt holds (no|2 different) prompts"):
+        invoke(rewards_app, "check", f"{FAULTY}:Good", "--prompts", str(tmp_path / "few.txt"))
+
+
 def test_check_exits_1_and_names_what_failed() -> None:
     code, output = invoke(rewards_app, "check", f"{FAULTY}:HidesNaN", "--size", "16")
     assert code == 1
