@@ -1,8 +1,10 @@
 """Measure emoji64 and draw the pictures of its card. ``python -m zoo.card`` (after everything else).
 
-Writes ``quality.json``, a grid of every model there is (``reference.png``, ``generator.png``, ``flow.png``),
-``training.png`` and ``training.json`` (from the logs of the trainings, if they are in the work folder).
+Writes ``quality.json``, a grid of every model (``reference.png``, ``generator.png`` and those of ``flow/``),
+``training.png`` and ``training.json`` (what the logs in the work folder tell, beside what it holds of other trainings).
 Everything is measured through the published pipelines, as a user gets the pictures.
+
+``--only flow`` measures the models whose name begins so and keeps the others' figures.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchLCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -34,17 +43,31 @@ def reference_sampler(guidance: float, steps: int) -> Draw:
 
 
 def flow_sampler(guidance: float, steps: int) -> Draw:
-    """StableDiffusion3Pipeline as it is, but for the zeros that stand for T5: none, which is faster."""
+    """StableDiffusion3Pipeline as it is."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         data.OUT / "flow/reference", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )
+    return _through(pipeline, guidance_scale=guidance, num_inference_steps=steps)
+
+
+def flow_generator_sampler(sigmas: list[float]) -> Draw:
+    """The same with the generator, at its times, without guidance."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        data.OUT / "flow/reference", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32,
+        transformer=SD3Transformer2DModel.from_pretrained(data.OUT / "flow/generator", torch_dtype=torch.float32),
+        scheduler=FlowMatchLCMScheduler(shift=1.0),
+    )  # fmt: skip
+    return _through(pipeline, guidance_scale=0.0, num_inference_steps=len(sigmas), sigmas=sigmas)
+
+
+def _through(pipeline: StableDiffusion3Pipeline, **settings: Any) -> Draw:
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(prompts: list[str], seed: int) -> Tensor:
         parts = [
             pipeline(
-                prompts[start : start + 32], num_inference_steps=steps, guidance_scale=guidance, height=64, width=64,
-                generator=torch.Generator().manual_seed(seed + start), output_type="pt", max_sequence_length=0,
+                prompts[start : start + 32], height=64, width=64, output_type="pt",
+                generator=torch.Generator().manual_seed(seed + start), **settings,
             ).images.float()
             for start in range(0, len(prompts), 32)
         ]  # fmt: skip
@@ -164,6 +187,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96, help="of each model, a split")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", default="", help="models whose name begins so")
     args = parser.parse_args()
     torch.set_num_threads(1)
     world, judge = data.load(), reader.load()
@@ -173,15 +197,19 @@ def main() -> None:
     samplers: dict[str, Callable[[], Draw]] = {
         "reference": lambda: reference_sampler(args.guidance, args.steps),
         "generator": generator_sampler,
-        "flow": lambda: flow_sampler(args.guidance, args.steps),
+        "flow/reference": lambda: flow_sampler(args.guidance, args.steps),
+        "flow/generator, one step": lambda: flow_generator_sampler([1.0]),
+        "flow/generator, four steps": lambda: flow_generator_sampler([1.0, 0.75, 0.5, 0.25]),
     }
-    quality: dict[str, Any] = {
+    written = data.OUT / "quality.json"
+    quality: dict[str, Any] = json.loads(written.read_text("utf-8")) if args.only else {}
+    quality |= {
         "vae psnr": vae.psnr(decoder, world),
         "reader": {"true drawings": reader.check(judge, world), "through the vae": reader.check(judge, world, decoder)},
         "settings": {"images a split": args.images, "guidance": args.guidance, "euler steps": args.steps},
     }
     for label, make in samplers.items():
-        if not (data.OUT / label).is_dir():
+        if not label.startswith(args.only):
             continue
         draw, shown, captions = make(), [], []
         quality[label] = {}
@@ -194,12 +222,13 @@ def main() -> None:
             shown.append(images[:20])
             captions += prompts[:20]
             print(label, split, quality[label][split], flush=True)
-        captioned(torch.cat(shown), captions, 10).save(data.OUT / f"{label}.png", optimize=True)
-    (data.OUT / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", "utf-8")
-    found = trainings(data.WORK)
-    if found:
-        (data.OUT / "training.json").write_text(json.dumps(found) + "\n", "utf-8")
-        plot(found, data.OUT / "training.png")
+        picture = data.OUT / f"{label.replace(', ', '_').replace(' ', '_')}.png"
+        captioned(torch.cat(shown), captions, 10).save(picture, optimize=True)
+    written.write_text(json.dumps(quality, indent=1) + "\n", "utf-8")
+    logs = data.OUT / "training.json"
+    found = json.loads(logs.read_text("utf-8")) | trainings(data.WORK)
+    logs.write_text(json.dumps(found) + "\n", "utf-8")
+    plot(found, data.OUT / "training.png")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""Make emoji64's one-step generator, after zoo.reference.
+"""Make emoji64's generators, after zoo.reference and zoo.flow.
 
 1. ``python -m zoo.distill pairs --count 6016``: the reference's own samples from noise (resumable).
 2. ``torchrun --nproc-per-node 2 -m zoo.distill warmup --minutes 20``: regression on them, in one step.
 3. ``rlhf-t2i run recipes/emoji64/distill.yaml --set models.generator=ZOO_WORK/warm_generator --out RUN``:
    Diff-Instruct by this project's own loop.
 4. ``python -m zoo.distill export RUN``: to ``generator``, in fp16.
+
+The flow sister's, which draws in one step or four, likewise: ``warmup --flow`` on the same pairs, since both references
+follow the same ordinary differential equation from noise to picture, then zoo/distill_flow.yaml, and
+``export --flow RUN``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from zoo import data, device, latents, noise, reader, reference, text
-from zoo.training import join, train
+from zoo import data, device, flow, latents, noise, reader, reference, text
+from zoo.training import join, load_average, train
 
 TIMESTEP, GUIDANCE, SOLVER_STEPS = 399, 3.0, 12
 
@@ -125,6 +130,33 @@ def warmup(minutes: float, batch: int, lr: float) -> None:
         average["unet"].cpu().save_pretrained(data.WORK / "warm_generator")
 
 
+def flow_loss(net: Callable[..., Any], stored: dict[str, Tensor], known: tuple[Tensor, Tensor], seed: int,
+              size: int) -> Tensor:  # fmt: skip
+    """The same for the flow sister: half of the batch from its noise alone, half at the later of four steps."""
+    generator = device.generator(seed)
+    index = device.randint(len(stored["z"]), size, generator)
+    z, x0 = stored["z"][index].float(), stored["x0"][index].float()
+    s = 1 - (device.randint(6, size, generator) - 2).clamp(min=0) / 4
+    mix = s[:, None, None, None]
+    start = torch.where(mix == 1, z, x0.lerp(device.randn(*x0.shape, generator=generator), mix))
+    embeds, pooled = (part[stored["prompts"][index]] for part in known)
+    return F.smooth_l1_loss(start - mix * flow.predict(net, start, s, embeds, pooled), x0, beta=0.3)
+
+
+def warmup_flow(minutes: float, batch: int, lr: float) -> None:
+    """Regress the reference's samples from their noise, in one step and in the later ones of four."""
+    known, stored = flow.conditions(latents.prompts()), stored_pairs()
+    modules = load_average("flow_finished", flow.build()).requires_grad_(True).train()
+    net = modules["transformer"].to(device.DEVICE)
+    compiled = net if device.on_cuda() else torch.compile(net, dynamic=False)
+    average = train(
+        "warmup_flow", modules, lambda number: flow_loss(compiled, stored, known, number, batch), minutes=minutes,
+        lr=lr, muon=True, ema_decay=0.99, warmup=30, batch=batch * join()[1],
+    )  # fmt: skip
+    if join()[0] == 0:
+        average["transformer"].cpu().save_pretrained(data.WORK / "warm_flow_generator")
+
+
 def main() -> None:
     """One of the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,17 +168,21 @@ def main() -> None:
     warm = commands.add_parser("warmup")
     warm.add_argument("--minutes", type=float, default=math.inf)
     warm.add_argument("--batch", type=int, default=32, help="of a process")
-    commands.add_parser("export").add_argument("run", type=Path)
+    warm.add_argument("--flow", action="store_true", help="the flow sister's")
+    export = commands.add_parser("export")
+    export.add_argument("run", type=Path)
+    export.add_argument("--flow", action="store_true", help="the flow sister's")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.command == "pairs":
         pairs(args.count, args.part, args.parts)
     elif args.command == "warmup":
-        warmup(args.minutes, args.batch, lr=5e-4)
+        (warmup_flow if args.flow else warmup)(args.minutes, args.batch, lr=5e-4)
     else:
-        unet = UNet2DConditionModel.from_pretrained(args.run / "model/unet", torch_dtype=torch.float32)
-        unet.half().save_pretrained(data.OUT / "generator")
+        cls, part = (SD3Transformer2DModel, "transformer") if args.flow else (UNet2DConditionModel, "unet")
+        network = cls.from_pretrained(args.run / "model" / part, torch_dtype=torch.float32)
+        network.half().save_pretrained(data.OUT / ("flow/generator" if args.flow else "generator"))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,13 @@ from zoo import data
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717", "-m"]
 ONE = [sys.executable, "-m"]
-WARM_GENERATOR = f"models.generator={data.WORK / 'warm_generator'}"
-RUN = [str(Path(sys.executable).with_name("rlhf-t2i")), "run", "recipes/emoji64/distill.yaml", "--set", WARM_GENERATOR]
+CLI = str(Path(sys.executable).with_name("rlhf-t2i"))
+WARM_GENERATOR, WARM_FLOW = (
+    f"models.generator={data.WORK / name}" for name in ("warm_generator", "warm_flow_generator")
+)
+RUN = [CLI, "run", "recipes/emoji64/distill.yaml", "--set", WARM_GENERATOR]
+FLOW_REFERENCE = f"models.reference={data.OUT / 'flow/reference'}"
+RUN_FLOW = [CLI, "run", "zoo/distill_flow.yaml", "--set", FLOW_REFERENCE, "--set", WARM_FLOW]
 OLD = data.WORK / "shipped/reference"  # an earlier reference to start from, if it is there
 WARM = ["--warm", str(OLD)] if OLD.is_dir() else []
 Command = list[str]
@@ -32,21 +37,20 @@ STAGES: list[tuple[str, list[Command]]] = [
     ("reference, 60 min", [[*TWO, "zoo.reference", "--minutes", "60", *WARM]]),
     ("more latents", [[*ONE, "zoo.latents", "--shards", "80", "--part", p, "--parts", "2"] for p in "01"]),
     ("reference, 120 min", [[*TWO, "zoo.reference", "--minutes", "120"]]),
-    ("flow, 60 min", [[*TWO, "zoo.flow", "--minutes", "60"]]),
     ("decoder, 40 min", [[*TWO, "zoo.vae", "--decoder", "--minutes", "40", "--lr", "1e-3"]]),
     ("reference, 240 min", [[*TWO, "zoo.reference", "--minutes", "240"]]),
-    ("flow, 120 min", [[*TWO, "zoo.flow", "--minutes", "120"]]),
     ("reference, finished", [[*TWO, "zoo.reference", "--finish", "45"]]),
-    ("flow, finished", [[*TWO, "zoo.flow", "--finish", "25"]]),
     ("export", [[*ONE, "zoo.reference", "--export"]]),
-    ("export flow", [[*ONE, "zoo.flow", "--export"]]),
     ("pairs", [[*ONE, "zoo.distill", "pairs", "--count", "6016", "--part", p, "--parts", "2"] for p in "01"]),
     ("warmup", [[*TWO, "zoo.distill", "warmup", "--minutes", "20"]]),
-    (
-        "distill",
-        [[*RUN, "--out", str(data.WORK / "distill")]],
-    ),
+    ("distill", [[*RUN, "--out", str(data.WORK / "distill")]]),
     ("export generator", [[*ONE, "zoo.distill", "export", str(data.WORK / "distill")]]),
+    ("flow", [[*TWO, "zoo.flow", "--minutes", "45"]]),
+    ("flow, finished", [[*TWO, "zoo.flow", "--finish", "10"]]),
+    ("export flow", [[*ONE, "zoo.flow", "--export"]]),
+    ("warmup of the flow generator", [[*TWO, "zoo.distill", "warmup", "--flow", "--minutes", "8"]]),
+    ("distill the flow generator", [[*RUN_FLOW, "--out", str(data.WORK / "distill_flow")]]),
+    ("export the flow generator", [[*ONE, "zoo.distill", "export", "--flow", str(data.WORK / "distill_flow")]]),
 ]
 
 
@@ -70,7 +74,11 @@ def main() -> None:
     for name, commands in STAGES:
         marker = done / name
         if args.list:
-            print("done" if marker.exists() else "    ", name, [" ".join(c[c.index("-m") :]) for c in commands])
+            print(
+                "done" if marker.exists() else "    ",
+                name,
+                [" ".join(Path(part).name if part == c[0] else part for part in c) for c in commands],
+            )
         elif not marker.exists() and (not args.only or name in args.only):
             if not run(name, commands):
                 sys.exit(f"{name} failed")

@@ -1,17 +1,24 @@
 """Train emoji64's flow sister, a small StableDiffusion3Pipeline. ``python -m zoo.flow`` (after zoo.reference).
 
-Started, finished and exported like ``zoo.reference``.
+Started, finished and exported like ``zoo.reference``, on the same latents, VAE, tokenizer and text encoders (frozen).
 
-The same latents, VAE and tokenizer. Its two CLIP text encoders start from the reference's and are trained on. Without
-a T5 encoder StableDiffusion3Pipeline appends ``max_sequence_length`` (by default 256) zero vectors to the prompt: the
-model is trained without them, and one batch in twelve with 256, so that the default call works too.
+Its teacher is that reference: the regression target is not the noise and the picture that made x_s, but the velocity
+(x_s - D) / s of the reference's own prediction D of the picture. Both have the same conditional mean, but the second
+has hardly any variance, so that far fewer samples do.
+
+Without a T5 encoder StableDiffusion3Pipeline appends ``max_sequence_length`` (by default 256) zero vectors to the
+prompt. They are alike and stay alike through every block, so that training puts one in their place, which attention
+counts 256 times (:class:`ManyZeros`): the same function at a quarter of the cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -19,18 +26,21 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
 )
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from zoo import data, device, latents, reader, reference, text
+from zoo import data, device, latents, noise, reader, reference, text
 from zoo.training import join, load_average, train
 
-BATCH, ZEROS, ZEROS_EVERY = 48, 256, 12
-HEADS, HEAD, LAYERS = 5, 32, 5
+BATCH, ZEROS = 48, 256
+EACH, FIRST, KEPT = 4, 16, 24_000  # uses of a prediction; batches of them to start with; predictions to keep
+HEADS, HEAD, LAYERS = 4, 32, 6
 
 
 def transformer() -> SD3Transformer2DModel:
-    """Four and a half million parameters on 8x8 patches."""
+    """Three and a half million parameters on 8x8 patches."""
     return SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -47,24 +57,30 @@ def transformer() -> SD3Transformer2DModel:
     )
 
 
-def build() -> nn.ModuleDict:
-    """The trained networks: transformer and both text encoders."""
-    tokens = text.tokenizer()
-    ids = (len(tokens), tokens.eos_token_id, tokens.bos_token_id)
-    widths = reference.WIDTHS
-    encoders = {f"text_encoder{end}": text.encoder(w, *ids, projection=True) for end, w in zip(("", "_2"), widths)}  # noqa: B905
-    return nn.ModuleDict({"transformer": transformer(), **encoders})
+class ManyZeros:
+    """SD3's joint attention where the last token of the prompt stands for ``ZEROS`` equal ones."""
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor,
+                 attention_mask: None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The image's tokens [B, N, D] and the prompt's [B, L, D]."""
+        split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
+        query, key, value = (split(f(hidden_states)) for f in (attn.to_q, attn.to_k, attn.to_v))
+        words = [split(f(encoder_hidden_states)) for f in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)]
+        query = torch.cat([attn.norm_q(query), attn.norm_added_q(words[0])], dim=2)
+        key = torch.cat([attn.norm_k(key), attn.norm_added_k(words[1])], dim=2)
+        count = torch.zeros(key.shape[2], device=key.device)
+        count[-1] = math.log(ZEROS)  # exp(score + log n) is n equal terms of the softmax
+        found = nn.functional.scaled_dot_product_attention(
+            query, key, torch.cat([value, words[2]], dim=2), attn_mask=count.to(query.dtype).expand(1, 1, 1, -1)
+        )
+        image, prompt = found.transpose(1, 2).flatten(2).split([hidden_states.shape[1], words[0].shape[2]], dim=1)
+        return attn.to_out[0](image), prompt if attn.context_pre_only else attn.to_add_out(prompt)
 
 
 @torch.no_grad()
-def warm_start(modules: nn.ModuleDict) -> None:
-    """The text encoders of the reference; the first one's projection is new."""
-    source = reference.build()
-    load_average("reference_finished" if (data.WORK / "reference_finished.pt").is_file() else "reference", source)
-    for name in ("text_encoder", "text_encoder_2"):
-        modules[name].load_state_dict(source[name].state_dict(), strict=False)
-    # As DiT starts: every block as the identity, the output as zero.
-    net = modules["transformer"]
+def build() -> nn.ModuleDict:
+    """The trained network, as DiT starts: every block as the identity, the output as zero."""
+    net = transformer()
     for block in net.transformer_blocks:
         for norm in (block.norm1, block.norm1_context):
             nn.init.zeros_(norm.linear.weight)
@@ -72,6 +88,20 @@ def warm_start(modules: nn.ModuleDict) -> None:
     for linear in (net.norm_out.linear, net.proj_out):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
+    net.set_attn_processor(ManyZeros())
+    return nn.ModuleDict({"transformer": net})
+
+
+@torch.no_grad()
+def encoders() -> nn.ModuleDict:
+    """The reference's text encoders, frozen; the first one gets an identity as the projection that SD3 asks for."""
+    source = StableDiffusionXLPipeline.from_pretrained(data.OUT / "reference", torch_dtype=torch.float32)
+    tokens = text.tokenizer()
+    first = text.encoder(reference.WIDTHS[0], len(tokens), tokens.eos_token_id, tokens.bos_token_id, projection=True)
+    first.load_state_dict(source.text_encoder.state_dict(), strict=False)
+    first.text_projection.weight.copy_(torch.eye(reference.WIDTHS[0]))
+    both = nn.ModuleDict({"text_encoder": first, "text_encoder_2": source.text_encoder_2})
+    return both.to(device.DEVICE).eval().requires_grad_(False)
 
 
 def encode(modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,51 +111,117 @@ def encode(modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, torch.cat([out.text_embeds for out in outputs], dim=-1)
 
 
-def predict(modules: nn.ModuleDict, x: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+@torch.no_grad()
+def conditions(prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """The text encoders' answers to prompts: hidden [N, L, 256] and pooled [N, 256]."""
+    modules = encoders()
+    ids = device.here(text.tokenizer()(prompts, padding="max_length", return_tensors="pt").input_ids)
+    hidden, pooled = zip(*[encode(modules, part) for part in ids.split(114)], strict=True)
+    return torch.cat(hidden), torch.cat(pooled)
+
+
+def predict(net: Callable[..., Any], x: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
     """The velocity noise - x0 at times s in [0, 1], in float32."""
-    with torch.autocast("cpu", torch.bfloat16), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return modules["transformer"](x, embeds, pooled, s * 1000).sample.float()
+    embeds = nn.functional.pad(embeds, (0, 0, 0, 1))
+    kernel = torch.nn.attention.SDPBackend.FLASH_ATTENTION if device.on_cuda() else torch.nn.attention.SDPBackend.MATH
+    with device.autocast(), torch.nn.attention.sdpa_kernel(kernel):
+        return net(x, embeds, pooled, s * 1000).sample.float()
 
 
-def loss_fn(modules: nn.ModuleDict, stored: latents.Latents, seed: int, size: int, dropout: float = 0.1,
-            zeros: bool = False) -> Tensor:  # fmt: skip
-    """Mean squared error of the velocity, times logit-normal and stratified; dropped prompts are the empty one's."""
-    generator = torch.Generator().manual_seed(seed)
-    size = size // 4 if zeros else size
-    x0, ids = stored.batch(generator, size)
-    place = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    s = torch.special.ndtri(place.clamp(1e-4, 1 - 1e-4)).sigmoid()[torch.randperm(size, generator=generator)]
-    noise = torch.randn(x0.shape, generator=generator)
-    empty = text.tokenizer()([""], padding="max_length", return_tensors="pt").input_ids if dropout else ids[:1]
-    ids = torch.where(torch.rand(size, 1, generator=generator) < dropout, empty, ids)
-    with torch.autocast("cpu", torch.bfloat16):
-        embeds, pooled = encode(modules, ids)
-    if zeros:
-        embeds = nn.functional.pad(embeds, (0, 0, 0, ZEROS))
-    mix = s[:, None, None, None]
-    return (predict(modules, x0.lerp(noise, mix), s, embeds, pooled) - (noise - x0)).square().mean()
+def times(size: int, generator: torch.Generator) -> Tensor:
+    """Times [B] in (0, 1), stratified: half uniform, half logit-normal."""
+    place = (torch.arange(size, device=device.DEVICE) + device.rand(size, generator=generator)) / size
+    place = place[device.randperm(size, generator=generator)]
+    normal = torch.special.ndtri((2 * place - 1).clamp(1e-4, 1 - 1e-4)).add(0.3).sigmoid()
+    return torch.where(place < 0.5, (2 * place).clamp(1e-3, 1), normal)
+
+
+def taught(unet: Callable[..., Any], x0: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor,
+           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Noisy latents x_s, their times (of the reference's schedule) and the velocity by the reference's prediction.
+
+    Both paths hold the same mixtures: x_s (1 - s) / alpha is SDXL's x_t where sigma / alpha = s / (1 - s). SDXL's noise
+    ends at s = 0.936; there, more noise on top of x_t leaves the reference's prediction an unbiased target.
+    """
+    alphas, sigmas = noise.coefficients()
+    known = sigmas / (alphas + sigmas)
+    t = torch.searchsorted(known, s).clamp(max=noise.STEPS - 1)
+    alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
+    x_t = alpha * x0 + sigma * device.randn(*x0.shape, generator=generator)
+    with torch.no_grad():
+        found = (
+            x_t - sigma * reference.predict({"unet": unet}, x_t, t, embeds, pooled[:, reference.WIDTHS[0] :])
+        ) / alpha
+    s = torch.maximum(s, known[-1]).where(s > known[-1], known[t])
+    scale, end = (1 - s[:, None, None, None]) / alpha, s[:, None, None, None]
+    more = (end.square() - (scale * sigma).square()).clamp(min=0).sqrt()
+    x_s = scale * x_t + more * device.randn(*x0.shape, generator=generator)
+    return x_s, s, (x_s - found) / end
+
+
+class Lessons:
+    """The reference's latest predictions: every one is made once and drawn about ``EACH`` times."""
+
+    def __init__(self, unet: Callable[..., Any], stored: latents.Latents, known: tuple[Tensor, Tensor]) -> None:
+        self.unet, self.stored, self.known = unet, stored, known
+        self.kept: list[Tensor] = []
+        self.made = 0
+
+    def add(self, generator: torch.Generator, size: int, dropout: float = 0.1) -> None:
+        """Ask for one batch; dropped prompts are SDXL's zeros for the reference and SD3's empty prompt afterwards."""
+        index = device.randint(len(self.stored.latents), size, generator)
+        x0, where = self.stored.latents[index].float(), self.stored.prompts[index].long()
+        keep = (device.rand(size, generator=generator) >= dropout)[:, None]
+        embeds, pooled = (part[where] for part in self.known)
+        x_s, s, target = taught(self.unet, x0, times(size, generator), embeds * keep[..., None], pooled * keep,
+                                generator)  # fmt: skip
+        where = torch.where(keep[:, 0], where, len(self.known[0]) - 1)
+        new = (x_s.half(), s, target.half(), where)
+        if not self.kept:
+            self.kept = [torch.empty(KEPT // size * size, *part.shape[1:], dtype=part.dtype, device=part.device)
+                         for part in new]  # fmt: skip
+        place = self.made % len(self.kept[0])
+        for old, part in zip(self.kept, new, strict=True):
+            old[place : place + size] = part
+        self.made += size
+
+    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, ...]:
+        """x_s [B, C, 16, 16], s [B], the velocity, and the prompts' embeddings."""
+        index = device.randint(min(self.made, len(self.kept[0])), size, generator)
+        x_s, s, target, where = (part[index] for part in self.kept)
+        return x_s.float(), s, target.float(), *(part[where] for part in self.known)
+
+
+def loss_fn(net: Callable[..., Any], lessons: Lessons, seed: int, step: int, size: int) -> Tensor:
+    """Mean squared error of the velocity."""
+    generator = device.generator(seed)
+    if step % EACH == 0 or not lessons.made:
+        for _ in range(max(1, FIRST - lessons.made // size)):
+            lessons.add(generator, size)
+    x_s, s, target, embeds, pooled = lessons.batch(generator, size)
+    return (predict(net, x_s, s, embeds, pooled) - target).square().mean()
 
 
 @torch.no_grad()
 def sample(modules: nn.ModuleDict, prompts: list[str], guidance: float, steps: int, seed: int = 0) -> Tensor:
     """Latents of prompts by Heun's method with guidance, ``steps`` evaluations."""
-    tokens = text.tokenizer()
-    ids = tokens([*prompts, ""], padding="max_length", return_tensors="pt").input_ids
     start = torch.randn(len(prompts), reference.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(seed))
-    with torch.autocast("cpu", torch.bfloat16):
-        embeds, pooled = encode(modules, ids)
+    start = device.here(start)
+    embeds, pooled = conditions([*prompts, ""])
 
     def velocity(x: Tensor, s: Tensor, part: slice) -> Tensor:
         words = torch.cat([embeds[:-1][part], embeds[-1:].expand(len(x), -1, -1)])
         whole = torch.cat([pooled[:-1][part], pooled[-1:].expand(len(x), -1)])
-        with_prompt, without = predict(modules, torch.cat([x, x]), s.expand(2 * len(x)), words, whole).chunk(2)
+        with_prompt, without = predict(
+            modules["transformer"], torch.cat([x, x]), s.expand(2 * len(x)), words, whole
+        ).chunk(2)
         return without + guidance * (with_prompt - without)
 
-    times = torch.linspace(1, 0, steps // 2 + 1)
+    grid = device.here(torch.linspace(1, 0, steps // 2 + 1))
     found = []
     for part in (slice(i, i + 32) for i in range(0, len(prompts), 32)):
         x = start[part]
-        for now, after in itertools.pairwise(times):
+        for now, after in itertools.pairwise(grid):
             first = velocity(x, now, part)
             ahead = x + (after - now) * first
             x = ahead if after == 0 else x + (after - now) * (first + velocity(ahead, after, part)) / 2
@@ -137,6 +233,7 @@ def evaluate(modules: nn.ModuleDict, name: str, each: int = 40, guidance: float 
              steps: int = 16) -> dict[str, dict[str, float]]:  # fmt: skip
     """What the reader finds in samples of every split, and a picture of some."""
     vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32).eval()
+    vae.to(device.DEVICE)
     names, judge, result, shown = data.load().names, reader.load(), {}, []
     for number, split in enumerate(reference.SPLITS):
         prompts = reference.lines(split)[:each]
@@ -150,14 +247,15 @@ def evaluate(modules: nn.ModuleDict, name: str, each: int = 40, guidance: float 
 
 def export(modules: nn.ModuleDict) -> None:
     """Save ``flow/reference`` as a StableDiffusion3Pipeline in fp16."""
-    tokens = text.tokenizer()
+    tokens, both = text.tokenizer(), encoders()
+    modules["transformer"].set_attn_processor(JointAttnProcessor2_0())
     StableDiffusion3Pipeline(
         transformer=modules["transformer"],
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(data.OUT / "reference/vae"),
-        text_encoder=modules["text_encoder"],
+        text_encoder=both["text_encoder"],
         tokenizer=tokens,
-        text_encoder_2=modules["text_encoder_2"],
+        text_encoder_2=both["text_encoder_2"],
         tokenizer_2=tokens,
         text_encoder_3=None,
         tokenizer_3=None,
@@ -175,7 +273,6 @@ def main() -> None:
     parser.add_argument("--stable", action="store_true", help="the average of the constant learning rate")
     parser.add_argument("--evaluate", type=int, default=0, help="pictures a split; only measure")
     args = parser.parse_args()
-    device.cpu_only(parser)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     modules = build()
@@ -187,14 +284,15 @@ def main() -> None:
     if args.evaluate:
         print(evaluate(load_average(checkpoint, modules), checkpoint, args.evaluate))
         return
-    stored = latents.Latents()
-    if not (data.WORK / "flow.pt").is_file():
-        warm_start(modules)
+    stored, known = latents.Latents(), conditions([*latents.prompts(), ""])
+    unet = StableDiffusionXLPipeline.from_pretrained(data.OUT / "reference", torch_dtype=torch.float32).unet
+    unet.to(device.DEVICE).eval().requires_grad_(False)
+    fast = (lambda net: net) if device.on_cuda() else functools.partial(torch.compile, dynamic=False)
+    lessons, compiled = Lessons(fast(unet), stored, known), fast(modules["transformer"])
     train(
-        "flow", modules,
-        lambda number: loss_fn(modules, stored, number, args.batch, zeros=number // join()[1] % ZEROS_EVERY == 11),
-        lr=args.lr, minutes=args.minutes, finish=args.finish, constant=True, muon=True, ema_decay=0.998,
-        weight_decay=0.05, batch=args.batch * join()[1], evaluate=lambda a: evaluate(a, "flow_training"),
+        "flow", modules, lambda number: loss_fn(compiled, lessons, number, number // join()[1], args.batch), lr=args.lr,
+        minutes=args.minutes, finish=args.finish, constant=True, muon=True, ema_decay=0.998, weight_decay=0.05,
+        batch=args.batch * join()[1], evaluate=lambda a: evaluate(a, "flow_training"), evaluate_seconds=600,
     )  # fmt: skip
 
 

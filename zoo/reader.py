@@ -10,7 +10,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zoo import data, device
@@ -56,8 +56,12 @@ def loss_fn(reader: Reader, world: data.World, seed: int, size: int = BATCH) -> 
 
 
 def load() -> Reader:
-    """The trained reader."""
-    return load_average("reader", nn.ModuleDict({"reader": Reader()}))["reader"]
+    """The trained reader: the one in the work folder, else the shipped one."""
+    if (data.WORK / "reader.pt").is_file():
+        return load_average("reader", nn.ModuleDict({"reader": Reader()}))["reader"]
+    shipped = Reader()
+    shipped.load_state_dict({key: value.float() for key, value in load_file(data.ROOT / "reader.safetensors").items()})
+    return shipped.to(device.DEVICE).eval().requires_grad_(False)
 
 
 @torch.no_grad()
