@@ -67,7 +67,7 @@ class Models(Section):
     assistant: PathOrId | None = Field(None, description="where the assistant starts; the reference when absent")
     vae: PathOrId | None = Field(None, description="another VAE for decoding (fp16-fix, or a tiny autoencoder)")
     vae_precision: Literal["mixed", "fp32", "bf16"] = Field(
-        "fp32",
+        "mixed",
         description="precision of the decoder; mixed: float32, on CUDA with attention in bf16; bf16 does not overflow, "
         "but is coarser",
     )
