@@ -48,4 +48,16 @@ class TimestepLaw:
 def quantile(law: TimestepLaw, low: float, high: float, u: Tensor) -> Tensor:
     """Levels s [B] of the law truncated to ``[low, high]``, for uniform ``u`` [B] in [0, 1)."""
     bounds = law.cdf(torch.tensor([low, high], dtype=torch.float64))
+    if law.kind == "logit_normal" and float(bounds[0]) > 0.5:
+        # A probability near 1 has few digits left for the range: the mirrored law's is near 0, and has all of them.
+        mirrored = TimestepLaw("logit_normal", mean=-law.mean, std=law.std)
+        return (1 - quantile(mirrored, 1 - high, 1 - low, 1 - u.double())).clamp(low, high)
+    if float(bounds[1]) == 0:  # too far from the median even for that
+        return torch.full_like(u.double(), high)
     return law.inverse_cdf(bounds[0] + (bounds[1] - bounds[0]) * u.double()).clamp(low, high)
+
+
+def probability(law: TimestepLaw, low: float, high: float) -> float:
+    """How much of the law lies in ``[low, high]``: what :func:`quantile` draws from."""
+    below, above = law.cdf(torch.tensor([low, high], dtype=torch.float64)).tolist()
+    return float(above - below)

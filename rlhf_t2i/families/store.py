@@ -10,9 +10,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.algorithm.schedules import Schedule
+from rlhf_t2i.algorithm.schedules import Schedule, VPSchedule
 from rlhf_t2i.algorithm.student import Noise, Student, sequential_noise
-from rlhf_t2i.algorithm.timesteps import TimestepLaw
+from rlhf_t2i.algorithm.timesteps import TimestepLaw, probability
 from rlhf_t2i.errors import UsageError
 from rlhf_t2i.families import embeddings, registry, sources
 from rlhf_t2i.families.base import Conditioner, Conditioning, Decoder, Family, NetworkCall
@@ -27,6 +27,8 @@ from rlhf_t2i.utils.versions import installed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DECODER_DTYPES = DTYPES | {"mixed": torch.float32}
+_RARE = 1e-6
+"""Probability of a role's range of timesteps, below which a law is taken for a mistake."""
 
 
 def set_precision(decoder: Decoder, precision: str, device: torch.device) -> Decoder:
@@ -143,13 +145,14 @@ class ModelStore:
             raise UsageError(
                 f"student.timesteps: {outside:g} is outside the reference's {schedule.first:g} to {schedule.last:g}"
             )
+        _check_whole("student.timesteps", taus, schedule)
         return Student(schedule, tuple(taus), settings.transition, settings.input)
 
     def timestep_range(self, timesteps: Timesteps, role: Literal["generator", "assistant"]) -> tuple[float, float]:
         """(first, last) of a role's training timesteps: the recipe's, or the schedule's own.
 
         Raises:
-            UsageError: A timestep outside the schedule.
+            UsageError: A timestep outside the schedule, or between two of its steps.
         """
         chosen = getattr(timesteps, role)
         if chosen is None:
@@ -160,14 +163,34 @@ class ModelStore:
                 f"algorithm.timesteps.{role}: [{first:g}, {last:g}] is not within the reference's "
                 f"{self.schedule.first:g} to {self.schedule.last:g}"
             )
+        _check_whole(f"algorithm.timesteps.{role}", chosen, self.schedule)
         return first, last
 
     def timestep_law(self, timesteps: Timesteps) -> TimestepLaw | None:
-        """The distribution of training timesteps; None for the schedule's own."""
+        """The distribution of training timesteps; None for the schedule's own.
+
+        Raises:
+            UsageError: It is not determined, or draws nothing from a role's range.
+        """
         if timesteps.law is None:
             return None
-        shift = timesteps.shift or self.schedule.default_law().shift
-        return TimestepLaw(timesteps.law, shift, timesteps.mean, timesteps.std)
+        own = self.schedule.default_law()
+        if timesteps.law == "shifted" and timesteps.shift is None and own.kind != "shifted":
+            raise UsageError(
+                "algorithm.timesteps.shift: the reference has no shift of its own, so that law: shifted needs one "
+                "(3 puts more weight on noise, 1 is law: uniform)"
+            )
+        law = TimestepLaw(timesteps.law, timesteps.shift or own.shift, timesteps.mean, timesteps.std)
+        roles: tuple[Literal["generator", "assistant"], ...] = ("generator", "assistant")
+        for role in roles:
+            first, last = self.timestep_range(timesteps, role)
+            if first < last and probability(law, first / 1000, last / 1000) < _RARE:
+                raise UsageError(
+                    f"algorithm.timesteps: {law.kind} with mean {law.mean:g} and std {law.std:g} draws none of the "
+                    f"{role}'s timesteps {first:g} to {last:g}: half of its levels t / 1000 are below "
+                    f"{float(law.inverse_cdf(torch.tensor(0.5))):.3g}"
+                )
+        return law
 
     @cached_property
     def embeddings(self) -> EmbeddingFolder | None:
@@ -315,3 +338,10 @@ class ModelStore:
     def denoise(self, network: NetworkCall, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The x0-prediction ``D(x_t)`` of a network [B, C, h, w]; arguments as for :meth:`predict`."""
         return self.schedule.to_x0(self.predict(network, x_t, t, cond), x_t, t)
+
+
+def _check_whole(key: str, timesteps: Sequence[float], schedule: Schedule) -> None:
+    """Refuse timesteps between those that a variance-preserving model was trained at: it would be called at another."""
+    between = next((t for t in timesteps if not float(t).is_integer()), None)
+    if between is not None and isinstance(schedule, VPSchedule):
+        raise UsageError(f"{key}: {between:g} is no whole number, and the reference knows no timesteps in between")

@@ -34,6 +34,7 @@ def check_models(recipe: Recipe) -> ModelStore:
     store.check()
     for role in ("generator", "assistant"):
         store.timestep_range(recipe.algorithm.timesteps, role)
+    store.timestep_law(recipe.algorithm.timesteps)
     _check_adapters(recipe, store)
     return store
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from rlhf_t2i.algorithm.schedules import FlowSchedule
 from rlhf_t2i.algorithm.timesteps import TimestepLaw, quantile
@@ -50,9 +50,19 @@ def test_truncation_keeps_the_laws_shape_within_the_range(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mean", [-10.0, 10.0])
-def test_a_range_without_probability_gives_its_end_and_no_nan(mean: float) -> None:
+def test_a_range_without_probability_gives_its_nearest_end_and_no_nan(mean: float) -> None:
     levels = quantile(TimestepLaw("logit_normal", mean=mean, std=0.01), 0.4, 0.6, torch.tensor([0.0, 0.5, 0.999]))
-    assert bool(((levels >= 0.4) & (levels <= 0.6)).all())
+    torch.testing.assert_close(levels, torch.full_like(levels, 0.4 if mean < 0 else 0.6))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(-10, 1.4), (-10, 3), (-5, 0.3), (0, 1), (5, 0.3), (10, 3), (10, 1.4)])
+def test_a_range_far_in_the_tail_is_drawn_as_scipy_draws_it(mean: float, std: float) -> None:
+    """On both sides of the median, down to the one in a million below which a recipe is refused."""
+    u, (low, high) = np.linspace(0.001, 0.999, 99), (0.02, 0.98)
+    bounds = (logit(np.array([low, high])) - mean) / std
+    expected = expit(stats.truncnorm.ppf(u, *bounds, mean, std))
+    levels = quantile(TimestepLaw("logit_normal", mean=mean, std=std), low, high, torch.tensor(u))
+    np.testing.assert_allclose(levels.numpy(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", [SCHEDULE, FlowSchedule(shift=3.0)], ids=["vp", "flow"])
