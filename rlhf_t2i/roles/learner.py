@@ -203,7 +203,10 @@ class LearnerRole(TrainedRole):
             raise RunError(f"no process evaluated the reward {sorted(missing)[0]!r}")
         pull = self._reward_gradient(x0, values, measured, micro.depths)
         _measure(measured, "grad_norm/divergence", _norm(divergence))
-        _measure(measured, "grad_cosine", torch.cosine_similarity(divergence.flatten(1), pull.flatten(1)))
+        if self._scales:
+            cosine = torch.cosine_similarity(divergence.flatten(1), pull.flatten(1))
+            # A sample that no reward pulls has no angle: its scale is 0, or reward_steps leaves its step out.
+            _measure(measured, "grad_cosine", cosine.where(_norm(pull) > 0, math.nan))
         # A value that is not finite goes on into the parameters' gradients: there the engines skip the update, on all
         # ranks alike.
         return divergence + pull
@@ -281,7 +284,8 @@ class LearnerRole(TrainedRole):
             _measure(measured, f"reward/{label}", value)
             _measure(measured, f"grad_norm/reward/{label}", _norm(scaled))
             pull = pull + scaled
-        _measure(measured, "grad_norm/reward", _norm(pull))
+        if self._scales:
+            _measure(measured, "grad_norm/reward", _norm(pull))
         return pull
 
     def draw(self, keys: Sequence[rng.Key], like: Tensor, purpose: str = "") -> tuple[Tensor, Tensor]:

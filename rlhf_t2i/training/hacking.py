@@ -10,8 +10,8 @@ run (algorithm.md 1.6).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ class Measurement:
     Attributes:
         step: Generator updates done.
         reward: The reward term ``sum_i alpha_i r_i`` [P]; [] where no reward on images is trained.
-        signals: By name [P]; higher is better.
+        signals: By name [P], as they were measured.
     """
 
     step: int
@@ -57,20 +57,30 @@ class Measurement:
             named["watch/reward"] = self.reward
         return {name: stats.mean(values).value for name, values in named.items()}
 
+    def upright(self, lower: Collection[str]) -> Measurement:
+        """With signals of which higher is better: those of ``lower`` change their sign."""
+        signals = {n: [-value for value in values] if n in lower else values for n, values in self.signals.items()}
+        return replace(self, signals=signals)
+
 
 @dataclass
 class HackingDetector:
-    """Compares every measurement with the best one before it, signal by signal; warns once per occurrence."""
+    """Compares every measurement with the best one before it, signal by signal; warns once per occurrence.
 
+    Attributes:
+        lower: The signals of which lower is better.
+    """
+
+    lower: Collection[str] = ()
     _best: dict[str, Measurement] = field(default_factory=dict)
     _in_a_row: dict[str, int] = field(default_factory=dict)
 
     def update(self, now: Measurement) -> list[str]:
         """Add the next measurement; returns a warning for each occurrence that it confirms."""
-        warnings = []
+        warnings, now = [], now.upright(self.lower)
         for name, values in now.signals.items():
             best = self._best.setdefault(name, now)
-            warning = _fall(name, best, now)
+            warning = _fall(name, best, now, "rose" if name in self.lower else "fell")
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if warning else 0
             if warning and self._in_a_row[name] == IN_A_ROW:
                 warnings.append(warning)
@@ -80,8 +90,15 @@ class HackingDetector:
         return warnings
 
 
-def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
-    """The warning if the reward rose and the signal fell between two measurements, both beyond noise."""
+def _fall(name: str, then: Measurement, now: Measurement, moved: str) -> str | None:
+    """The warning if the reward rose and the signal fell between two measurements, both beyond noise.
+
+    Args:
+        name: Of the signal.
+        then: The earlier measurement, upright.
+        now: The later one.
+        moved: What a fall of the upright signal is in its own unit.
+    """
     if not now.reward:
         return None  # nothing that is trained can be hacked
     rise = stats.paired(then.reward, now.reward)
@@ -96,7 +113,7 @@ def _fall(name: str, then: Measurement, now: Measurement) -> str | None:
         change = stats.paired(then.signals[name], now.signals[name])
         if not change.t_statistic < -FALLEN:
             return None
-        fell = f"{name}, which no step trains on, fell by {-change.value:.3g} ± {change.error:.2g}"
+        fell = f"{name}, which no step trains on, {moved} by {-change.value:.3g} ± {change.error:.2g}"
     return (
         f"reward hacking is likely: since step {then.step} the trained reward rose by "
         f"{rise.value:.3g} ± {rise.error:.2g} while {fell} (standard errors over {rise.prompts} prompts); look at "
@@ -114,7 +131,11 @@ class HackingMonitor:
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self._path, self._recipe = path, recipe
-        self._detector = HackingDetector()
+        self._detector = self._new_detector()
+
+    def _new_detector(self) -> HackingDetector:
+        rewards = traits.resolve(self._recipe).rewards
+        return HackingDetector([r.key for r in rewards if not r.trains and not r.higher_is_better])
 
     def resume(self, state: TrainState) -> None:
         """Load the measurements up to a state; later ones are dropped, because their steps will be repeated.
@@ -122,7 +143,7 @@ class HackingMonitor:
         Raises:
             UsageError: One of them is damaged.
         """
-        self._detector = HackingDetector()
+        self._detector = self._new_detector()
         rows = history.measurements(self._path, state).rows
         files.rewrite_lines(self._path, rows)
         for m in (Measurement(**row) for row in rows):
@@ -155,11 +176,7 @@ class HackingMonitor:
             return None
         predictions = {key: samples.by_prompt(predicted(key)) for key in online}
         term = [r.scale * (trained | predictions)[r.key] for r in rewards if r.key in trained]
-        signals = {
-            m.key: m.by_prompt if m.higher_is_better else [-value for value in m.by_prompt]
-            for m in metrics.values()
-            if m.kind == "eval"
-        }
+        signals = {m.key: m.by_prompt for m in metrics.values() if m.kind == "eval"}
         signals |= {f"{labels.SCORER}{key}": metrics[key].by_prompt for key in online}
         signals[DIVERSITY] = metrics["latent_distance"].by_prompt
         return Measurement(step, np.sum(term, axis=0).tolist() if term else [], signals)

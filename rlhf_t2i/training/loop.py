@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rlhf_t2i.families.store import ModelStore
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.roles.learner import LearnerRole
 from rlhf_t2i.roles.trained import Update
+from rlhf_t2i.roles.worker import Reading
 from rlhf_t2i.training import checkpoints, model_card
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.evaluator import Evaluator
@@ -68,6 +69,7 @@ class Trainer:
         self._writing: checkpoints.Writing | None = None
         self._measured: checkpoints.Writing | None = None
         self._timing: dict[str, float] = {}  # of checkpoints, for the next line of metrics
+        self._peaks: dict[str, int] = {}  # memory of each process since that line, while no step ran
 
     def run(self) -> None:
         """Train from ``state`` to the last step, and export the model.
@@ -104,6 +106,7 @@ class Trainer:
         Rewards that learn do so beside the assistant.
         """
         algorithm, state = self.recipe.algorithm, self.state
+        self._forget_work()  # the evaluation's
         while state.step < self.recipe.steps:
             began = time.perf_counter()
             self._online.start(self._stop_if_requested)
@@ -154,7 +157,7 @@ class Trainer:
         state.step, state.round = state.step + 1, 0
         seconds |= self._timing | self._written()
         self._timing = {}
-        readings, began = self.cluster.readings(), time.perf_counter()
+        readings, began = self._readings(), time.perf_counter()
         watched = self._evaluator.monitor(state.step)
         if watched is not None:
             seconds["watch"] = time.perf_counter() - began
@@ -164,10 +167,23 @@ class Trainer:
         self._log.step(state, metrics)
         for text in [*warnings, *watch_warnings]:
             self._log.warn(text, state.step)
-        if state.step % recipe.logging.samples_every == 0:
+        preview = state.step % recipe.logging.samples_every == 0
+        if preview:
             self._evaluator.preview(state.step)
-        if state.step % recipe.checkpoints.every == 0 and state.step < recipe.steps:
+        save = state.step % recipe.checkpoints.every == 0 and state.step < recipe.steps
+        if save:
             self._begin_checkpoint()
+        if watched is not None or preview or save:
+            self._forget_work()
+
+    def _readings(self) -> dict[str, Reading]:
+        """What every process has measured since the step began, with its peak memory since the last line of metrics."""
+        readings, peaks, self._peaks = self.cluster.readings(), self._peaks, {}
+        return {name: replace(r, memory=max(r.memory, peaks.get(name, 0))) for name, r in readings.items()}
+
+    def _forget_work(self) -> None:
+        """What the processes did between two steps is not the next step's; the memory that it took is remembered."""
+        self._peaks = {name: reading.memory for name, reading in self._readings().items()}
 
     def _count_skipped(self, network: str, reports: list[Update]) -> None:
         """Count an update that the engines skipped because its gradient is not finite.

@@ -43,12 +43,14 @@ def step_metrics(
         name: np.concatenate([np.asarray(rank.samples[name], dtype=np.float64) for rank in learner])
         for name in learner[0].samples
     }
-    timesteps = samples.pop("timestep")
+    timesteps, cosines = samples.pop("timestep"), samples.pop("grad_cosine", np.zeros(0))
     metrics: Metrics = {"step": state.step, "images": state.step * recipe.optimization.batch_size}
     for name, values in samples.items():
         metrics[name] = float(values.mean())
         if name.startswith("reward/"):
             metrics[name.replace("reward/", "reward_std/", 1)] = float(values.std())
+    if len(angles := cosines[~np.isnan(cosines)]):
+        metrics["grad_cosine"] = float(angles.mean())
     quarters = np.minimum(timesteps // 250, 3)
     for number, name in enumerate(_QUARTERS):
         if (quarters == number).any():
@@ -56,11 +58,10 @@ def step_metrics(
     if assistant:
         metrics["assistant_loss"] = float(np.mean([r["loss"] for r in assistant]))
         metrics["param_grad_norm/assistant"] = assistant[-1]["grad_norm"]
+        metrics["lr/assistant"] = learning_rate(recipe.optimization.assistant, state.rounds - 1)
     metrics["param_grad_norm/generator"] = learner[0].grad_norm
     metrics["bad_steps"] = state.bad_steps
-    optimization = recipe.optimization
-    metrics["lr/generator"] = learning_rate(optimization.generator, state.step - 1)
-    metrics["lr/assistant"] = learning_rate(optimization.assistant, max(state.rounds - 1, 0))
+    metrics["lr/generator"] = learning_rate(recipe.optimization.generator, state.step - 1)
     metrics["timing"] = {**seconds, **_timing(seconds["step"], readings)}
     rates = [reading.matmul_rate for reading in readings.values()]
     if all(rates):

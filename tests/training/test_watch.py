@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,6 +49,19 @@ def test_a_falling_unseen_scorer_warns_once_an_occurrence() -> None:
     assert "standard errors over 16 prompts" in text
     again = warnings(40, lambda n: -0.4 if n in (10, 11, 12, 13, 30, 31, 32) else 0.0, lambda n: 1.0)
     assert [step for step, _ in again] == [11, 31]
+
+
+def test_a_signal_of_which_lower_is_better_warns_when_it_rises() -> None:
+    draw, detector, found = np.random.default_rng(0), HackingDetector(["defects"]), []
+    prompts = draw.normal(0, 1, PROMPTS)
+    for number in range(30):
+        noise = draw.normal(0, 0.05, (2, PROMPTS))
+        signals = {"defects": (prompts + 0.05 * max(number - 9, 0) + noise[0]).tolist()}
+        now = Measurement(number, (prompts + 0.1 * number + noise[1]).tolist(), signals)
+        found += detector.update(now)
+        assert now.metrics()["watch/defects"] == pytest.approx(np.mean(signals["defects"]))  # not its negative
+    (text,) = found
+    assert "defects, which no step trains on, rose by" in text
 
 
 def test_collapsing_diversity_warns_and_a_little_less_does_not() -> None:
