@@ -58,7 +58,21 @@ class DeepSpeedEngine:
         }
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(trainable, optimizer), config=config)
         self.module: nn.Module = self._engine.module
+        if settings.zero_stage == 0 and settings.precision == "bf16":
+            self._undo_first_update()
         self._at_start: list[tuple[Tensor, Tensor]] | None = self._sample() if settings.precision == "bf16" else None
+
+    def _undo_first_update(self) -> None:
+        """Without ZeRO DeepSpeed makes Adam's states by an update with zero gradients, which decays the masters.
+
+        It counts as Adam's first, too, so that its bias correction would make the first real one too large by the root
+        of 2.
+        """
+        optimizer = self._engine.optimizer
+        optimizer.optimizer.state.clear()
+        for copies, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for copy, master in zip(copies, masters, strict=True):
+                master.detach().copy_(copy.detach())
 
     def __call__(self, *args: object, **kwargs: object) -> Sequence[Tensor]:
         """Forward; without gradients past DeepSpeed's own, which prepares a backward pass."""

@@ -183,7 +183,9 @@ class Timesteps(Section):
     law: Literal["uniform", "shifted", "logit_normal"] | None = Field(
         None, description="their distribution; uniform when absent (flow matching: shifted, as the reference)"
     )
-    shift: Positive | None = Field(None, description="k of shifted, s = k u / (1 + (k - 1) u); a flow-matching reference's own")
+    shift: Positive | None = Field(
+        None, description="k of shifted, s = k u / (1 + (k - 1) u); a flow-matching reference's own"
+    )
     mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal")
     std: Positive = Field(1.0, description="of logit_normal")
 
@@ -295,6 +297,8 @@ class Optimization(Section):
                 raise ValueError(f"{role}.lora does not work under ZeRO-3: set zero_stage to 2 (adapters are small)")
             if optimizer.kind == "adamw_8bit" and self.offload_optimizer:
                 raise ValueError(f"{role}.kind adamw_8bit runs on the GPU: use it or offload_optimizer, not both")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer moves what ZeRO partitions: set zero_stage to 1, 2 or 3")
         if self.compile and self.zero_stage == 3:
             raise ValueError(
                 "compile does not work under ZeRO-3, which moves weights between blocks: set zero_stage to 2"

@@ -52,8 +52,9 @@ def compare(rank: int, ranks: int, stages: list[Optimization]) -> None:
         found = norms(engine, rank, ranks, dtype)
         if settings.precision == "fp32":
             assert found == pytest.approx(expected, rel=1e-5), settings
-        else:  # after an update bf16 weights are elsewhere
+        else:  # after an update bf16 weights are a little elsewhere
             assert found[0] == pytest.approx(expected[0], rel=0.01), settings
+            assert found == pytest.approx(expected, rel=0.05), settings
         if settings.zero_stage != 3:  # the learner draws its next micro-batch before this one's gradient is there
             again = DeepSpeedEngine(network().to(dtype), settings.generator, ACCUMULATION, 4 // ranks, settings)
             assert norms(again, rank, ranks, dtype, ahead=True) == found, settings
@@ -95,7 +96,9 @@ def test_the_gradient_norm_is_the_same_everywhere(
     make_recipe: Callable[..., Recipe], tmp_path: Path, ranks: int
 ) -> None:
     stages = [
-        make_recipe(optimization__zero_stage=zero, optimization__precision=precision).optimization
+        make_recipe(
+            optimization__zero_stage=zero, optimization__precision=precision, optimization__generator__weight_decay=1.0
+        ).optimization
         for precision in ("fp32", "bf16")
         for zero in (0, 1, 2, 3)
     ]

@@ -93,6 +93,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(make_recipe: MakeRecipe, tmp_
     [
         ({"zero_stage": 3, "generator": {"lora": {}}}, "generator.lora does not work under ZeRO-3"),
         ({"offload_optimizer": True, "assistant": {"kind": "adamw_8bit"}}, "use it or offload_optimizer"),
+        ({"offload_optimizer": True, "zero_stage": 0}, "set zero_stage to 1, 2 or 3"),
     ],
 )
 def test_impossible_combinations(settings: dict[str, Any], sentence: str) -> None:
