@@ -46,6 +46,11 @@ class Human(plugins.Reward):
         """None."""
         return []
 
+    @classmethod
+    def compares(cls, options: HumanOptions) -> bool:
+        """It does."""
+        return True
+
     @property
     def url(self) -> str:
         """The page's address; the server is started if it does not run."""

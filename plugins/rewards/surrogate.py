@@ -125,6 +125,11 @@ class Surrogate(plugins.OnlineReward):
         scorer, parsed = options.of.resolve()
         registry.check_packages(scorer, options.of.name)
         scorer.preflight(parsed)
+        if scorer.compares(parsed) and options.batch is not None and options.batch % options.images_per_prompt:
+            raise UsageError(
+                f"reward 'surrogate': {options.of.name!r} compares the images of a prompt: let batch ({options.batch}) "
+                f"be a multiple of images_per_prompt ({options.images_per_prompt})"
+            )
         check_clip(options.features)
         if options.cache:
             check_cache("reward 'surrogate': its cache")
@@ -140,6 +145,12 @@ class Surrogate(plugins.OnlineReward):
         """The scorer's."""
         scorer, parsed = options.of.resolve()
         return scorer.unit_of(parsed)
+
+    @classmethod
+    def compares(cls, options: SurrogateOptions) -> bool:
+        """Whether the scorer does."""
+        scorer, parsed = options.of.resolve()
+        return scorer.compares(parsed)
 
     @classmethod
     def footprint(cls, options: SurrogateOptions) -> plugins.Footprint | None:

@@ -19,6 +19,7 @@ from rlhf_t2i.evaluation.results import Metric, Results, dumps
 from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import LatentReward
+from rlhf_t2i.plugins.comparing import one_alone
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.utils import files, fingerprints, images, jsonl, targets
 from rlhf_t2i.utils.device import default_device
@@ -162,11 +163,19 @@ class Evaluation:
 
     def _reward_key(self, label: str, name: str) -> str:
         """The name under which a reward's scores are recorded: it changes with code, options and weights."""
-        if issubclass(registry.load_class(registry.REWARDS, name), LatentReward):
+        cls = registry.load_class(registry.REWARDS, name)
+        if issubclass(cls, LatentReward):
             raise UsageError(
                 f"{option('metrics')} {label}: {name!r} scores latents beside a trained generator, not images"
             )
-        return f"{name} {identity.of_plugin(registry.REWARDS, name, self.settings.options.get(label, {}))}"
+        settings, given = self.settings, self.settings.options.get(label, {})
+        options = registry.parse_options(cls, f"metric {label!r}", given)
+        if cls.compares(options) and one_alone(len(self.prompts), settings.images_per_prompt, [settings.batch_size]):
+            raise UsageError(
+                f"{option('metrics')} {label}: {name!r} compares the images of a prompt, and some call would hold one "
+                f"alone: give {option('images-per-prompt')} 2 or more, and a multiple of it as {option('batch-size')}"
+            )
+        return f"{name} {identity.of_plugin(registry.REWARDS, name, given)}"
 
     def _reward(self, label: str, name: str) -> Metric:
         key, options = self._rewards[label], self.settings.options.get(label, {})

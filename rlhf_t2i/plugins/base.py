@@ -94,6 +94,11 @@ class Reward(nn.Module):
         return getattr(options, "unit", "") or cls.unit
 
     @classmethod
+    def compares(cls, options: Any) -> bool:
+        """Whether :meth:`score` compares images of a prompt and needs two of each in a call; by default it does not."""
+        return False
+
+    @classmethod
     def footprint(cls, options: Any) -> Footprint | None:
         """The network without weights, for ``rlhf-t2i plan``; None if unknown: the plan reports that."""
         return None

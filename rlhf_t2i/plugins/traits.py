@@ -77,6 +77,12 @@ class RewardTraits:
         """Whether a larger value is better."""
         return self.plugin.higher_is_better
 
+    @property
+    def compares(self) -> bool:
+        """Whether a call needs at least two images of each prompt."""
+        with guard.building(f"reward {self.name!r}: whether it compares images cannot be told", self.plugin):
+            return self.plugin.compares(self.options)
+
     @cached_property
     def footprint(self) -> Footprint | None:
         """Its network, for planning; None where it is not known. May read local configuration files.

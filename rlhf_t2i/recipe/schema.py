@@ -162,13 +162,9 @@ class RewardChoice(PluginChoice):
 class Guidance(Section):
     """Classifier-free guidance of the reference (algorithm.md 1.5)."""
 
-    mode: Literal["inner", "outer"] = Field(
-        "inner", description="Choice 2 (inner, DI*-In) or Choice 1 (outer, DI*-Out)"
-    )
+    mode: Literal["inner", "outer"] = Field("inner", description="Choice 2 (inner, DI*-In) or 1 (outer, DI*-Out)")
     guidance_scale: NonNegative = Field(7.5, description="alpha_cfg; 0 means no guidance")
-    convention: Literal["omega", "one_plus"] = Field(
-        "omega", description="of inner: omega = scale, or 1 + scale; outer has none (for kl it is 1 + scale)"
-    )
+    convention: Literal["omega", "one_plus"] = Field("omega", description="of inner: omega = scale, or 1 + scale")
 
 
 class Timesteps(Section):
@@ -183,9 +179,7 @@ class Timesteps(Section):
     law: Literal["uniform", "shifted", "logit_normal"] | None = Field(
         None, description="their distribution; uniform when absent (flow matching: shifted, as the reference)"
     )
-    shift: Positive | None = Field(
-        None, description="k of shifted, s = k u / (1 + (k - 1) u); a flow-matching reference's own"
-    )
+    shift: Positive | None = Field(None, description="k of shifted, s = k u / (1 + (k - 1) u); a flow's own")
     mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal")
     std: Positive = Field(1.0, description="of logit_normal")
 

@@ -6,7 +6,7 @@ import torch
 
 from rlhf_t2i.families import adapters, sources
 from rlhf_t2i.families.store import ModelStore
-from rlhf_t2i.plugins import traits
+from rlhf_t2i.plugins import comparing, traits
 from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import trackers
 
@@ -19,6 +19,7 @@ def check_plugins(recipe: Recipe) -> None:
     """
     trackers.check(recipe.logging.trackers)
     traits.resolve(recipe).preflight()
+    comparing.check(recipe)
 
 
 def check_models(recipe: Recipe) -> ModelStore:

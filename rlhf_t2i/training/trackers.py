@@ -22,12 +22,14 @@ PROJECT = "rlhf-t2i"
 
 
 def check(names: Sequence[str]) -> None:
-    """Refuse trackers whose packages are not installed.
+    """Refuse trackers whose packages are not installed, and one that would write everything twice.
 
     Raises:
-        UsageError: A package is missing.
+        UsageError: A package is missing, or a tracker is named twice.
     """
     for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"logging.trackers names {name} twice: leave one out")
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"logging.trackers: {name} is not installed: pip install 'rlhf-t2i[{name}]'")
 

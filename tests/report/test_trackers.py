@@ -107,6 +107,11 @@ def picture(folder: Path) -> Path:
 COLUMNS, CELLS = ["measure", "before"], [["pick|score", 0.25], ["judge", 1 / 3]]
 
 
+def test_a_tracker_named_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"logging\.trackers names tensorboard twice"):
+        trackers.check(["tensorboard", "tensorboard"])
+
+
 def test_tensorboard_shows_images_and_tables(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the tensorboard extra")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,8 +17,13 @@ import torch
 from rlhf_t2i_plugins.rewards.human import bradley_terry, pairs
 from rlhf_t2i_plugins.rewards.human_page import ComparisonServer
 
-from rlhf_t2i.errors import RunError
+from rlhf_t2i.errors import RunError, UsageError
+from rlhf_t2i.evaluation.run import Evaluation
+from rlhf_t2i.evaluation.settings import Settings
 from rlhf_t2i.plugins import registry
+from rlhf_t2i.plugins.comparing import one_alone
+from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import checks
 from tests.limits import HANG_S
 from tests.report.headless import chromium
 
@@ -25,6 +31,56 @@ PROMPTS = ["a cat", "a cat", "a cat", "a <b>dog</b>", "a <b>dog</b>"]
 BRIGHT = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.2])
 IMAGES = BRIGHT[:, None, None, None].expand(5, 3, 8, 8)
 get, post = (partial(call, timeout=HANG_S) for call in (httpx.get, httpx.post))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluation__images_per_prompt": 2, "evaluation__batch_size": 3}, "batch_size (3)"),
+        ({"evaluation__images_per_prompt": 4, "evaluation__images": 9}, "images (9)"),
+        ({"algorithm__rewards__0__micro_batch": 1}, "every reward's micro_batch"),
+        ({"placement": "{mode: ray, groups: {a: {devices: 2, roles: [learner, assistant, reference, reward]}}}"},
+         "a group of one device"),
+    ],
+)  # fmt: skip
+def test_a_run_that_would_show_an_image_alone_is_refused_at_once(
+    changes: dict[str, Any], words: str, make_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = make_recipe(algorithm__eval_rewards="[{name: human}]", **changes)
+    with pytest.raises(UsageError, match="compares the images of a prompt") as refused:
+        checks.check_plugins(recipe)
+    assert words in str(refused.value)
+    checks.check_plugins(make_recipe(algorithm__eval_rewards="[{name: human}]"))
+
+
+def test_a_surrogate_of_it_compares_too(make_recipe: Callable[..., Recipe], tiny_clip: Path) -> None:
+    of = "{of: {name: human}, features: '" + str(tiny_clip) + "', images_per_prompt: 2, batch: "
+    for batch, words in ((1, "multiple of images_per_prompt"), (2, "batch_size")):
+        rewards = f"[{{name: surrogate, options: {of}{batch}}}}}]"
+        with pytest.raises(UsageError, match=words):
+            checks.check_plugins(make_recipe(algorithm__rewards=rewards, evaluation__batch_size=3))
+
+
+def test_an_evaluation_that_would_show_an_image_alone_is_refused_at_once(tiny_sdxl: Path, tiny_prompts: Path) -> None:
+    asked = {"prompts": str(tiny_prompts), "metrics": ["human"], "height": 16, "width": 16, "limit": 2}
+    for numbers in ({"images_per_prompt": 1}, {"images_per_prompt": 2, "batch_size": 3}):
+        with pytest.raises(UsageError, match="compares the images of a prompt"):
+            Evaluation(Settings(model=str(tiny_sdxl), **asked, **numbers), Path("unused"), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("images", "per_prompt", "sizes", "alone"),
+    [
+        (8, 2, [4], False),
+        (8, 2, [3], True),
+        (9, 4, [4], True),
+        (8, 1, [4], True),
+        (8, 4, [6], False),
+        (8, 4, [4, 3], True),
+    ],
+)
+def test_who_is_alone(images: int, per_prompt: int, sizes: list[int], alone: bool) -> None:
+    assert one_alone(images, per_prompt, sizes) == alone
 
 
 @pytest.fixture
