@@ -7,7 +7,7 @@ JSON-lines file in the form of GenEval's ``evaluation_metadata.jsonl`` (Ghosh et
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_t2i import plugins
 from rlhf_t2i.errors import UsageError
-from rlhf_t2i.utils import files
+from rlhf_t2i.utils import files, inputs
 
 Relation = Literal["left of", "right of", "above", "below"]
 
@@ -95,6 +95,12 @@ class DetectorReward(plugins.Reward):
         """None; a subclass with a model names it."""
         return []
 
+    @classmethod
+    def refuse_prompts(cls, options: DetectorOptions, prompts: Iterable[str]) -> str | None:
+        """A prompt without checks."""
+        checks = read_checks(options.checks)
+        return next((_unknown(options, prompt) for prompt in prompts if prompt not in checks), None)
+
     def detect(self, images: Tensor) -> list[list[Detection]]:
         """The objects in each of the images [B, 3, H, W] in [0, 1]."""
         raise NotImplementedError(f"{type(self).__name__} must define detect(images)")
@@ -112,10 +118,14 @@ class DetectorReward(plugins.Reward):
         scores = []
         for found, prompt in zip(self.detect(images), prompts, strict=True):
             if prompt not in self._checks:
-                raise ValueError(f"{self.options.checks} has no checks for the prompt {prompt!r}")
+                raise ValueError(_unknown(self.options, prompt))
             held = outcomes([d for d in found if d.confidence >= self.options.confidence], self._checks[prompt])
             scores.append(float(all(held)) if self.options.strict else sum(held) / len(held))
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+
+def _unknown(options: DetectorOptions, prompt: str) -> str:
+    return f"{options.checks} has no checks for the prompt {prompt!r}"
 
 
 def outcomes(found: Sequence[Detection], check: Check) -> list[bool]:
@@ -172,15 +182,16 @@ def read_checks(path: str) -> dict[str, Check]:
         UsageError: No such file, or a line of another form; names the line.
     """
     file = files.expanded(path)
-    if not file.is_file():
+    if not file.exists():
         raise UsageError(f"reward 'detector': no such file of checks: {path}")
     checks: dict[str, Check] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    text = inputs.read_text(file, "file of checks", inputs.CONFIG)
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut a prompt at U+2028
         if not line.strip():
             continue
         try:
             check = Check.model_validate(json.loads(line))
-        except (ValidationError, ValueError) as error:
+        except (ValidationError, ValueError, RecursionError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise UsageError(f"{path}, line {number}: not a line of GenEval's metadata: {reason}") from None
         checks[check.prompt] = check

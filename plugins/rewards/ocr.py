@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,11 @@ class OCR(plugins.Reward):
         """None: the reader runs on the CPU, outside torch."""
         return None
 
+    @classmethod
+    def refuse_prompts(cls, options: OCROptions, prompts: Iterable[str]) -> str | None:
+        """A prompt that quotes nothing."""
+        return next((_nothing(prompt) for prompt in prompts if not _QUOTED.search(prompt)), None)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Similarities [B] in [0, 1] of images [B, 3, H, W].
 
@@ -91,8 +96,12 @@ def quoted(prompt: str) -> str:
     """
     found = ["".join(groups) for groups in _QUOTED.findall(prompt)]
     if not found:
-        raise ValueError(f'the prompt {prompt!r} quotes no text: write it as a sign that says "OPEN"')
+        raise ValueError(_nothing(prompt))
     return " ".join(found)
+
+
+def _nothing(prompt: str) -> str:
+    return f'the prompt {prompt!r} quotes no text: write it as a sign that says "OPEN"'
 
 
 def _place(box: Any) -> tuple[int, float]:

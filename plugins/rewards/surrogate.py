@@ -8,7 +8,7 @@ gradient"; measured in docs/black_box.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,12 @@ class Surrogate(plugins.OnlineReward):
         """Whether the scorer does."""
         scorer, parsed = options.of.resolve()
         return scorer.compares(parsed)
+
+    @classmethod
+    def refuse_prompts(cls, options: SurrogateOptions, prompts: Iterable[str]) -> str | None:
+        """The scorer's reason."""
+        scorer, parsed = options.of.resolve()
+        return scorer.refuse_prompts(parsed, prompts)
 
     @classmethod
     def footprint(cls, options: SurrogateOptions) -> plugins.Footprint | None:

@@ -175,6 +175,8 @@ class Evaluation:
                 f"{option('metrics')} {label}: {name!r} compares the images of a prompt, and some call would hold one "
                 f"alone: give {option('images-per-prompt')} 2 or more, and a multiple of it as {option('batch-size')}"
             )
+        if (reason := cls.refuse_prompts(options, dict.fromkeys(self.prompts))) is not None:
+            raise UsageError(f"{option('prompts')}: {label} cannot score them: {reason}")
         return f"{name} {identity.of_plugin(registry.REWARDS, name, given)}"
 
     def _reward(self, label: str, name: str) -> Metric:

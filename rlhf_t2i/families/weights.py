@@ -172,9 +172,9 @@ def damaged_weights(folder: Path) -> str | None:
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         try:
             shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+            absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             return f"{index.name} is damaged"
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
         if absent:
             return f"{absent[0]} is missing ({index.name} names it)"
     for file in sorted(folder.glob("*.safetensors")):

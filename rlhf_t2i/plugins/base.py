@@ -7,7 +7,7 @@ recipe fails before anything starts, with the names of the plugin and the option
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -97,6 +97,14 @@ class Reward(nn.Module):
     def compares(cls, options: Any) -> bool:
         """Whether :meth:`score` compares images of a prompt and needs two of each in a call; by default it does not."""
         return False
+
+    @classmethod
+    def refuse_prompts(cls, options: Any, prompts: Iterable[str]) -> str | None:
+        """Why the first prompt that cannot be scored cannot be; by default every one can.
+
+        A run asks before it starts, with the prompts that it will measure, and train on if the reward trains.
+        """
+        return None
 
     @classmethod
     def footprint(cls, options: Any) -> Footprint | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,6 +82,11 @@ class RewardTraits:
         """Whether a call needs at least two images of each prompt."""
         with guard.building(f"reward {self.name!r}: whether it compares images cannot be told", self.plugin):
             return self.plugin.compares(self.options)
+
+    def refuse_prompts(self, prompts: Iterable[str]) -> str | None:
+        """Why the first of the prompts that it cannot score cannot be; None where it can score all."""
+        with guard.building(f"reward {self.name!r}: which prompts it scores cannot be told", self.plugin):
+            return self.plugin.refuse_prompts(self.options, prompts)
 
     @cached_property
     def footprint(self) -> Footprint | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf_t2i.cluster.base import Cluster
 from rlhf_t2i.errors import ProcessLost, RunError, exit_in_plugin
 from rlhf_t2i.recipe.schema import Recipe
-from rlhf_t2i.training import checkpoints, history, online
+from rlhf_t2i.training import checkpoints, history, online, run_prompts
 from rlhf_t2i.training.callbacks import TrainCallback
 from rlhf_t2i.training.folder import RunFolder
 from rlhf_t2i.training.interrupts import SignalHandler
@@ -76,6 +76,7 @@ def run(
             callback.on_phase("checking the inputs")
             recipe = _checked(recipe, folder.revisions() if resume else None, callback)
             texts = RunPrompts.read(recipe)
+            run_prompts.check_rewards(recipe, texts)
             changed = folder.compare_recipe(recipe, allow_recipe_change) if resume else []  # before prompts are encoded
             _encode(recipe, texts, callback)
             with files.exclusive(folder.path, "run"):

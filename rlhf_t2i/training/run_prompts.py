@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from rlhf_t2i.algorithm import prompts
 from rlhf_t2i.algorithm.prompt_store import StoredPrompts
+from rlhf_t2i.algorithm.prompts import PromptStream
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.plugins import traits
 from rlhf_t2i.recipe.schema import Recipe
 
 
@@ -40,6 +43,21 @@ def check(recipe: Recipe) -> None:
     """Raise what :meth:`RunPrompts.read` raises, but keep nothing of the list to train on."""
     for _ in _train(recipe, _held_out(recipe)):
         pass
+
+
+def check_rewards(recipe: Recipe, texts: RunPrompts) -> None:
+    """Refuse prompts that a reward cannot score: those that are measured, and for one that trains, those to train on.
+
+    Raises:
+        UsageError: Names the reward and the prompt.
+    """
+    settings = recipe.evaluation
+    measured = PromptStream(texts.held_out, 0, "held out").batch(0, -(-settings.images // settings.images_per_prompt))
+    for reward in traits.resolve(recipe).rewards:
+        reason = reward.refuse_prompts(chain(measured, texts.train) if reward.trains else measured)
+        if reason is not None:
+            key = "data.prompts" if recipe.data.held_out is None else "data.prompts, data.held_out"
+            raise UsageError(f"{key}: reward {reward.key!r} cannot score them: {reason}")
 
 
 def _held_out(recipe: Recipe) -> StoredPrompts | None:

@@ -13,16 +13,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_t2i import plugins
+from rlhf_t2i.errors import UsageError
 from rlhf_t2i.recipe import shipped
 
 FOLDER = Path(__file__).parent
@@ -80,6 +82,18 @@ class _Read(plugins.Reward):
         self.answer = _Answer(network, self.which)
 
     @classmethod
+    def preflight(cls, options: Any) -> None:
+        """Refuse weights that are not the reader's."""
+        path = shipped.resolve(options.weights)
+        try:
+            with safe_open(path, "pt") as file:
+                found = set(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"weights: {path} cannot be read as safetensors ({error})") from None
+        if found != set(_build().state_dict()):
+            raise UsageError(f"weights: {path} holds the weights of another network than the reader's")
+
+    @classmethod
     def footprint(cls, options: Any) -> plugins.Footprint:
         """See :meth:`rlhf_t2i.plugins.Reward.footprint`."""
         return plugins.Footprint(options.weights, lambda: _Answer(_build(), cls.which))
@@ -102,8 +116,13 @@ class Named(_Read):
 
     def __init__(self, options: ReaderOptions | None = None) -> None:
         super().__init__(options)
-        names: list[str] = json.loads((FOLDER / "data/names.json").read_text("utf-8"))
-        self.index = {name: i for i, name in enumerate(names)}
+        self.index = _names()
+
+    @classmethod
+    def refuse_prompts(cls, options: ReaderOptions, prompts: Iterable[str]) -> str | None:
+        """A prompt without one of the names."""
+        index = _names()
+        return next((_foreign(prompt) for prompt in prompts if _name(prompt) not in index), None)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Values [B] in [0, 1].
@@ -115,10 +134,24 @@ class Named(_Read):
         return self.counted(self.answer(images), right)
 
     def _right(self, prompt: str) -> int:
-        name = prompt.partition(", on a ")[0]
+        name = _name(prompt)
         if name not in self.index:
-            raise ValueError(f"the reader knows emoji64's prompts only ('fox, on a red background'), not {prompt!r}")
+            raise ValueError(_foreign(prompt))
         return self.index[name]
+
+
+def _names() -> dict[str, int]:
+    """The number of each name."""
+    names: list[str] = json.loads((FOLDER / "data/names.json").read_text("utf-8"))
+    return {name: i for i, name in enumerate(names)}
+
+
+def _name(prompt: str) -> str:
+    return prompt.partition(", on a ")[0]
+
+
+def _foreign(prompt: str) -> str:
+    return f"the reader knows emoji64's prompts only ('owl, on a red background'), not {prompt!r}"
 
 
 class StyleOptions(ReaderOptions):
