@@ -18,6 +18,7 @@ from rlhf_t2i.plugins import registry, traits
 from rlhf_t2i.recipe import placement, reading
 from rlhf_t2i.recipe.schema import Guidance, StudentSettings
 from rlhf_t2i.utils import files, targets
+from rlhf_t2i.utils.quiet import quietly
 
 _RELATIVE = ("/", "./", "../", "~")
 
@@ -94,7 +95,8 @@ def write(file: Path, wanted: Wanted) -> None:
     if os.path.lexists(file):
         raise UsageError(f"{file} exists: name another FILE")
     targets.check_file(file, "FILE")
-    text = "\n".join(_lines(wanted, file.parent)) + "\n"
+    with quietly():
+        text = "\n".join(_lines(wanted, file.parent)) + "\n"
     aside = file.with_name(f".checking-{file.name}")
     with files.disk_errors(file):
         try:
@@ -108,16 +110,14 @@ def write(file: Path, wanted: Wanted) -> None:
 
 
 def _check(file: Path) -> None:
-    from rlhf_t2i.algorithm import prompts
+    from rlhf_t2i.training import run_prompts
 
     recipe = reading.load(file)
     placement.check_placement(recipe)
     traits.resolve(recipe)
     if sources.parse(recipe.models.reference).is_local:
         ModelStore(recipe.models, recipe.student, torch.device("cpu")).check()
-    for name in (recipe.data.prompts, recipe.data.held_out):
-        if name is not None:
-            prompts.read(name, recipe.data.column)
+    run_prompts.check(recipe)
 
 
 def _lines(wanted: Wanted, folder: Path) -> Iterator[str]:

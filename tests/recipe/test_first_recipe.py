@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,7 @@ def test_the_steps_of_an_exported_generator(folder: Path, tiny_sdxl: Path) -> No
         ({"rewards": ("http=x",)}, "http"),
         ({"prompts": "none.txt"}, "no such prompt file"),
         ({"held_out": "none.txt"}, "no such prompt file"),
+        ({"held_out": "my prompts.txt"}, "data.held_out: 2 of its prompts are in data.prompts, too"),
         ({"reference": ""}, "--reference is empty"),
         ({"reference": "org/\x1b[2Jname"}, "reference: must hold no control characters"),
         ({"generator": ""}, "--generator is empty"),
@@ -102,6 +105,15 @@ def test_a_mistake_is_one_sentence_and_no_file(changes: dict[str, object], words
         first_recipe.write(Path("r.yaml"), wanted(**({"reference": "emoji64:reference"} | changes)))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert [path.name for path in folder.iterdir()] == ["my prompts.txt"]
+
+
+def test_nothing_but_its_own_lines_is_printed(folder: Path) -> None:
+    """Imported in a process of its own, transformers advises packages that no recipe needs."""
+    asked = ["init", "r.yaml", "--reference", "emoji64:reference", "--prompts", "my prompts.txt"]
+    command = [sys.executable, "-c", "from rlhf_t2i.cli import app; app()", *asked]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("wrote r.yaml")
 
 
 def test_a_recipe_is_never_overwritten(folder: Path) -> None:
