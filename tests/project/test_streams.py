@@ -26,3 +26,18 @@ def test_characters_that_an_encoding_lacks_are_escaped(encoding: str, monkeypatc
     assert "diversity kept 91%" in text
     assert text.count("猫" if encoding == "utf-8" else "\\u732b") == 2
     assert written["stderr"].getvalue().decode(encoding).strip() == ("猫" if encoding == "utf-8" else "\\u732b")
+
+
+def test_a_plugin_that_closes_the_streams_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, buffer in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(buffer, encoding="utf-8"))
+    survive_lost_readers()
+    sys.stdout.close()
+    sys.stderr.close()
+    PlainConsole().print("a table")
+    print("a line", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    assert written["stdout"].getvalue() == b"a table\n"
+    assert written["stderr"].getvalue() == b"a line\n"
