@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rlhf_t2i.errors import UsageError
+from rlhf_t2i.errors import UsageError, first_line
 from rlhf_t2i.families import sources, weights
 from rlhf_t2i.families.base import Conditioner, Conditioning, Family
 from rlhf_t2i.utils.device import Sending
@@ -178,12 +178,17 @@ class PromptFamily(Family):
 
     def build_text_encoders(self) -> nn.Module:
         """See :meth:`Family.build_text_encoders`."""
+        classes = {part: self.part_class(part) for part in self.encoder_parts}
         with torch.device("meta"):
-            classes = {part: self.part_class(part) for part in self.encoder_parts}
-            return nn.ModuleList(
-                cls(cls.config_class(**sources.read_json(self.reference, f"{part}/config.json")))
-                for part, cls in classes.items()
-            )
+            return nn.ModuleList(self._build_encoder(part, cls) for part, cls in classes.items())
+
+    def _build_encoder(self, part: str, cls: type[PreTrainedModel]) -> PreTrainedModel:
+        config = sources.read_json(self.reference, f"{part}/config.json")
+        try:
+            return cls(cls.config_class(**config))
+        except Exception as error:  # foreign numbers in a configuration raise whatever they meet first
+            place = f"{self.reference.location}/{part}"
+            raise UsageError(f"{place} describes no text encoder: {first_line(error)}") from error
 
 
 def limit_length(place: str, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel) -> None:

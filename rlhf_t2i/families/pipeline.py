@@ -305,8 +305,12 @@ class PipelineFamily(PromptFamily):
 
     def build_decoder(self, source: ModelRef | None = None) -> Decoder:
         """See :meth:`Family.build_decoder`."""
+        config, cls = self.decoder_config(source), self._decoder_class(source)
         with torch.device("meta"):
-            return self.make_decoder(self._decoder_class(source).from_config(self.decoder_config(source)))
+            try:
+                return self.make_decoder(cls.from_config(config))
+            except Exception as error:  # as of a network
+                raise UsageError(f"{self._decoder_place(source)} describes no decoder: {first_line(error)}") from error
 
     def load_decoder(self, source: ModelRef | None = None) -> Decoder:
         """See :meth:`Family.load_decoder`."""

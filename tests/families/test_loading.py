@@ -396,3 +396,24 @@ def test_what_scales_the_latents_is_checked_before_anything_is_built(
     (folder / "config.json").write_text(json.dumps(config | numbers), "utf-8")
     with pytest.raises(UsageError, match=f"config.json: {sentence}"):
         store(tiny_sdxl).family.check_decoder(sources.parse(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        ("vae", {"norm_num_groups": 7}, "vae describes no decoder: num_channels"),
+        ("vae", {"block_out_channels": [0, 0]}, "vae describes no decoder: "),
+        ("text_encoder", {"num_attention_heads": 5}, "text_encoder describes no text encoder: "),
+        ("text_encoder", {"hidden_size": "x"}, "text_encoder describes no text encoder: "),
+    ],
+)
+def test_parts_that_cannot_be_built_for_a_plan(
+    part: str, values: dict[str, object], words: str, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    """``plan`` builds all parts on the meta device, before any weights are read."""
+    folder = copy(tiny_sdxl, tmp_path / "model")
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | values), "utf-8")
+    family = store(folder).family
+    with pytest.raises(UsageError, match=words):
+        family.build_decoder() if part == "vae" else family.build_text_encoders()
