@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlhf_t2i.algorithm.schedules import FlowSchedule
 from rlhf_t2i.algorithm.student import Student
 from rlhf_t2i.errors import UsageError
+from rlhf_t2i.families import sources
 from rlhf_t2i.families.base import Decoder
 from rlhf_t2i.families.decoders import KLDecoder
 from rlhf_t2i.families.pipeline import ExportScheduler, PipelineFamily
@@ -28,10 +29,25 @@ class FlowFamily(PipelineFamily):
     decoder_classes: ClassVar[tuple[str, ...]] = ("AutoencoderKL",)
     patch_size = 2
 
+    def check(self) -> None:
+        """See :meth:`Family.check`; besides, the scheduler must give the network the times that it is given here."""
+        super().check()
+        config, place = self.scheduler_config, f"{self.reference.location}/scheduler/scheduler_config.json"
+        if config.get("num_train_timesteps", 1000) != 1000:
+            found = sources.printable(config["num_train_timesteps"])
+            raise UsageError(f"{place}: num_train_timesteps is {found}; a flow-matching model is called with 1000 here")
+        if config.get("invert_sigmas"):
+            raise UsageError(
+                f"{place}: invert_sigmas is set; such a model, whose path runs from noise to data, is not known"
+            )
+
     def dynamic_shift(self, tokens: int) -> float:
         """The timestep shift for an image of so many tokens, as the scheduler's configuration gives it.
 
-        With ``use_dynamic_shifting`` it is ``exp(mu)`` for a mu that is linear in the number of tokens (FLUX).
+        With ``use_dynamic_shifting`` it is ``exp(mu)`` for a mu that is linear in the number of tokens (FLUX), or mu.
+
+        Raises:
+            UsageError: The configuration is damaged.
         """
         config = self.scheduler_config
         if not config.get("use_dynamic_shifting"):
@@ -39,7 +55,12 @@ class FlowFamily(PipelineFamily):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         keys = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        return math.exp(calculate_shift(tokens, *(config.get(key, default) for key, default in keys.items())))
+        first, last, low, high = (self.scheduler_number(key, default) for key, default in keys.items())
+        if first == last:
+            place = f"{self.reference.location}/scheduler/scheduler_config.json"
+            raise UsageError(f"{place}: base_image_seq_len and max_image_seq_len are both {first:g}: damaged")
+        mu = calculate_shift(tokens, first, last, low, high)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
     def make_decoder(self, vae: nn.Module) -> Decoder:
         """See :meth:`PipelineFamily.make_decoder`."""

@@ -37,8 +37,9 @@ class SD3Family(FlowFamily):
         return int(self.network_config.get("pos_embed_max_size", 96))
 
     def schedule(self, height: int, width: int) -> FlowSchedule:
-        """See :meth:`Family.schedule`; the scheduler's own shift, the same for every size."""
-        return FlowSchedule(shift=self.scheduler_number("shift", 1.0))
+        """See :meth:`Family.schedule`; the scheduler's own shift, the same for every size unless it says otherwise."""
+        _, h, w = self.latent_shape(height, width)
+        return FlowSchedule(shift=self.dynamic_shift(h * w // 4))
 
     def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""

@@ -43,7 +43,9 @@ class ZImageFamily(FlowFamily):
 
     def schedule(self, height: int, width: int) -> FlowSchedule:
         """See :meth:`Family.schedule`."""
-        return FlowSchedule(shift=self.scheduler_number("shift", 1.0), time="one_minus_sigma", sign=-1)
+        side = 2 * self._factor(None)  # of a token, in pixels
+        shift = self.dynamic_shift((height // side) * (width // side))
+        return FlowSchedule(shift=shift, time="one_minus_sigma", sign=-1)
 
     def predict(self, network: NetworkCall, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
         """See :meth:`Family.predict`."""

@@ -246,7 +246,7 @@ class Optimizer(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.0, 0.999], min_length=2, max_length=2, description="Adam's decay rates"
     )
-    eps: Positive = Field(1e-8, description="Adam's epsilon")
+    eps: Annotated[float, Field(ge=1e-30, le=1e9)] = Field(1e-8, description="Adam's epsilon")
     weight_decay: NonNegative = Field(0.0, description="decoupled weight decay")
     warmup_steps: int = Field(0, ge=0, le=1_000_000_000, description="updates of linear warm-up")
     max_grad_norm: Positive = Field(10.0, description="global norm to which gradients are clipped")
