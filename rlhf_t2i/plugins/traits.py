@@ -83,6 +83,12 @@ class RewardTraits:
         with guard.building(f"reward {self.name!r}: whether it compares images cannot be told", self.plugin):
             return self.plugin.compares(self.options)
 
+    @property
+    def scores_any_prompt(self) -> bool:
+        """Whether there is nothing to ask :meth:`refuse_prompts` for."""
+        own, default = (getattr(cls.refuse_prompts, "__func__", None) for cls in (self.plugin, Reward))
+        return own is default
+
     def refuse_prompts(self, prompts: Iterable[str]) -> str | None:
         """Why the first of the prompts that it cannot score cannot be; None where it can score all."""
         with guard.building(f"reward {self.name!r}: which prompts it scores cannot be told", self.plugin):

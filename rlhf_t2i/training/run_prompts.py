@@ -40,9 +40,15 @@ class RunPrompts:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise what :meth:`RunPrompts.read` raises, but keep nothing of the list to train on."""
-    for _ in _train(recipe, _held_out(recipe)):
-        pass
+    """Raise what :meth:`RunPrompts.read` and :func:`check_rewards` raise.
+
+    Nothing of the list to train on is kept, unless a reward does not score all prompts.
+    """
+    if all(reward.scores_any_prompt for reward in traits.resolve(recipe).rewards):
+        for _ in _train(recipe, _held_out(recipe)):
+            pass
+    else:
+        check_rewards(recipe, RunPrompts.read(recipe))
 
 
 def check_rewards(recipe: Recipe, texts: RunPrompts) -> None:

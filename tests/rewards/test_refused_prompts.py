@@ -18,6 +18,7 @@ from rlhf_t2i.families.weights import damaged_weights
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.recipe import shipped
 from rlhf_t2i.recipe.schema import Recipe
+from rlhf_t2i.training import run_prompts
 from rlhf_t2i.training.run import run
 
 PICKY = """
@@ -66,6 +67,17 @@ def test_of_a_reward_that_measures_those_that_are_drawn_are_asked(
     )  # fmt: skip
     with pytest.raises(UsageError, match=r"data\.held_out: reward 'Picky' cannot score them"):
         run(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_plan_refuses_what_a_run_refuses(
+    make_recipe: Callable[..., Recipe], picky: str, prompts: Path, tiny_prompts: Path, held_out: bool
+) -> None:
+    rewards = f"[{{name: '{picky}', options: {{}}}}]"
+    others = str(tiny_prompts) if held_out else "null"
+    recipe = make_recipe(data__prompts=str(prompts), data__held_out=others, algorithm__rewards=rewards)
+    with pytest.raises(UsageError, match=r"reward 'Picky' cannot score them: 'a gold horse' is about a gold horse"):
+        run_prompts.check(recipe)
 
 
 def test_an_evaluation_refuses_them_before_it_draws(tiny_sdxl: Path, picky: str, prompts: Path, tmp_path: Path) -> None:
