@@ -93,6 +93,13 @@ def _starts_ray(file: Path, test: str) -> bool:
     return any("mark.ray" in ast.unparse(mark) for mark in marks)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that leaves more threads behind changes the last bits of those after it, which the golden ones see."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random SDXL pipeline's folder; don't write into it."""
