@@ -232,9 +232,9 @@ def _parquet(path: Path, column: str, place: str) -> Iterator[str]:
 @contextmanager
 def _opened(path: Path, place: str) -> Iterator[Iterator[str]]:
     """The lines of a UTF-8 file, with their ends."""
-    with _binary(path, place) as file:
-        # Lines end at line feeds and carriage returns; str.splitlines also splits at U+2028, form feeds and others.
-        yield _lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), f"{place}{path}")
+    # Lines end at line feeds and carriage returns; str.splitlines also splits at U+2028, form feeds and others.
+    with _binary(path, place) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        yield _lines(text, f"{place}{path}")
 
 
 def _lines(text: io.TextIOWrapper, where: str) -> Iterator[str]:

@@ -20,9 +20,11 @@ from rlhf_t2i.evaluation.settings import SPECIAL, Settings, check
 from rlhf_t2i.plugins import registry
 from rlhf_t2i.plugins.base import LatentReward
 from rlhf_t2i.plugins.comparing import one_alone
+from rlhf_t2i.plugins.traits import RewardTraits
 from rlhf_t2i.roles.reward import RewardRole
 from rlhf_t2i.utils import files, fingerprints, images, jsonl, targets
 from rlhf_t2i.utils.device import default_device
+from rlhf_t2i.utils.inputs import JsonObject
 from rlhf_t2i.utils.quiet import quietly
 from rlhf_t2i.utils.stats import frechet_distance
 
@@ -163,21 +165,26 @@ class Evaluation:
 
     def _reward_key(self, label: str, name: str) -> str:
         """The name under which a reward's scores are recorded: it changes with code, options and weights."""
-        cls = registry.load_class(registry.REWARDS, name)
+        given = self.settings.options.get(label, {})
+        self._check_reward(label, name, given)
+        return f"{name} {identity.of_plugin(registry.REWARDS, name, given)}"
+
+    def _check_reward(self, label: str, name: str, given: JsonObject) -> None:
+        """Refuse a reward that cannot score these images, or not in these batches."""
+        settings, cls = self.settings, registry.load_class(registry.REWARDS, name)
         if issubclass(cls, LatentReward):
             raise UsageError(
                 f"{option('metrics')} {label}: {name!r} scores latents beside a trained generator, not images"
             )
-        settings, given = self.settings, self.settings.options.get(label, {})
         options = registry.parse_options(cls, f"metric {label!r}", given)
-        if cls.compares(options) and one_alone(len(self.prompts), settings.images_per_prompt, [settings.batch_size]):
+        reward = RewardTraits(label, name, trains=False, unit="", options=options, plugin=cls)
+        if reward.compares and one_alone(len(self.prompts), settings.images_per_prompt, [settings.batch_size]):
             raise UsageError(
                 f"{option('metrics')} {label}: {name!r} compares the images of a prompt, and some call would hold one "
                 f"alone: give {option('images-per-prompt')} 2 or more, and a multiple of it as {option('batch-size')}"
             )
-        if (reason := cls.refuse_prompts(options, dict.fromkeys(self.prompts))) is not None:
+        if (reason := reward.refuse_prompts(dict.fromkeys(self.prompts))) is not None:
             raise UsageError(f"{option('prompts')}: {label} cannot score them: {reason}")
-        return f"{name} {identity.of_plugin(registry.REWARDS, name, given)}"
 
     def _reward(self, label: str, name: str) -> Metric:
         key, options = self._rewards[label], self.settings.options.get(label, {})

@@ -87,6 +87,19 @@ def test_an_evaluation_refuses_them_before_it_draws(tiny_sdxl: Path, picky: str,
     Evaluation(Settings(model=str(tiny_sdxl), **asked, limit=11), tmp_path / "out", lambda *_: None)
 
 
+def test_a_reward_that_fails_when_asked_ends_no_evaluation_with_its_own_code(
+    tiny_sdxl: Path, prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "leaves.py").write_text(
+        PICKY.replace('return next((f"', 'raise SystemExit(0)\n        return next((f"')
+    )
+    asked: dict[str, Any] = {"prompts": str(prompts), "height": 16, "width": 16}
+    with pytest.raises(UsageError, match=r"which prompts it scores cannot be told: leaves.py:7: called sys.exit"):
+        Evaluation(
+            Settings(model=str(tiny_sdxl), metrics=[f"{tmp_path}/leaves.py:Picky"], **asked), tmp_path, lambda *_: None
+        )
+
+
 def test_the_shipped_rewards_say_why(tmp_path: Path) -> None:
     quoting = 'a sign that says "OPEN"'
     assert OCR.refuse_prompts(OCROptions(), [quoting]) is None
