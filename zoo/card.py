@@ -31,7 +31,7 @@ from transformers import CLIPModel
 
 from zoo import data, distill, reader, reference, scorers, vae
 
-GUIDANCE, STEPS = 3.5, 30
+GUIDANCE, STEPS, FLOW_GUIDANCE = 3.5, 30, 1.0  # the flow reference has guidance in it
 SPLITS = reference.SPLITS
 Draw = Callable[[list[str], int], Tensor]
 
@@ -197,7 +197,7 @@ def main() -> None:
     samplers: dict[str, Callable[[], Draw]] = {
         "reference": lambda: reference_sampler(args.guidance, args.steps),
         "generator": generator_sampler,
-        "flow/reference": lambda: flow_sampler(args.guidance, args.steps),
+        "flow/reference": lambda: flow_sampler(FLOW_GUIDANCE, args.steps),
         "flow/generator, one step": lambda: flow_generator_sampler([1.0]),
         "flow/generator, four steps": lambda: flow_generator_sampler([1.0, 0.75, 0.5, 0.25]),
     }
@@ -206,8 +206,11 @@ def main() -> None:
     quality |= {
         "vae psnr": vae.psnr(decoder, world),
         "reader": {"true drawings": reader.check(judge, world), "through the vae": reader.check(judge, world, decoder)},
-        "settings": {"images a split": args.images, "guidance": args.guidance, "euler steps": args.steps},
     }
+    settings = {"images a split": args.images, "euler steps": args.steps}
+    if "reference".startswith(args.only):
+        quality["settings"] = settings | {"guidance": args.guidance}
+    quality["flow settings"] = settings | {"guidance": FLOW_GUIDANCE}
     for label, make in samplers.items():
         if not label.startswith(args.only):
             continue

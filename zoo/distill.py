@@ -6,9 +6,8 @@
    Diff-Instruct by this project's own loop.
 4. ``python -m zoo.distill export RUN``: to ``generator``, in fp16.
 
-The flow sister's, which draws in one step or four, likewise: ``warmup --flow`` on the same pairs, since both references
-follow the same ordinary differential equation from noise to picture, then zoo/distill_flow.yaml, and
-``export --flow RUN``.
+The flow sister's, which draws in one step or four, likewise: ``pairs --flow``, ``warmup --flow``, then
+recipes/emoji64/distill_flow.yaml, and ``export --flow RUN``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from zoo import data, device, flow, latents, noise, reader, reference, text
 from zoo.training import join, load_average, train
 
-TIMESTEP, GUIDANCE, SOLVER_STEPS = 399, 3.0, 12
+TIMESTEP, GUIDANCE, SOLVER_STEPS, FLOW_STEPS = 399, 3.0, 12, 20
 
 
 def teacher() -> nn.ModuleDict:
@@ -40,12 +39,12 @@ def teacher() -> nn.ModuleDict:
     return modules.to(device.DEVICE).eval().requires_grad_(False)
 
 
-def pairs(count: int, part: int, parts: int) -> None:
+def pairs(count: int, part: int, parts: int, of_flow: bool) -> None:
     """Noise z and the reference's guided samples x0 [64, C, 16, 16] from it, in files of 64."""
-    modules = teacher()
+    modules = load_average("flow_finished", flow.build()) if of_flow else teacher()
     every = latents.prompts()
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(5)).tolist()
-    folder = data.WORK / "pairs"
+    folder = _pairs(of_flow)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(part, math.ceil(count / 64), parts):
         path = folder / f"{number:04}.pt"
@@ -53,9 +52,15 @@ def pairs(count: int, part: int, parts: int) -> None:
             continue
         chosen = [order[(number * 64 + i) % len(order)] for i in range(64)]
         z = torch.randn(64, reference.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(number))
-        x0 = reference.sample(modules, [every[i] for i in chosen], GUIDANCE, SOLVER_STEPS, start=z)
+        prompts = [every[i] for i in chosen]
+        x0 = (flow.sample(modules, prompts, FLOW_STEPS, start=z) if of_flow else
+              reference.sample(modules, prompts, GUIDANCE, SOLVER_STEPS, start=z))  # fmt: skip
         latents.write({"prompts": torch.tensor(chosen), "z": z.half(), "x0": x0.half().cpu()}, path)
         print(path.name, flush=True)
+
+
+def _pairs(of_flow: bool) -> Path:
+    return data.WORK / ("flow_pairs" if of_flow else "pairs")
 
 
 def one_step(modules: nn.ModuleDict, z: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
@@ -97,9 +102,9 @@ def evaluate(unet: nn.Module, embeds: Tensor, pooled: Tensor, name: str, each: i
     return result
 
 
-def stored_pairs() -> dict[str, Tensor]:
+def stored_pairs(of_flow: bool = False) -> dict[str, Tensor]:
     """All pairs on the device: numbers of prompts [N], z and x0 [N, C, 16, 16] in fp16."""
-    parts = [torch.load(path, weights_only=True) for path in sorted((data.WORK / "pairs").glob("*.pt"))]
+    parts = [torch.load(path, weights_only=True) for path in sorted(_pairs(of_flow).glob("*.pt"))]
     return {key: device.here(torch.cat([part[key] for part in parts])) for key in ("prompts", "z", "x0")}
 
 
@@ -145,7 +150,7 @@ def flow_loss(net: Callable[..., Any], stored: dict[str, Tensor], known: tuple[T
 
 def warmup_flow(minutes: float, batch: int, lr: float) -> None:
     """Regress the reference's samples from their noise, in one step and in the later ones of four."""
-    known, stored = flow.conditions(latents.prompts()), stored_pairs()
+    known, stored = flow.conditions(latents.prompts()), stored_pairs(of_flow=True)
     modules = load_average("flow_finished", flow.build()).requires_grad_(True).train()
     net = modules["transformer"].to(device.DEVICE)
     compiled = net if device.on_cuda() else torch.compile(net, dynamic=False)
@@ -162,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     pair = commands.add_parser("pairs")
+    pair.add_argument("--flow", action="store_true", help="of the flow sister")
     pair.add_argument("--count", type=int, default=3000)
     pair.add_argument("--part", type=int, default=0, help="of --parts processes that share the work")
     pair.add_argument("--parts", type=int, default=1)
@@ -176,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.command == "pairs":
-        pairs(args.count, args.part, args.parts)
+        pairs(args.count, args.part, args.parts, args.flow)
     elif args.command == "warmup":
         (warmup_flow if args.flow else warmup)(args.minutes, args.batch, lr=5e-4)
     else:

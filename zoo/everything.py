@@ -25,7 +25,8 @@ WARM_GENERATOR, WARM_FLOW = (
 )
 RUN = [CLI, "run", "recipes/emoji64/distill.yaml", "--set", WARM_GENERATOR]
 FLOW_REFERENCE = f"models.reference={data.OUT / 'flow/reference'}"
-RUN_FLOW = [CLI, "run", "zoo/distill_flow.yaml", "--set", FLOW_REFERENCE, "--set", WARM_FLOW]
+RUN_FLOW = [CLI, "run", "recipes/emoji64/distill_flow.yaml", "--set", FLOW_REFERENCE, "--set", WARM_FLOW]
+FLOW_PAIRS = ["pairs", "--flow", "--count", "6016"]
 OLD = data.WORK / "shipped/reference"  # an earlier reference to start from, if it is there
 WARM = ["--warm", str(OLD)] if OLD.is_dir() else []
 Command = list[str]
@@ -48,6 +49,7 @@ STAGES: list[tuple[str, list[Command]]] = [
     ("flow", [[*TWO, "zoo.flow", "--minutes", "45"]]),
     ("flow, finished", [[*TWO, "zoo.flow", "--finish", "10"]]),
     ("export flow", [[*ONE, "zoo.flow", "--export"]]),
+    ("pairs of flow", [[*ONE, "zoo.distill", *FLOW_PAIRS, "--part", p, "--parts", "2"] for p in "01"]),
     ("warmup of the flow generator", [[*TWO, "zoo.distill", "warmup", "--flow", "--minutes", "8"]]),
     ("distill the flow generator", [[*RUN_FLOW, "--out", str(data.WORK / "distill_flow")]]),
     ("export the flow generator", [[*ONE, "zoo.distill", "export", "--flow", str(data.WORK / "distill_flow")]]),

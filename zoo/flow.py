@@ -3,8 +3,10 @@
 Started, finished and exported like ``zoo.reference``, on the same latents, VAE, tokenizer and text encoders (frozen).
 
 Its teacher is that reference: the regression target is not the noise and the picture that made x_s, but the velocity
-(x_s - D) / s of the reference's own prediction D of the picture. Both have the same conditional mean, but the second
-has hardly any variance, so that far fewer samples do.
+(x_s - D) / s of the reference's own prediction D of the picture, which has hardly any variance, so that far fewer
+samples do. D has the guidance of :data:`GUIDANCE` in it (arXiv 2210.03142), as FLUX.1-dev has: the flow sister is drawn
+from without guidance. Two of its blocks also predict what two of the reference's pass on at the same place
+(:class:`Watched`), which are forgotten after training.
 
 Without a T5 encoder StableDiffusion3Pipeline appends ``max_sequence_length`` (by default 256) zero vectors to the
 prompt. They are alike and stay alike through every block, so that training puts one in their place, which attention
@@ -17,7 +19,8 @@ import argparse
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +37,15 @@ from torch import Tensor, nn
 from zoo import data, device, latents, noise, reader, reference, text
 from zoo.training import join, load_average, train
 
-BATCH, ZEROS = 48, 256
-EACH, FIRST, KEPT = 4, 16, 24_000  # uses of a prediction; batches of them to start with; predictions to keep
+BATCH, ZEROS = 32, 256
+GUIDANCE = 3.0
+SHARED = (
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder_2/model.safetensors",
+    *(f"{folder}/{file}.json" for folder in ("tokenizer", "tokenizer_2") for file in ("tokenizer", "tokenizer_config")),
+)
+BLOCKS = {"mid_block": "transformer_blocks.2", "up_blocks.0.attentions.1": "transformer_blocks.4"}  # teacher's, ours
+WIDTH, FEATURES = 160, 0.2  # of the teacher's features, and the weight of their error
 HEADS, HEAD, LAYERS = 4, 32, 6
 
 
@@ -89,7 +99,28 @@ def build() -> nn.ModuleDict:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     net.set_attn_processor(ManyZeros())
-    return nn.ModuleDict({"transformer": net})
+    probes = nn.ModuleList(nn.Linear(HEADS * HEAD, WIDTH) for _ in BLOCKS)
+    return nn.ModuleDict({"transformer": net, "probes": probes})
+
+
+class Watched(nn.Module):
+    """A network and what its blocks pass on: ``net(...)`` gives its prediction and tokens [B, N, D] of every block."""
+
+    def __init__(self, net: nn.Module, blocks: Iterable[str]) -> None:
+        super().__init__()
+        self.net, self.blocks = net, list(blocks)
+        self.seen: dict[str, Tensor] = {}
+        for name in self.blocks:
+            net.get_submodule(name).register_forward_hook(functools.partial(self._see, name))
+
+    def _see(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        found = output[-1] if isinstance(output, tuple) else output
+        found = getattr(found, "sample", found)
+        self.seen[name] = found.flatten(2).mT if found.ndim == 4 else found
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
+        """The network's prediction, and tokens [B, N, D] of every block."""
+        return self.net(*args, **kwargs).sample, [self.seen.pop(name) for name in self.blocks]
 
 
 @torch.no_grad()
@@ -98,7 +129,7 @@ def encoders() -> nn.ModuleDict:
     source = StableDiffusionXLPipeline.from_pretrained(data.OUT / "reference", torch_dtype=torch.float32)
     tokens = text.tokenizer()
     first = text.encoder(reference.WIDTHS[0], len(tokens), tokens.eos_token_id, tokens.bos_token_id, projection=True)
-    first.load_state_dict(source.text_encoder.state_dict(), strict=False)
+    first.text_model.load_state_dict(source.text_encoder.state_dict())  # a CLIPTextModel is its own text_model
     first.text_projection.weight.copy_(torch.eye(reference.WIDTHS[0]))
     both = nn.ModuleDict({"text_encoder": first, "text_encoder_2": source.text_encoder_2})
     return both.to(device.DEVICE).eval().requires_grad_(False)
@@ -120,12 +151,17 @@ def conditions(prompts: list[str]) -> tuple[Tensor, Tensor]:
     return torch.cat(hidden), torch.cat(pooled)
 
 
-def predict(net: Callable[..., Any], x: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-    """The velocity noise - x0 at times s in [0, 1], in float32."""
+def call(net: Callable[..., Any], x: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor) -> Any:
+    """What the network gives at times s in [0, 1]."""
     embeds = nn.functional.pad(embeds, (0, 0, 0, 1))
     kernel = torch.nn.attention.SDPBackend.FLASH_ATTENTION if device.on_cuda() else torch.nn.attention.SDPBackend.MATH
     with device.autocast(), torch.nn.attention.sdpa_kernel(kernel):
-        return net(x, embeds, pooled, s * 1000).sample.float()
+        return net(x, embeds, pooled, s * 1000)
+
+
+def predict(net: Callable[..., Any], x: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    """The velocity noise - x0 at times s in [0, 1], in float32."""
+    return call(net, x, s, embeds, pooled).sample.float()
 
 
 def times(size: int, generator: torch.Generator) -> Tensor:
@@ -136,108 +172,93 @@ def times(size: int, generator: torch.Generator) -> Tensor:
     return torch.where(place < 0.5, (2 * place).clamp(1e-3, 1), normal)
 
 
-def taught(unet: Callable[..., Any], x0: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor,
-           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Noisy latents x_s, their times (of the reference's schedule) and the velocity by the reference's prediction.
+def taught(unet: Callable[..., Any], x0: Tensor, s: Tensor, embeds: Tensor, pooled: Tensor, keep: Tensor,
+           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """Noisy latents x_s, their times (of the reference's schedule), the velocity and features by the reference.
 
     Both paths hold the same mixtures: x_s (1 - s) / alpha is SDXL's x_t where sigma / alpha = s / (1 - s). SDXL's noise
-    ends at s = 0.936; there, more noise on top of x_t leaves the reference's prediction an unbiased target.
+    ends at s = 0.936; there, more noise on top of x_t leaves the reference's prediction an unbiased target. Where
+    ``keep`` [B] is false, the prompt is dropped (zeros), and with it the guidance.
     """
     alphas, sigmas = noise.coefficients()
     known = sigmas / (alphas + sigmas)
     t = torch.searchsorted(known, s).clamp(max=noise.STEPS - 1)
     alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
     x_t = alpha * x0 + sigma * device.randn(*x0.shape, generator=generator)
-    with torch.no_grad():
-        found = (
-            x_t - sigma * reference.predict({"unet": unet}, x_t, t, embeds, pooled[:, reference.WIDTHS[0] :])
-        ) / alpha
+    words, whole = embeds * keep[:, None, None], pooled[:, reference.WIDTHS[0] :] * keep[:, None]
+    added = {"text_embeds": torch.cat([whole, whole * 0]), "time_ids": reference.time_ids(2 * len(x0))}
+    with torch.no_grad(), device.autocast():
+        both, features = unet(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([words, words * 0]),
+                              added_cond_kwargs=added)  # fmt: skip
+    prompted, without = both.float().chunk(2)
+    found = (x_t - sigma * without.lerp(prompted, GUIDANCE)) / alpha
     s = torch.maximum(s, known[-1]).where(s > known[-1], known[t])
     scale, end = (1 - s[:, None, None, None]) / alpha, s[:, None, None, None]
     more = (end.square() - (scale * sigma).square()).clamp(min=0).sqrt()
     x_s = scale * x_t + more * device.randn(*x0.shape, generator=generator)
-    return x_s, s, (x_s - found) / end
+    return x_s, s, (x_s - found) / end, [part[: len(x0)] for part in features]
 
 
-class Lessons:
-    """The reference's latest predictions: every one is made once and drawn about ``EACH`` times."""
+def loss_fn(net: Callable[..., Any], probes: nn.ModuleList, lesson: Callable[..., tuple[Tensor, ...]], seed: int,
+            size: int) -> Tensor:  # fmt: skip
+    """Mean squared error of the velocity, and of the reference's features where blocks are watched.
 
-    def __init__(self, unet: Callable[..., Any], stored: latents.Latents, known: tuple[Tensor, Tensor]) -> None:
-        self.unet, self.stored, self.known = unet, stored, known
-        self.kept: list[Tensor] = []
-        self.made = 0
-
-    def add(self, generator: torch.Generator, size: int, dropout: float = 0.1) -> None:
-        """Ask for one batch; dropped prompts are SDXL's zeros for the reference and SD3's empty prompt afterwards."""
-        index = device.randint(len(self.stored.latents), size, generator)
-        x0, where = self.stored.latents[index].float(), self.stored.prompts[index].long()
-        keep = (device.rand(size, generator=generator) >= dropout)[:, None]
-        embeds, pooled = (part[where] for part in self.known)
-        x_s, s, target = taught(self.unet, x0, times(size, generator), embeds * keep[..., None], pooled * keep,
-                                generator)  # fmt: skip
-        where = torch.where(keep[:, 0], where, len(self.known[0]) - 1)
-        new = (x_s.half(), s, target.half(), where)
-        if not self.kept:
-            self.kept = [torch.empty(KEPT // size * size, *part.shape[1:], dtype=part.dtype, device=part.device)
-                         for part in new]  # fmt: skip
-        place = self.made % len(self.kept[0])
-        for old, part in zip(self.kept, new, strict=True):
-            old[place : place + size] = part
-        self.made += size
-
-    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, ...]:
-        """x_s [B, C, 16, 16], s [B], the velocity, and the prompts' embeddings."""
-        index = device.randint(min(self.made, len(self.kept[0])), size, generator)
-        x_s, s, target, where = (part[index] for part in self.kept)
-        return x_s.float(), s, target.float(), *(part[where] for part in self.known)
+    Every batch has predictions of its own: from a store of thousands that were drawn six times each, the transformer
+    learned the answers by heart (0.27 on those, 0.57 on others).
+    """
+    x_s, s, target, features, embeds, pooled = lesson(device.generator(seed), size)
+    found, tokens = call(net, x_s, s, embeds, pooled)
+    missed = [(probe(ours.float()) - nn.functional.layer_norm(theirs.float(), [WIDTH])).square().mean()
+              for probe, ours, theirs in zip(probes, tokens, features, strict=True)]  # fmt: skip
+    return (found.float() - target).square().mean() + FEATURES * torch.stack(missed).mean()
 
 
-def loss_fn(net: Callable[..., Any], lessons: Lessons, seed: int, step: int, size: int) -> Tensor:
-    """Mean squared error of the velocity."""
-    generator = device.generator(seed)
-    if step % EACH == 0 or not lessons.made:
-        for _ in range(max(1, FIRST - lessons.made // size)):
-            lessons.add(generator, size)
-    x_s, s, target, embeds, pooled = lessons.batch(generator, size)
-    return (predict(net, x_s, s, embeds, pooled) - target).square().mean()
+def lesson(unet: Callable[..., Any], stored: latents.Latents, known: tuple[Tensor, Tensor], generator: torch.Generator,
+           size: int, dropout: float = 0.1) -> tuple[Any, ...]:  # fmt: skip
+    """x_s [B, C, 16, 16], s [B], the velocity, the reference's features and the prompts' embeddings.
+
+    A dropped prompt is SDXL's zeros for the reference and SD3's empty prompt, the last of ``known``, for the sister.
+    """
+    index = device.randint(len(stored.latents), size, generator)
+    x0, where = stored.latents[index].float(), stored.prompts[index].long()
+    keep = device.rand(size, generator=generator) >= dropout
+    answer = taught(unet, x0, times(size, generator), *(part[where] for part in known), keep, generator)
+    where = torch.where(keep, where, len(known[0]) - 1)
+    return *answer, *(part[where] for part in known)
 
 
 @torch.no_grad()
-def sample(modules: nn.ModuleDict, prompts: list[str], guidance: float, steps: int, seed: int = 0) -> Tensor:
-    """Latents of prompts by Heun's method with guidance, ``steps`` evaluations."""
-    start = torch.randn(len(prompts), reference.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(seed))
-    start = device.here(start)
-    embeds, pooled = conditions([*prompts, ""])
-
-    def velocity(x: Tensor, s: Tensor, part: slice) -> Tensor:
-        words = torch.cat([embeds[:-1][part], embeds[-1:].expand(len(x), -1, -1)])
-        whole = torch.cat([pooled[:-1][part], pooled[-1:].expand(len(x), -1)])
-        with_prompt, without = predict(
-            modules["transformer"], torch.cat([x, x]), s.expand(2 * len(x)), words, whole
-        ).chunk(2)
-        return without + guidance * (with_prompt - without)
-
+def sample(
+    modules: nn.ModuleDict, prompts: list[str], steps: int, seed: int = 0, start: Tensor | None = None
+) -> Tensor:
+    """Latents of prompts by Heun's method, ``steps`` evaluations; ``start`` [B, C, 16, 16] is the noise."""
+    if start is None:
+        start = torch.randn(len(prompts), reference.CHANNELS, 16, 16, generator=torch.Generator().manual_seed(seed))
+    start, found = device.here(start), []
+    embeds, pooled = conditions(prompts)
     grid = device.here(torch.linspace(1, 0, steps // 2 + 1))
-    found = []
     for part in (slice(i, i + 32) for i in range(0, len(prompts), 32)):
         x = start[part]
+
+        def velocity(x: Tensor, s: Tensor, part: slice = part) -> Tensor:
+            return predict(modules["transformer"], x, s.expand(len(x)), embeds[part], pooled[part])
+
         for now, after in itertools.pairwise(grid):
-            first = velocity(x, now, part)
+            first = velocity(x, now)
             ahead = x + (after - now) * first
-            x = ahead if after == 0 else x + (after - now) * (first + velocity(ahead, after, part)) / 2
+            x = ahead if after == 0 else x + (after - now) * (first + velocity(ahead, after)) / 2
         found.append(x)
     return torch.cat(found)
 
 
-def evaluate(modules: nn.ModuleDict, name: str, each: int = 40, guidance: float = 3.5,
-             steps: int = 16) -> dict[str, dict[str, float]]:  # fmt: skip
+def evaluate(modules: nn.ModuleDict, name: str, each: int = 40, steps: int = 16) -> dict[str, dict[str, float]]:
     """What the reader finds in samples of every split, and a picture of some."""
     vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae", torch_dtype=torch.float32).eval()
     vae.to(device.DEVICE)
     names, judge, result, shown = data.load().names, reader.load(), {}, []
     for number, split in enumerate(reference.SPLITS):
         prompts = reference.lines(split)[:each]
-        pictures = reference.decode(vae, sample(modules, prompts, guidance, steps, seed=number))
+        pictures = reference.decode(vae, sample(modules, prompts, steps, seed=number))
         result[split] = reader.report(judge, pictures, prompts, names)
         shown.append(pictures[:24])
     grid = data.grid(torch.cat(shown), 12)
@@ -246,20 +267,26 @@ def evaluate(modules: nn.ModuleDict, name: str, each: int = 40, guidance: float 
 
 
 def export(modules: nn.ModuleDict) -> None:
-    """Save ``flow/reference`` as a StableDiffusion3Pipeline in fp16."""
+    """Save ``flow/reference`` as a StableDiffusion3Pipeline in fp16; what it shares with ``reference`` are links."""
     tokens, both = text.tokenizer(), encoders()
+    folder = data.OUT / "flow/reference"
+    vae = AutoencoderKL.from_pretrained(data.OUT / "reference/vae")
+    vae.register_to_config(shift_factor=0.0, _name_or_path="")  # SD3's pipeline adds the shift
     modules["transformer"].set_attn_processor(JointAttnProcessor2_0())
     StableDiffusion3Pipeline(
         transformer=modules["transformer"],
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=AutoencoderKL.from_pretrained(data.OUT / "reference/vae"),
+        vae=vae,
         text_encoder=both["text_encoder"],
         tokenizer=tokens,
         text_encoder_2=both["text_encoder_2"],
         tokenizer_2=tokens,
         text_encoder_3=None,
         tokenizer_3=None,
-    ).to(torch.float16).save_pretrained(data.OUT / "flow/reference")
+    ).to(torch.float16).save_pretrained(folder)
+    for name in SHARED:
+        (folder / name).unlink()
+        (folder / name).symlink_to(Path("../../../reference") / name)
 
 
 def main() -> None:
@@ -288,11 +315,13 @@ def main() -> None:
     unet = StableDiffusionXLPipeline.from_pretrained(data.OUT / "reference", torch_dtype=torch.float32).unet
     unet.to(device.DEVICE).eval().requires_grad_(False)
     fast = (lambda net: net) if device.on_cuda() else functools.partial(torch.compile, dynamic=False)
-    lessons, compiled = Lessons(fast(unet), stored, known), fast(modules["transformer"])
+    ask = functools.partial(lesson, fast(Watched(unet, BLOCKS)), stored, known)
+    net, probes = fast(Watched(modules["transformer"], BLOCKS.values())), modules["probes"]
     train(
-        "flow", modules, lambda number: loss_fn(compiled, lessons, number, number // join()[1], args.batch), lr=args.lr,
-        minutes=args.minutes, finish=args.finish, constant=True, muon=True, ema_decay=0.998, weight_decay=0.05,
-        batch=args.batch * join()[1], evaluate=lambda a: evaluate(a, "flow_training"), evaluate_seconds=600,
+        "flow", modules, lambda number: loss_fn(net, probes, ask, number, args.batch),
+        lr=args.lr, minutes=args.minutes, finish=args.finish, constant=True, muon=True, ema_decay=0.998,
+        weight_decay=0.05, batch=args.batch * join()[1], evaluate=lambda a: evaluate(a, "flow_training"),
+        evaluate_seconds=600,
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def stages(seconds: float, large: bool) -> list[Stage]:
     python, cli = [sys.executable, "-m"], str(Path(sys.executable).with_name("rlhf-t2i"))
     batch = ["--batch", "768", "--lr", "2e-3"] if large else ["--batch", "4"]
     warm = ["--batch", "512"] if large else ["--batch", "4"]
-    run = [cli, "run", "zoo/distill_flow.yaml", "--out", str(data.WORK / "distill_flow"),
+    run = [cli, "run", "recipes/emoji64/distill_flow.yaml", "--out", str(data.WORK / "distill_flow"),
            "--set", f"models.reference={data.OUT / 'flow/reference'}",
            "--set", f"models.generator={data.WORK / 'warm_flow_generator'}"]  # fmt: skip
     steps, size = (300, 64) if large else (1, 4)
@@ -87,7 +87,7 @@ def stages(seconds: float, large: bool) -> list[Stage]:
         Stage("finished", [*python, "zoo.flow", *batch, "--finish", minutes(0.1)]),
         Stage("export", [*python, "zoo.flow", "--export"], "flow/reference"),
         Stage("measured", [*python, "zoo.flow", "--evaluate", "96" if large else "2"]),
-        Stage("pairs", [*python, "zoo.distill", "pairs", "--count", "8192" if large else "64"]),
+        Stage("pairs", [*python, "zoo.distill", "pairs", "--flow", "--count", "8192" if large else "64"]),
         Stage("warmup", [*python, "zoo.distill", "warmup", "--flow", *warm, "--minutes", minutes(0.08)]),
         Stage("distill", run),
         Stage("generator", [*python, "zoo.distill", "export", "--flow", str(data.WORK / "distill_flow")],

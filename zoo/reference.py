@@ -107,9 +107,14 @@ def _time_ids(where: torch.device) -> Tensor:
     return torch.tensor(TIME_IDS, device=where)
 
 
+def time_ids(size: int) -> Tensor:
+    """SDXL's sizes and crops [B, 6]."""
+    return _time_ids(device.DEVICE).expand(size, -1)
+
+
 def predict(modules: nn.ModuleDict, x: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
     """The noise in x, in float32."""
-    added = {"text_embeds": pooled, "time_ids": _time_ids(x.device).expand(len(x), -1)}
+    added = {"text_embeds": pooled, "time_ids": time_ids(len(x))}
     with device.autocast():
         return modules["unet"](x, t, embeds, added_cond_kwargs=added).sample.float()
 
