@@ -15,6 +15,7 @@ os.environ.update(
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     # Ray's own is 15: its processes would wait for the tests of the other workers.
     RAY_worker_niceness="0",
+    RLHF_T2I_TESTS_SESSION=os.environ.get("RLHF_T2I_TESTS_SESSION", str(os.getpid())),
     GLOO_SOCKET_IFNAME="lo",
     # One thread per process, and none that spins while it waits: the workers and their processes share the cores.
     OMP_NUM_THREADS="1",
@@ -22,6 +23,10 @@ os.environ.update(
     # Ray's workers do not import from the working folder: actors of tests are found here.
     PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
 )
+
+if os.environ.get("RLHF_T2I_TESTS_FORK") == "1":
+    # Ray's Python processes are forks of one that has imported everything (tests/forks.py).
+    os.environ["RAY_RUNTIME_ENV_HOOK"] = "tests.forks.hook"
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -98,6 +103,14 @@ def one_thread() -> Iterator[None]:
     """A test that leaves more threads behind changes the last bits of those after it, which the golden ones see."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def real_processes() -> Iterator[None]:
+    """Ray starts real Python processes here, not forks (tests/forks.py): for tests that look at the processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_RUNTIME_ENV_HOOK", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

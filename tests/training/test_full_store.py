@@ -13,7 +13,7 @@ from rlhf_t2i.recipe.schema import Recipe
 from rlhf_t2i.training import checkpoints
 from tests.limits import HANG_S
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("real_processes")]
 
 
 def test_a_full_store_ends_the_run_in_a_sentence(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 from rlhf_t2i.recipe.schema import Recipe
 from tests.training.endings import ENDINGS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("real_processes")]
 
 EXPECTED = {"done": "done", "failed": "RewardFailure", "SIGTERM to the group": "Stopped", "second Ctrl-C": "Stopped"}
 # When the driver is killed they try to tell Ray's control store for a minute, a limit fixed in Ray's code; make chaos
