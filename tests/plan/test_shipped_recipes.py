@@ -15,7 +15,7 @@ from tests import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TRAINING = sorted(p for p in RECIPES.rglob("*.yaml") if not p.name.startswith(("ablation", "table")))
-FOR_A_CPU = ("quickstart.yaml", "black_box.yaml", "distill.yaml")
+FOR_A_CPU = ("quickstart.yaml", "quickstart_flow.yaml", "black_box.yaml", "distill.yaml", "distill_flow.yaml")
 WITH_PROMPTS = (*FOR_A_CPU, "ocr.yaml")
 """Recipes whose prompts ship; others get some."""
 LORA = "{rank: 4}"
