@@ -285,6 +285,12 @@ class PipelineFamily(PromptFamily):
             return weights.fill_network(self.build_network(), weights.read_state_dict(file, source.name), file)
         return weights.load_part(source, self._subfolder(source), self._network_type(), exact=True)
 
+    @property
+    def absent_parts(self) -> list[str]:
+        """Parts that the pipeline demands and this model has not, as Stable Diffusion 3 without T5: to pass as None."""
+        optional = self.pipeline_class._optional_components
+        return [name for name, entry in self.index.items() if entry == [None, None] and name not in optional]
+
     def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> DiffusionPipeline:
         """See :meth:`Family.load_pipeline`."""
         from diffusers import DiffusionPipeline

@@ -157,9 +157,10 @@ def _table(recipe: Recipe, rows: list[Comparison]) -> str:
 
 def _snippet(store: ModelStore, prompt: str) -> str:
     family, steps = store.generator_family, store.student.steps
-    call = family.plain_call(steps)
+    call, absent = family.plain_call(steps), ""
     if isinstance(family, PipelineFamily):
         call |= family.export_scheduler(store.student).arguments
+        absent = "".join(f", {name}=None" for name in family.absent_parts)
     height, width = store.size
     if (height, width) != family.native_size():
         call |= {"height": height, "width": width}
@@ -168,7 +169,7 @@ def _snippet(store: ModelStore, prompt: str) -> str:
     return (
         "## Draw\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'model = "."  # this folder, or its id on the hub: "org/name"\n'
-        "pipe = DiffusionPipeline.from_pretrained(model)\n"
+        f"pipe = DiffusionPipeline.from_pretrained(model{absent})\n"
         f"image = pipe({written}, num_inference_steps={steps}{arguments}).images[0]\n```"
     )
 

@@ -32,6 +32,7 @@ from rlhf_t2i.recipe.schema import Models, StudentSettings
 from rlhf_t2i.tools.push import push
 from rlhf_t2i.training import model_card
 from rlhf_t2i.utils import manifest
+from tests import tiny
 from tests.project import pages
 
 RECIPE = {
@@ -82,6 +83,16 @@ def test_the_snippet_draws_what_sample_draws(finished: Path) -> None:
     (prompt,) = re.findall(r'pipe\("(.*?)"', source)
     (own,) = rlhf_t2i.load(finished).sample([prompt], seed=7)
     assert names["image"].tobytes() == own.tobytes()
+
+
+def test_the_snippet_passes_the_parts_that_a_pipeline_demands_and_has_not(tmp_path: Path) -> None:
+    folder = str(tiny.make_sd3(tmp_path, t5=False))
+    store = ModelStore(Models(reference=folder, generator=folder), StudentSettings(steps=4), torch.device("cpu"))
+    (source,) = re.findall(r"```python\n(.*)\n```\Z", model_card._snippet(store, "a cat"), re.DOTALL)
+    assert "from_pretrained(model, text_encoder_3=None, tokenizer_3=None)" in source
+    names: dict[str, Any] = {}
+    exec(source.replace('"."', repr(folder)), names)
+    assert names["image"].size == (store.size[1], store.size[0])
 
 
 def test_nothing_exported_names_a_folder_of_this_machine(finished: Path) -> None:
