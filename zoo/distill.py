@@ -39,7 +39,7 @@ def teacher() -> nn.ModuleDict:
     return modules.to(device.DEVICE).eval().requires_grad_(False)
 
 
-def pairs(count: int, part: int, parts: int, of_flow: bool) -> None:
+def pairs(count: int, part: int, parts: int, of_flow: bool = False) -> None:
     """Noise z and the reference's guided samples x0 [64, C, 16, 16] from it, in files of 64."""
     modules = load_average("flow_finished", flow.build()) if of_flow else teacher()
     every = latents.prompts()
