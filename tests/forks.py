@@ -25,7 +25,6 @@ from pathlib import Path
 
 SESSION = "RLHF_T2I_TESTS_SESSION"  # the number of the process whose end is the session's
 _ROOT = str(Path(__file__).resolve().parents[1])
-HANG_S = 1500.0  # as tests/limits.py
 
 
 def hook(runtime_env: dict[str, object] | None) -> dict[str, object]:
@@ -33,6 +32,8 @@ def hook(runtime_env: dict[str, object] | None) -> dict[str, object]:
     session = os.environ[SESSION]
     if not _answers(session):
         import subprocess
+
+        from tests.limits import HANG_S
 
         code = f"import sys; sys.path.insert(0, {_ROOT!r}); from tests.forks import serve; serve({session})"
         # Nothing of its streams: whoever reads this process's to their end would wait for the server's.

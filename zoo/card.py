@@ -207,14 +207,12 @@ def main() -> None:
         "vae psnr": vae.psnr(decoder, world),
         "reader": {"true drawings": reader.check(judge, world), "through the vae": reader.check(judge, world, decoder)},
     }
-    settings = {"images a split": args.images, "euler steps": args.steps}
-    if "reference".startswith(args.only):
-        quality["settings"] = settings | {"guidance": args.guidance}
-    quality["flow settings"] = settings | {"guidance": FLOW_GUIDANCE}
     for label, make in samplers.items():
         if not label.startswith(args.only):
             continue
         draw, shown, captions = make(), [], []
+        key, guidance = ("flow settings", FLOW_GUIDANCE) if label.startswith("flow") else ("settings", args.guidance)
+        quality[key] = {"images a split": args.images, "guidance": guidance, "euler steps": args.steps}
         quality[label] = {}
         for number, split in enumerate(SPLITS):
             prompts = reference.lines(split)[: args.images]

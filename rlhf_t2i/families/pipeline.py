@@ -289,15 +289,14 @@ class PipelineFamily(PromptFamily):
     def absent_parts(self) -> list[str]:
         """Parts that the pipeline demands and this model has not, as Stable Diffusion 3 without T5: to pass as None."""
         optional = self.pipeline_class._optional_components
-        return [name for name, entry in self.index.items() if entry == [None, None] and name not in optional]
+        return [name for name in _absent(self.index) if name not in optional]
 
     def load_pipeline(self, source: ModelRef, dtype: torch.dtype) -> DiffusionPipeline:
         """See :meth:`Family.load_pipeline`."""
         from diffusers import DiffusionPipeline
 
         # Some pipelines demand that parts which the index leaves out are passed as such.
-        index = sources.pipeline_index(source)
-        absent = {name: None for name, entry in index.items() if entry == [None, None]}
+        absent = dict.fromkeys(_absent(sources.pipeline_index(source)))
         try:
             pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=dtype, **absent, **source.kwargs)
         except Exception as error:
@@ -383,3 +382,8 @@ class PipelineFamily(PromptFamily):
         """See :meth:`Family.export_adapter`; for ``load_lora_weights`` of the reference's pipeline."""
         layers = {name: factor.contiguous() for name, factor in factors.items()}
         self.pipeline_class.save_lora_weights(folder, **{f"{self.network_part}_lora_layers": layers})
+
+
+def _absent(index: Config) -> list[str]:
+    """The parts that model_index.json leaves out."""
+    return [name for name, entry in index.items() if entry == [None, None]]

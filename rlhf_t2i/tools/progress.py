@@ -43,7 +43,8 @@ class TrainProgress(TrainCallback):
         )
         self._steps = steps
         self._task = self._bar.add_task("starting", total=steps, details="")
-        self._seconds: list[float] = []  # of this process's first step, and smoothed from the second on
+        self._first = True
+        self._seconds: float | None = None
         self._began = self._spoke = time.monotonic()
 
     def __enter__(self) -> TrainProgress:
@@ -63,12 +64,12 @@ class TrainProgress(TrainCallback):
         """A generator step is done."""
         numbers = dict(scalars(metrics))
         seconds = numbers["timing/step"]
-        # The first step holds the assistant's warm-up, which says nothing of the time left.
-        smooth = 0.9 * self._seconds[1] + 0.1 * seconds if len(self._seconds) > 1 else seconds
+        smooth = seconds if self._seconds is None else 0.9 * self._seconds + 0.1 * seconds
         rewards = [f"{k.removeprefix('reward/')} {v:.4f}" for k, v in numbers.items() if k.startswith("reward/")]
         used = [f"MFU {numbers['mfu']:.0%}"] if "mfu" in numbers else []
         details = ", ".join([*rewards[:2], f"{smooth:.2f} s/step", *used])
-        self._seconds = [*self._seconds[:1], smooth]
+        # The first step holds the assistant's warm-up, which says nothing of the time left.
+        self._first, self._seconds = False, None if self._first else smooth
         self._bar.update(self._task, description="training", completed=state.step, details=details)
         if not self._drawn and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
             left = (self._steps - state.step) * smooth

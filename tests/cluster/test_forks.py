@@ -54,9 +54,7 @@ def test_a_fork_is_told_everything_and_its_exit_code_comes_back(
 
 def test_a_fork_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
     path, told = tmp_path / "waits.py", tmp_path / "pid"
-    path.write_text(
-        f"import os, time\nopen({str(told)!r}, 'w').write(f'{{os.getpid()}}.')\ntime.sleep(3600)\n", "utf-8"
-    )
+    path.write_text(WAITS.format(path=str(told)), "utf-8")
     asking = subprocess.Popen(ask(path), cwd=tmp_path)
     while not (told.is_file() and told.read_text().endswith(".")):
         time.sleep(0.01)
